@@ -1,0 +1,1 @@
+"""Preference optimisation of causal language models with cached reference log-probs."""

@@ -1,0 +1,153 @@
+"""Training state on disk: written whole or not at all, restored exactly, pruned."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from open_po.config import RunConfig
+from open_po.errors import UserError
+from open_po.model import Scorer
+from open_po.runtime import Runtime
+
+_STATE = "trainer_state.json"
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far training has come; the data order follows from the step alone."""
+
+    step: int = 0  # optimizer steps done
+    pairs: int = 0
+    tokens: int = 0  # prompt and response tokens, prompts counted with each response
+    response_tokens: int = 0  # scored tokens
+    seconds: float = 0.0  # spent in training steps
+    wandb_run_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """Everything a resumed run needs besides its configuration, its data and the weights it started from."""
+
+    scorer: Scorer
+    optimizer: Optimizer
+    schedule: LRScheduler
+    progress: Progress
+
+    def save(self, folder: Path, config: RunConfig, runtime: Runtime) -> Path:
+        """Write `folder/step_N` and remove all but the newest `keep_last_n_checkpoints`.
+
+        Raises UserError if the disk refuses; older checkpoints are then still there.
+        """
+        random_states = gather_object([_random_state()])
+        target = folder / f"step_{self.progress.step:06d}"
+        try:
+            runtime.on_main(lambda: self._write(target, config, random_states))
+        except OSError as error:
+            raise UserError(f"{target}: the checkpoint cannot be written ({error}); older ones are kept") from error
+        runtime.on_main(lambda: prune(folder, config.output.keep_last_n_checkpoints))
+        return target
+
+    def _write(self, target: Path, config: RunConfig, random_states: list[Any]) -> None:
+        temporary = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            save_file(_trained(self.scorer), temporary / "weights.safetensors")
+            training = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+            torch.save({**training, "random": random_states}, temporary / "training.pt")
+            state = {**dataclasses.asdict(self.progress), "config_digest": config.digest()}
+            (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n")
+            for path in [*temporary.iterdir(), temporary]:
+                _sync(path)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap a full disk
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(" ".join(str(error).split())) from error
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        _sync(target.parent)
+
+    def restore(self, checkpoint: Path, config: RunConfig, runtime: Runtime) -> None:
+        """Take over the state in `checkpoint`. Raises UserError if it is another configuration's or is damaged."""
+        try:
+            state = json.loads((checkpoint / _STATE).read_text())
+            weights = load_file(checkpoint / "weights.safetensors")
+            training = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
+        except Exception as error:  # each reader has error types of its own
+            raise UserError(f"resume_from_checkpoint {checkpoint}: cannot be read ({error})") from error
+        if state.pop("config_digest") != config.digest():
+            raise UserError(
+                f"resume_from_checkpoint {checkpoint}: was written under another configuration; "
+                "resume with the one it was started with"
+            )
+        if len(training["random"]) != runtime.world_size:
+            raise UserError(
+                f"resume_from_checkpoint {checkpoint}: was written by {len(training['random'])} processes, "
+                f"this run has {runtime.world_size}"
+            )
+        parameters = dict(self.scorer.named_parameters())
+        with torch.no_grad():
+            for name, value in weights.items():
+                parameters[name].copy_(value)
+        self.optimizer.load_state_dict(training["optimizer"])
+        self.schedule.load_state_dict(training["schedule"])
+        for name, value in state.items():
+            setattr(self.progress, name, value)
+        _restore_random_state(training["random"][runtime.rank])
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the highest step in `folder`, if any."""
+    found = sorted(folder.glob("step_*/" + _STATE), key=lambda path: int(path.parent.name.removeprefix("step_")))
+    return found[-1].parent if found else None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints, and what crashes left behind."""
+    for leftover in [*folder.glob(".step_*.partial"), *folder.glob(".step_*.old")]:
+        shutil.rmtree(leftover)
+    steps = sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
+    for step in steps[:-keep]:
+        # Renamed first: a checkpoint that is being removed must not be taken for a whole one.
+        doomed = folder / f".step_{step:06d}.old"
+        (folder / f"step_{step:06d}").rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _trained(scorer: Scorer) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter.detach().contiguous()
+        for name, parameter in scorer.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _random_state() -> dict[str, Any]:
+    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"cpu": torch.get_rng_state(), "gpu": gpu}
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["gpu"] is not None:
+        torch.cuda.set_rng_state(state["gpu"])
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

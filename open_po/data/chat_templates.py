@@ -1,0 +1,33 @@
+"""Chat templates for tokenizers that bring none, or for training on another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from open_po.errors import UserError
+
+# The format of the Tulu models: plain-text role markers and the tokenizer's own EOS, so no new tokens are needed.
+_TULU = """\
+{% if bos_token %}{{ bos_token }}{% endif %}\
+{% for message in messages %}\
+{% if message['role'] in ('system', 'user') %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + '\\n' }}\
+{% elif message['role'] == 'assistant' %}\
+{{ '<|assistant|>\\n' + message['content'] + eos_token }}{% if not loop.last %}{{ '\\n' }}{% endif %}\
+{% else %}{{ raise_exception('the tulu template has no role ' + message['role']) }}{% endif %}\
+{% endfor %}\
+{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
+
+CHAT_TEMPLATES = {"tulu": _TULU}
+
+
+def chat_template(name: str) -> str:
+    """The template called `name`, or the text of the file `name`. Raises UserError."""
+    if name in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[name]
+    try:
+        return Path(name).expanduser().read_text()
+    except OSError as error:
+        raise UserError(
+            f"chat_template_name {name!r} is neither {' nor '.join(CHAT_TEMPLATES)} nor a readable file "
+            f"({error.strerror})"
+        ) from error

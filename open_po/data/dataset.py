@@ -1,0 +1,176 @@
+"""All pairs of a mixture, tokenised once, in parallel, and kept on disk by `datasets`."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from open_po.data.formats import RowError, parse_row
+from open_po.data.sources import Part, load_mixture
+from open_po.data.tokenization import LeftOut, PreferencePair, Truncation, response_key, tokenise, tokenizer_digest
+from open_po.errors import UserError
+
+# Part of the name under which tokenised rows are kept: raise it when the same row gives other ids than before.
+_TOKENISATION_VERSION = 1
+_ROWS_PER_WORKER = 500  # below, starting another process costs more than it saves
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairDataset:
+    """Tokenised pairs by index, their lengths, and what was left out.
+
+    Lengths are arrays [P] of token counts.
+    """
+
+    rows: Dataset  # with prompt_ids, chosen_ids, rejected_ids
+    origins: Sequence[str]  # where each pair came from, for messages
+    prompt_lengths: NDArray[np.int64]
+    chosen_lengths: NDArray[np.int64]
+    rejected_lengths: NDArray[np.int64]
+    chosen_keys: Sequence[bytes]  # `response_key` of each pair's responses
+    rejected_keys: Sequence[bytes]
+    left_out: Mapping[str, Sequence[str]]  # origins of the rows that cannot train, by reason
+    truncated_prompts: int
+    truncated_responses: int
+
+    def __len__(self) -> int:
+        return len(self.origins)
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        row = self.rows[int(index)]
+        return PreferencePair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
+
+    def describe(self) -> list[str]:
+        """Lines for the console: how many pairs, how long, and every row that was left out, by reason."""
+        tokens = int(2 * self.prompt_lengths.sum() + self.chosen_lengths.sum() + self.rejected_lengths.sum())
+        lines = [f"{len(self):,} pairs, {tokens:,} tokens (prompts counted with each response)"]
+        if self.truncated_prompts or self.truncated_responses:
+            lines.append(f"truncated: {self.truncated_prompts} prompts, responses of {self.truncated_responses} pairs")
+        for reason, origins in self.left_out.items():
+            shown = "; ".join(origins[:3]) + ("; ..." if len(origins) > 3 else "")
+            lines.append(f"left out: {len(origins)} rows, {reason} ({shown})")
+        return lines
+
+
+def load_pairs(
+    items: Sequence[str],
+    splits: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    truncation: Truncation,
+    *,
+    max_rows: int | None = None,
+    num_workers: int | None = None,
+) -> PairDataset:
+    """The pairs of a mixture (`mixer_list`, `mixer_list_splits`).
+
+    Raises UserError naming the first rows that cannot be read, or if no row can train.
+    """
+    parts = load_mixture(items, splits, max_rows)
+    tokenised = [_tokenise_part(part, tokenizer, truncation, num_workers) for part in parts]
+    origins = [f"{part.name} row {number}" for part in parts for number in part.row_numbers]
+    rows = datasets.concatenate_datasets(tokenised) if len(tokenised) > 1 else tokenised[0]
+    columns = rows.with_format("numpy", columns=["error", "left_out", "lengths", "cut"])[:]
+    _stop_at_errors(columns["error"], origins)
+    left_out: dict[str, list[str]] = {}
+    for origin, reason in zip(origins, columns["left_out"], strict=True):
+        if reason:
+            left_out.setdefault(str(reason), []).append(origin)
+    kept = [index for index, reason in enumerate(columns["left_out"]) if not reason]
+    if not kept:
+        reasons = ", ".join(f"{len(where)} {reason}" for reason, where in left_out.items())
+        raise UserError(f"{' '.join(items)}: none of {len(origins)} rows can train ({reasons})")
+    trainable = rows.select(kept)
+    lengths = np.asarray(columns["lengths"], dtype=np.int64)[kept]
+    cut = np.asarray(columns["cut"], dtype=bool)[kept]
+    return PairDataset(
+        rows=trainable.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]),
+        origins=[origins[index] for index in kept],
+        prompt_lengths=lengths[:, 0],
+        chosen_lengths=lengths[:, 1],
+        rejected_lengths=lengths[:, 2],
+        chosen_keys=trainable["chosen_key"][:],
+        rejected_keys=trainable["rejected_key"][:],
+        left_out=left_out,
+        truncated_prompts=int(cut[:, 0].sum()),
+        truncated_responses=int(cut[:, 1].sum()),
+    )
+
+
+def _stop_at_errors(errors: Sequence[str], origins: Sequence[str]) -> None:
+    bad = [(origin, error) for origin, error in zip(origins, errors, strict=True) if error]
+    if bad:
+        origin, error = bad[0]
+        more = Counter(error for _, error in bad)[error] - 1
+        others = len(bad) - 1 - more
+        also = f"; so do {more} more rows" if more else ""
+        also += f"; {others} rows have other faults" if others else ""
+        raise UserError(f"{origin}: {error}{also}")
+
+
+def _tokenise_part(
+    part: Part, tokenizer: PreTrainedTokenizerBase, truncation: Truncation, num_workers: int | None
+) -> Dataset:
+    workers = num_workers or len(os.sched_getaffinity(0))
+    workers = min(workers, math.ceil(len(part.rows) / _ROWS_PER_WORKER))
+    # `datasets` would hash the tokenizer's pickle, which changes between processes: name the result by its content.
+    key = [part.rows._fingerprint, tokenizer_digest(tokenizer), str(truncation), str(_TOKENISATION_VERSION)]
+    return part.rows.map(
+        _tokenise_row,
+        fn_kwargs={"tokenizer": tokenizer, "truncation": truncation},
+        remove_columns=part.rows.column_names,
+        features=_FEATURES,
+        num_proc=workers if workers > 1 else None,
+        new_fingerprint=hashlib.sha256("\0".join(key).encode()).hexdigest()[:32],
+        desc=f"Tokenising {part.name}",
+    )
+
+
+_FEATURES = datasets.Features(
+    {
+        "prompt_ids": datasets.List(datasets.Value("int32")),
+        "chosen_ids": datasets.List(datasets.Value("int32")),
+        "rejected_ids": datasets.List(datasets.Value("int32")),
+        "chosen_key": datasets.Value("binary"),
+        "rejected_key": datasets.Value("binary"),
+        "lengths": datasets.List(datasets.Value("int64"), length=3),
+        "cut": datasets.List(datasets.Value("bool"), length=2),
+        "error": datasets.Value("string"),
+        "left_out": datasets.Value("string"),
+    }
+)
+
+
+def _tokenise_row(
+    row: Mapping[str, Any], *, tokenizer: PreTrainedTokenizerBase, truncation: Truncation
+) -> dict[str, Any]:
+    """One row of `_FEATURES`. Faults are returned rather than raised, so that all of them can be reported."""
+    pair, cut, error, left_out = PreferencePair([], [], []), [False, False], "", ""
+    try:
+        pair, *cut = tokenise(parse_row(row), tokenizer, truncation)
+    except RowError as fault:
+        error = str(fault)
+    except LeftOut as reason:
+        left_out = str(reason)
+    parts = [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]
+    return {
+        "prompt_ids": parts[0],
+        "chosen_ids": parts[1],
+        "rejected_ids": parts[2],
+        "chosen_key": response_key(parts[0], parts[1]),
+        "rejected_key": response_key(parts[0], parts[2]),
+        "lengths": [len(part) for part in parts],
+        "cut": cut,
+        "error": error,
+        "left_out": left_out,
+    }

@@ -1,0 +1,138 @@
+"""The layouts a row of preference data may have, all read into one: a prompt and two responses.
+
+| layout | fields |
+|---|---|
+| text | `prompt`, `chosen`, `rejected`: text |
+| messages | `prompt`: messages or text; `chosen`, `rejected`: the answering messages, or one message |
+| conversations | `chosen`, `rejected`: whole conversations that share a prefix (`prompt` is then not needed) |
+| transcripts | `chosen`, `rejected`: text with `Human:` and `Assistant:` turns (HH), without `prompt` |
+| ShareGPT | `conversations` (and `system`), then `chosen`, `rejected`: a message, messages or text |
+
+A message is `{role, content}` or ShareGPT's `{from, value}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Message = dict[str, str]
+
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
+_HH_ANSWER = "\n\nAssistant:"
+
+
+class RowError(Exception):
+    """A row that cannot be read; the message says which field and why."""
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """A pair whose parts are plain text, tokenised as they stand."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class MessagePair:
+    """A pair whose parts are messages, rendered by the tokenizer's chat template."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+
+
+def common_prefix_length(*sequences: Sequence[Any]) -> int:
+    """How many leading items all sequences share."""
+    length = 0
+    for items in zip(*sequences, strict=False):
+        if any(item != items[0] for item in items):
+            break
+        length += 1
+    return length
+
+
+def parse_row(row: Mapping[str, Any]) -> TextPair | MessagePair:
+    """The pair that `row` holds. Raises RowError."""
+    for name in ("chosen", "rejected"):
+        if row.get(name) is None:
+            raise RowError(f"field {name} is missing; fields: {', '.join(k for k, v in row.items() if v is not None)}")
+    if row.get("conversations") is not None:
+        return _share_gpt(row)
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if prompt is None:
+            return _transcripts(chosen, rejected)
+        if isinstance(prompt, str):
+            return TextPair(prompt, chosen, rejected)
+        return MessagePair(_messages(prompt, "prompt"), [_answer(chosen)], [_answer(rejected)])
+    return _message_row(prompt, _messages(chosen, "chosen"), _messages(rejected, "rejected"))
+
+
+def _message_row(prompt: Any, chosen: list[Message], rejected: list[Message]) -> MessagePair:
+    shared = _shared_prefix(chosen, rejected)
+    if prompt is None or (isinstance(prompt, str) and shared):
+        if not shared:
+            raise RowError("field prompt is missing, and chosen and rejected share no first message")
+        return MessagePair(chosen[: len(shared)], chosen[len(shared) :], rejected[len(shared) :])
+    opening = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, "prompt")
+    whole = chosen[: len(opening)] == opening == rejected[: len(opening)]
+    start = len(opening) if whole and min(len(chosen), len(rejected)) > len(opening) else 0
+    return MessagePair(opening, chosen[start:], rejected[start:])
+
+
+def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Message]:
+    """Leading messages that both have; at least one message is left to each as its answer."""
+    length = common_prefix_length(chosen[:-1], rejected[:-1])
+    if length and {chosen[length]["role"], rejected[length]["role"]} != {"assistant"}:
+        raise RowError(f"chosen and rejected differ in message {length + 1}, which is not the assistant's")
+    return chosen[:length]
+
+
+def _share_gpt(row: Mapping[str, Any]) -> MessagePair:
+    system = row.get("system")
+    opening = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
+    answers = [
+        [_answer(row[name])] if isinstance(row[name], str) else _messages(row[name], name)
+        for name in ("chosen", "rejected")
+    ]
+    return MessagePair(opening + _messages(row["conversations"], "conversations"), *answers)
+
+
+def _transcripts(chosen: str, rejected: str) -> TextPair:
+    end = chosen.rfind(_HH_ANSWER, 0, common_prefix_length(chosen, rejected))
+    if end < 0:
+        raise RowError(
+            "field prompt is missing, and chosen and rejected are not transcripts that share turns up to 'Assistant:'"
+        )
+    end += len(_HH_ANSWER)
+    return TextPair(chosen[:end], chosen[end:], rejected[end:])
+
+
+def _answer(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _messages(value: Any, name: str) -> list[Message]:
+    items = [value] if isinstance(value, Mapping) else value
+    if not isinstance(items, list) or not items:
+        raise RowError(f"field {name} is {_kind(value)}, expected text, a message or a list of messages")
+    return [_message(item, name) for item in items]
+
+
+def _message(item: Any, name: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise RowError(f"field {name} holds {_kind(item)} where a message {{role, content}} is expected")
+    role = item.get("role") if item.get("role") is not None else item.get("from")
+    content = item.get("content") if item.get("content") is not None else item.get("value")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise RowError(f"field {name} has a message without text in role and content (or from and value)")
+    return {"role": _ROLES.get(role, role), "content": content}
+
+
+def _kind(value: Any) -> str:
+    kinds = {str: "text", list: "an empty list", dict: "a mapping", type(None): "empty"}
+    return kinds.get(type(value), type(value).__name__)

@@ -1,0 +1,139 @@
+"""From a parsed row to token ids: chat template, prompt boundary, EOS, truncation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from open_po.data.formats import MessagePair, RowError, TextPair, common_prefix_length
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Token ids of one prompt and its two responses. No part is empty."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+class LeftOut(Exception):
+    """A well-formed row that cannot train; the message is the reason it is counted under."""
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Length limits in tokens."""
+
+    max_seq_length: int
+    max_prompt_length: int | None
+
+    def __call__(self, pair: PreferencePair) -> PreferencePair:
+        """`pair` within the limits: the prompt loses its oldest tokens, each response its newest.
+
+        Without `max_prompt_length` a prompt gives way only as far as the longer response needs, and keeps at least
+        half of `max_seq_length`.
+        """
+        longest = max(len(pair.chosen_ids), len(pair.rejected_ids))
+        limit = self.max_prompt_length
+        if limit is None:
+            limit = max(self.max_seq_length // 2, self.max_seq_length - longest)
+        prompt = pair.prompt_ids[-limit:]
+        room = self.max_seq_length - len(prompt)
+        return PreferencePair(prompt, pair.chosen_ids[:room], pair.rejected_ids[:room])
+
+
+def tokenise(
+    pair: TextPair | MessagePair, tokenizer: PreTrainedTokenizerBase, truncation: Truncation
+) -> tuple[PreferencePair, bool, bool]:
+    """Token ids of a pair, and whether the prompt and whether a response was truncated.
+
+    The prompt's ids are the longest common prefix of tokenise(prompt), tokenise(prompt + chosen) and
+    tokenise(prompt + rejected); all that follows is the response, scored, so the ids are those that the whole text
+    has, whatever merges across the boundary. Raises RowError or LeftOut.
+    """
+    if pair.chosen == pair.rejected:
+        raise LeftOut("identical responses")
+    if _is_empty(pair.chosen) or _is_empty(pair.rejected):
+        raise LeftOut("empty response")
+    if isinstance(pair, TextPair):
+        prompt, chosen, rejected = pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected
+    else:
+        prompt, chosen, rejected = _render(pair, tokenizer)
+    whole = _split(*(_encode(text, tokenizer, isinstance(pair, TextPair)) for text in (prompt, chosen, rejected)))
+    if isinstance(pair, TextPair):
+        whole = PreferencePair(
+            whole.prompt_ids, _with_eos(whole.chosen_ids, tokenizer), _with_eos(whole.rejected_ids, tokenizer)
+        )
+    if not whole.prompt_ids:
+        # Something must predict the response's first token.
+        if tokenizer.bos_token_id is None:
+            raise LeftOut("no prompt token before the response, and the tokenizer has no BOS")
+        whole = PreferencePair([cast(int, tokenizer.bos_token_id)], whole.chosen_ids, whole.rejected_ids)
+    if not whole.chosen_ids or not whole.rejected_ids:
+        raise LeftOut("empty response after the chat template")
+    cut = truncation(whole)
+    if cut.chosen_ids == cut.rejected_ids:
+        raise LeftOut("identical responses after truncation")
+    prompt_cut = len(cut.prompt_ids) < len(whole.prompt_ids)
+    response_cut = len(cut.chosen_ids) + len(cut.rejected_ids) < len(whole.chosen_ids) + len(whole.rejected_ids)
+    return cut, prompt_cut, response_cut
+
+
+def response_key(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> bytes:
+    """Name of "this response after this prompt", 16 bytes: what a cached log-prob is found by."""
+    digest = hashlib.blake2b(np.asarray([len(prompt_ids)], dtype="<i8").tobytes(), digest_size=16)
+    digest.update(np.asarray([*prompt_ids, *response_ids], dtype="<i4").tobytes())
+    return digest.digest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of everything about the tokenizer that decides a pair's ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    rest = [type(tokenizer).__name__, str(tokenizer.special_tokens_map), str(tokenizer.chat_template)]
+    return hashlib.sha256("\0".join([vocabulary, *rest]).encode()).hexdigest()
+
+
+def _is_empty(response: str | list[dict[str, str]]) -> bool:
+    texts = [response] if isinstance(response, str) else [message["content"] for message in response]
+    return not any(text.strip() for text in texts)
+
+
+def _render(pair: MessagePair, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    if tokenizer.chat_template is None:
+        raise RowError("holds messages, but the tokenizer has no chat template; set chat_template_name (e.g. tulu)")
+    try:
+        prompt, chosen, rejected = (
+            cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens))
+            for messages, opens in (
+                (pair.prompt, True),
+                (pair.prompt + pair.chosen, False),
+                (pair.prompt + pair.rejected, False),
+            )
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise RowError(f"is refused by the chat template ({' '.join(str(error).split())})") from error
+    return prompt, chosen, rejected
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> list[int]:
+    # A chat template writes its special tokens itself.
+    return cast(list[int], tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+
+def _split(prompt: list[int], chosen: list[int], rejected: list[int]) -> PreferencePair:
+    shared = common_prefix_length(prompt, chosen, rejected)
+    return PreferencePair(chosen[:shared], chosen[shared:], rejected[shared:])
+
+
+def _with_eos(response: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    eos = cast(int, tokenizer.eos_token_id)
+    return response if response and response[-1] == eos else [*response, eos]

@@ -1,0 +1,24 @@
+"""Errors a user can cause. They are shown as one line, without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """Something outside the code is wrong: the message names the value, where it stands and the fix.
+
+    `dpo_tune_cache.py` prints it as one line and exits with `exit_code`.
+    """
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """Every problem found in a configuration, reported together; exits with code 2."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))

@@ -1,0 +1,52 @@
+"""Upload to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from open_po.config import OutputConfig
+from open_po.errors import UserError
+
+_WAITS = (1.0, 5.0, 25.0)  # seconds before each retry
+
+
+def create_repository(output: OutputConfig) -> str:
+    """The full name of the run's repository, made if need be; before training, so that a bad token is found early."""
+    private = True if output.hf_private is None else output.hf_private
+    name = output.hf_repo_id or output.exp_name
+    try:
+        url = HfApi().create_repo(name, private=private, exist_ok=True)
+        if output.hf_repo_revision is not None:
+            HfApi().create_branch(url.repo_id, branch=output.hf_repo_revision, exist_ok=True)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(f"push_to_hub: repository {name} cannot be made or reached ({_reason(error)})") from error
+    return url.repo_id
+
+
+def upload(folder: Path, repository: str, revision: str | None) -> None:
+    """Upload the model of `folder`, trying again after server and connection errors. Raises UserError."""
+    for wait in (*_WAITS, None):
+        try:
+            HfApi().upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                revision=revision,
+                commit_message="Model trained with open_po",
+                ignore_patterns=["checkpoints/*", "wandb/*", ".*"],
+            )
+            return
+        except (HfHubHTTPError, OSError) as error:
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 503
+            if wait is None or status < 500:
+                raise UserError(
+                    f"push_to_hub: the upload to {repository} failed ({_reason(error)}); the model is in {folder}"
+                ) from error
+            time.sleep(wait)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,317 @@
+"""Policies and reference models: loading, precision, kernels, LoRA, scoring, saving. No loss code."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from open_po.config import ModelConfig
+from open_po.data import PreferencePair
+from open_po.data.chat_templates import chat_template
+from open_po.errors import UserError
+from open_po.logprobs import LOGPROB_VERSION, Head, fused_logprobs, pair_logps
+from open_po.losses import PairLogps
+from open_po.packing import PackedBatch, pack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+    """How a model computes, as far as it changes its log-probs."""
+
+    compute_dtype: torch.dtype
+    weights_dtype: torch.dtype
+    use_liger: bool
+
+    @staticmethod
+    def choose(config: ModelConfig, device: torch.device, *, trainable_weights: bool) -> Numerics:
+        """Precision and kernels for `device`.
+
+        Weights that train are float32, whatever they compute in: an update at a learning rate of 1e-7 is lost in
+        bfloat16. Raises UserError if Liger's kernels are asked for where they cannot run.
+        """
+        auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+        compute = auto if config.dtype == "auto" else cast(torch.dtype, getattr(torch, config.dtype))
+        use_liger = device.type == "cuda" if config.use_liger_kernel is None else config.use_liger_kernel
+        if use_liger and device.type != "cuda" and not _triton_interprets():
+            raise UserError(f"use_liger_kernel: Liger's kernels need CUDA, this device is {device.type}; leave it out")
+        return Numerics(
+            compute_dtype=compute, weights_dtype=torch.float32 if trainable_weights else compute, use_liger=use_liger
+        )
+
+    def key(self) -> dict[str, str | int]:
+        """What, besides weights and tokens, decides a log-prob: part of the reference cache's key."""
+        return {
+            "compute_dtype": str(self.compute_dtype).removeprefix("torch."),
+            "weights_dtype": str(self.weights_dtype).removeprefix("torch."),
+            "layout": "rows",
+            "kernels": "liger" if self.use_liger else "torch",
+            "logprob_version": LOGPROB_VERSION,
+        }
+
+
+def _triton_interprets() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+# ----------------------------------------------------------------------------------------------------------- loading
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The run's tokenizer with its chat template. Raises UserError if it cannot be loaded or has no EOS."""
+    name = config.tokenizer_name or config.model_name_or_path
+    revision = None if config.tokenizer_name else config.model_revision
+    _refuse_missing_folder(name, "tokenizer_name" if config.tokenizer_name else "model_name_or_path")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and others for a bad folder
+        raise UserError(f"{name}: no tokenizer can be loaded ({_first_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{name}: the tokenizer has no EOS token, so answers would never end; set eos_token in its "
+            "tokenizer_config.json or choose another tokenizer_name"
+        )
+    if config.chat_template_name is not None:
+        tokenizer.chat_template = chat_template(config.chat_template_name)
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id rows are filled up with; it is never scored nor attended to, so EOS serves where there is no pad token."""
+    return cast(int, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def load_scorer(
+    name: str, revision: str | None, numerics: Numerics, device: torch.device, *, trust_remote_code: bool
+) -> Scorer:
+    """A causal language model on `device`, dropout off, its weights in `numerics.weights_dtype`.
+
+    Dropout would make the policy differ from the reference it starts from. Raises UserError if it cannot be loaded.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        dropout = _switch_off_dropout(config)
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            config=config,
+            dtype=numerics.weights_dtype,
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:  # see load_tokenizer
+        raise UserError(f"{name}: no causal language model can be loaded ({_first_line(error)})") from error
+    if numerics.use_liger:
+        _apply_liger(model)
+    return Scorer(cast(nn.Module, model).to(device), numerics, dropout)
+
+
+def _refuse_missing_folder(name: str, field: str) -> None:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).is_dir():
+        raise UserError(f"{field}: {name} is no folder")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _switch_off_dropout(config: Any) -> dict[str, float]:
+    """Set every dropout rate of a model's configuration to 0; returns the old rates, which are saved with the model."""
+    rates = {
+        name: value
+        for name, value in config.to_dict().items()
+        if ("dropout" in name or "pdrop" in name) and isinstance(value, float) and value > 0
+    }
+    for name in rates:
+        setattr(config, name, 0.0)
+    return rates
+
+
+def _apply_liger(model: PreTrainedModel) -> None:
+    """Liger's RMSNorm, RoPE and gated MLPs, for the model types it knows; the head is fused by `logprobs`."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    kernels = {"rope": True, "rms_norm": True, "swiglu": True, "geglu": True, "layer_norm": True}
+    _apply_liger_kernel_to_instance(model, **kernels, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def attach_lora(scorer: Scorer, config: ModelConfig) -> None:
+    """Freeze the scorer's weights and give it new float32 adapters.
+
+    Raises UserError for target modules that do not exist, and for an adapter on the head or on an embedding tied to
+    it: the fused log-probs read the head's own weight.
+    """
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    targets: list[str] | str | None = config.lora_target_modules
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+    lora = LoraConfig(
+        r=cast(int, config.lora_rank),
+        lora_alpha=cast(int, config.lora_alpha),
+        lora_dropout=cast(float, config.lora_dropout),
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    model = scorer.base
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    try:
+        scorer.model = get_peft_model(model, lora)
+    except ValueError as error:
+        raise UserError(f"lora_target_modules: {_first_line(error)}") from error
+    embeddings = {"head": model.get_output_embeddings()}
+    if tied:
+        embeddings["embedding tied to the head"] = model.get_input_embeddings()
+    for what, module in embeddings.items():
+        if isinstance(module, BaseTunerLayer):
+            raise UserError(f"lora_target_modules: an adapter on the {what} is not supported; leave it out of the list")
+
+
+def checkpoint_gradients(scorer: Scorer) -> None:
+    """Recompute each layer's activations in the backward pass. Raises UserError if the model cannot."""
+    try:
+        scorer.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"gradient_checkpointing: {_first_line(error)}") from error
+
+
+def release_memory() -> None:
+    """Give the memory of models that are gone back to the GPU or the system."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+# ----------------------------------------------------------------------------------------------------------- scoring
+
+
+class Scorer(nn.Module):
+    """A causal language model that maps packs to the log-probs of their responses, never to logits."""
+
+    def __init__(self, model: nn.Module, numerics: Numerics, saved_dropout: dict[str, float]) -> None:
+        super().__init__()
+        self.model = model  # a PreTrainedModel, or a PeftModel around one
+        self.numerics = numerics
+        self.saved_dropout = saved_dropout  # rates that were switched off, to be saved with the model
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model, inside its adapters if it has any."""
+        inner = self.model.get_base_model() if self.has_adapters else self.model  # type: ignore[operator]
+        return cast(PreTrainedModel, inner)
+
+    @property
+    def has_adapters(self) -> bool:
+        return hasattr(self.model, "disable_adapter")
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    def head(self) -> Head:
+        """The output layer, with what the model's configuration says is done to its logits."""
+        layer, config = self.base.get_output_embeddings(), self.base.config
+        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+        scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+        softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        return Head(layer.weight, getattr(layer, "bias", None), softcap, scale)
+
+    def forward(self, batch: PackedBatch) -> PairLogps:
+        """Log-probs of the pack's pairs; the batch is moved to the model's device."""
+        batch = batch.to(self.device)
+        hidden = self._hidden_states(batch).index_select(0, batch.score_index)
+        logprobs = fused_logprobs(
+            hidden.to(self.numerics.compute_dtype), self.head(), batch.target_ids, use_liger=self.numerics.use_liger
+        )
+        return pair_logps(logprobs, batch)
+
+    def _hidden_states(self, batch: PackedBatch) -> Tensor:
+        """Last hidden states of layout `rows`: [T, H]. Causal models need no mask for padding on the right."""
+        rows = batch.input_ids.view(-1, batch.row_width)
+        with self._autocast():
+            states: Tensor = self.base.base_model(input_ids=rows, use_cache=False).last_hidden_state
+        return states.flatten(0, 1)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self.numerics.compute_dtype
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Score as the weights the run started from: without gradients, adapters off."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                if self.has_adapters:
+                    with self.model.disable_adapter():  # type: ignore[operator]
+                        yield
+                else:
+                    yield
+        finally:
+            self.train(training)
+
+    @torch.no_grad()
+    def check(self, pair: PreferencePair, pad: int) -> None:
+        """Compare the log-probs of one short pair with the model's own forward.
+
+        Raises UserError if they differ: the model then does something to its logits that `head` does not know.
+        """
+        short = PreferencePair(pair.prompt_ids[-32:], pair.chosen_ids[:32], pair.rejected_ids[:32])
+        vocabulary = self.head().weight.shape[0]
+        highest = max(short.prompt_ids + short.chosen_ids + short.rejected_ids)
+        if highest >= vocabulary:
+            raise UserError(
+                f"the tokenizer makes token id {highest}, but the model's vocabulary has {vocabulary} entries"
+            )
+        with self.as_reference():
+            got = self(pack([short], pad_token_id=pad)).chosen[0]
+            row = torch.tensor([short.prompt_ids + short.chosen_ids], device=self.device)
+            with self._autocast():
+                logits = self.base(input_ids=row, use_cache=False).logits[0, len(short.prompt_ids) - 1 : -1]
+        logprobs = logits.float().log_softmax(-1)
+        expected = logprobs.gather(1, row[0, len(short.prompt_ids) :, None]).sum()
+        tolerance = 1e-4 if self.numerics.compute_dtype == torch.float32 else 0.1  # nats per token
+        if not (got - expected).abs() <= tolerance * len(short.chosen_ids):
+            raise UserError(
+                f"{self.base.config.model_type}: fused log-probs differ from the model's own ({got.item():.4f} against "
+                f"{expected.item():.4f} nats); this architecture is not supported"
+            )
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that an optimizer updates."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+# ------------------------------------------------------------------------------------------------------------ saving
+
+
+def save_model(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
+    """Write a model that `AutoModelForCausalLM.from_pretrained(folder)` loads, and its tokenizer.
+
+    Adapters are written to `folder/adapter` and merged into the model, which cannot train any further afterwards.
+    """
+    if scorer.has_adapters:
+        adapted = cast(Any, scorer.model)
+        adapted.save_pretrained(folder / "adapter")
+        scorer.model = adapted.merge_and_unload()
+    model = scorer.base
+    for name, rate in scorer.saved_dropout.items():
+        setattr(model.config, name, rate)
+    model.to(dtype=dtype)  # type: ignore[call-arg]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

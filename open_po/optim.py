@@ -1,0 +1,43 @@
+"""Optimizers, learning-rate schedules and step arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from open_po.config import TrainConfig
+
+
+def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    steps = config.num_epochs * steps_per_epoch
+    return steps if config.max_train_steps is None else min(steps, config.max_train_steps)
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> Optimizer:
+    """AdamW (arXiv 1711.05101), or RMSprop as in the DPO paper's own code. Norms and biases are not decayed."""
+    parameters = list(parameters)
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(parameters, lr=config.learning_rate)
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate)
+
+
+def make_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
+    """The learning rate over `steps` steps, warm-up included; transformers' own schedules."""
+    schedule: LRScheduler = get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=math.ceil(config.warmup_ratio * steps),
+        num_training_steps=steps,
+    )
+    return schedule

@@ -1,0 +1,221 @@
+"""Reference log-probs: computed once per response and model, kept on disk, looked up by pair.
+
+A store is a folder `CACHE_DIR/KEY`. The key is the hash of `manifest.json` beside the rows: the content of the model's
+files and the numerics it ran with. Rows are Parquet files of (`response_key`, summed log-prob in nats, scored tokens),
+one row per response, each file complete from the moment it has its name. Nothing about the data set, the loss, beta,
+packing, ranks or seed is in the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from torch import Tensor
+
+from open_po.data import PairDataset
+from open_po.errors import UserError
+from open_po.losses import PairLogps
+from open_po.model import Numerics, Scorer
+from open_po.output import write_atomically
+from open_po.packing import Planner
+from open_po.runtime import Runtime
+from open_po.tracking import Progress
+
+_SCHEMA = pa.schema([("response_key", pa.binary(16)), ("logp", pa.float32()), ("tokens", pa.int32())])
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "config.json")
+_FLUSH_SECONDS = 60.0  # at most so much of a pass is lost when it is killed
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceLogps:
+    """Reference log-probs of every pair of a data set, by the pair's index."""
+
+    chosen: Tensor  # [P] float32, nats
+    rejected: Tensor  # [P]
+    chosen_tokens: Tensor  # [P]
+    rejected_tokens: Tensor  # [P]
+
+
+def lookup(reference: ReferenceLogps | None, indices: Sequence[int], policy: PairLogps) -> PairLogps | None:
+    """The reference log-probs of the pairs `indices`, on the device of their policy log-probs; None without any."""
+    if reference is None:
+        return None
+    index, device = torch.tensor(indices), policy.chosen.device
+    return PairLogps(
+        chosen=reference.chosen[index].to(device),
+        rejected=reference.rejected[index].to(device),
+        chosen_tokens=reference.chosen_tokens[index].to(device),
+        rejected_tokens=reference.rejected_tokens[index].to(device),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassSummary:
+    """What a reference pass did; the `reference` entry of run_summary.json."""
+
+    seconds: float
+    pairs_computed: int
+    pairs_reused: int
+
+
+class ReferenceStore:
+    """The rows of one key: read whole at the start, appended to in files of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: dict[bytes, tuple[float, int]] = {}
+        self.reload()
+
+    def reload(self) -> None:
+        """Read all rows on disk, those of other ranks and other runs included."""
+        for path in sorted(self.folder.glob("rows-*.parquet")):
+            self._read(path)
+
+    @staticmethod
+    def create(cache_dir: Path, facts: dict[str, Any]) -> Path:
+        """The folder of the store whose key is the hash of `facts`, made if need be. Raises UserError."""
+        text = json.dumps(facts, indent=2, sort_keys=True)
+        folder = cache_dir / hashlib.sha256(text.encode()).hexdigest()[:32]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "manifest.json", lambda path: path.write_text(text + "\n"))
+        except OSError as error:
+            raise UserError(f"reference_cache_dir {cache_dir}: cannot be written ({error.strerror})") from error
+        return folder
+
+    def _read(self, path: Path) -> None:
+        try:
+            table = pq.read_table(path, schema=_SCHEMA)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"{path}: damaged reference log-probs ({str(error).splitlines()[0]}); remove the file to recompute them"
+            ) from error
+        keys, logps, tokens = (table.column(name).to_pylist() for name in _SCHEMA.names)
+        self.rows.update(zip(keys, zip(logps, tokens, strict=True), strict=True))
+
+    def append(self, rows: dict[bytes, tuple[float, int]]) -> None:
+        """Store rows in a new file. Raises UserError if the disk refuses; rows stored before stay."""
+        if not rows:
+            return
+        logps, tokens = zip(*rows.values(), strict=True)
+        table = pa.table([list(rows), list(logps), list(tokens)], schema=_SCHEMA)
+        path = self.folder / f"rows-{uuid.uuid4().hex}.parquet"
+        try:
+            write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+        except OSError as error:
+            raise UserError(
+                f"{path}: reference log-probs cannot be written ({error.strerror}); those written before are kept"
+            ) from error
+        self.rows.update(rows)
+
+    def lookup(self, dataset: PairDataset) -> ReferenceLogps:
+        """The rows of every pair of `dataset`, all of which must be here."""
+        chosen = [self.rows[key] for key in dataset.chosen_keys]
+        rejected = [self.rows[key] for key in dataset.rejected_keys]
+        return ReferenceLogps(
+            chosen=torch.tensor([logp for logp, _ in chosen]),
+            rejected=torch.tensor([logp for logp, _ in rejected]),
+            chosen_tokens=torch.tensor([float(tokens) for _, tokens in chosen]),
+            rejected_tokens=torch.tensor([float(tokens) for _, tokens in rejected]),
+        )
+
+    def missing(self, dataset: PairDataset) -> list[int]:
+        """Indices of the pairs with a response that is not stored."""
+        keys = enumerate(zip(dataset.chosen_keys, dataset.rejected_keys, strict=True))
+        return [index for index, pair in keys if not (pair[0] in self.rows and pair[1] in self.rows)]
+
+
+def model_identity(name: str, revision: str | None) -> dict[str, str]:
+    """SHA-256 of the configuration and of each weight file of a model folder or downloaded Hub model, by file name."""
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _downloaded(name, revision)
+    files = sorted({path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)})
+    identity: dict[str, str] = {}
+    for path in files:
+        with open(path, "rb") as file:
+            identity[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return identity
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
+    """The snapshot folder of a Hub model, its weights downloaded if they are not yet."""
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_WEIGHT_FILES)))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise UserError(f"{name}: neither a local folder nor a Hub model that can be reached ({error})") from error
+
+
+def reference_facts(name: str, revision: str | None, numerics: Numerics) -> dict[str, Any]:
+    """What a store's key is made of: which weights, and how they compute. Raises UserError if there are none."""
+    return {"model": model_identity(name, revision), "numerics": numerics.key()}
+
+
+def fill_store(
+    store: ReferenceStore, scorer: Scorer, dataset: PairDataset, runtime: Runtime, *, max_tokens: int, pad: int
+) -> None:
+    """Compute what `store` lacks of `dataset`, shared among the ranks, and read it back.
+
+    Raises UserError naming the pair if a log-prob is not finite; it is never stored.
+    """
+    pairs = {(dataset.chosen_keys[i], dataset.rejected_keys[i]): i for i in store.missing(dataset)}
+    missing = list(pairs.values())  # equal pairs once
+    planner = Planner(dataset=dataset, max_tokens=max_tokens)
+    packs = planner.packs(missing, rank=runtime.rank, world_size=runtime.world_size)
+    if missing:
+        with Progress(runtime.console, "Reference log-probs", total=sum(map(len, packs)), unit="pairs") as progress:
+            runtime.on_all(lambda: _compute(store, scorer, planner, packs, progress, pad))
+        if runtime.world_size > 1:
+            store.reload()
+
+
+def _compute(
+    store: ReferenceStore,
+    scorer: Scorer,
+    planner: Planner,
+    packs: list[list[int]],
+    progress: Progress,
+    pad: int,
+) -> None:
+    fresh: dict[bytes, tuple[float, int]] = {}
+    flushed = time.monotonic()
+    try:
+        with scorer.as_reference():
+            for indices in packs:
+                batch = planner.batch(indices, pad)
+                fresh |= _rows(scorer(batch), indices, planner.dataset)
+                progress.advance(len(indices), tokens=batch.tokens)
+                if time.monotonic() - flushed > _FLUSH_SECONDS:
+                    store.append(fresh)
+                    fresh, flushed = {}, time.monotonic()
+    finally:
+        store.append(fresh)
+
+
+def _rows(logps: PairLogps, indices: Sequence[int], dataset: PairDataset) -> dict[bytes, tuple[float, int]]:
+    rows: dict[bytes, tuple[float, int]] = {}
+    sides = (
+        ("chosen", dataset.chosen_keys, logps.chosen, logps.chosen_tokens),
+        ("rejected", dataset.rejected_keys, logps.rejected, logps.rejected_tokens),
+    )
+    for side, keys, sums, tokens in sides:
+        for index, logp, count in zip(indices, sums.tolist(), tokens.tolist(), strict=True):
+            if not abs(logp) < float("inf"):
+                raise UserError(
+                    f"{dataset.origins[index]}: the reference model's log-prob of the {side} response is {logp}; "
+                    "check the reference model, or use dtype float32"
+                )
+            rows[keys[index]] = (logp, int(count))
+    return rows

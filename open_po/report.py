@@ -1,0 +1,101 @@
+"""What a person looks at when a run is over: the summary, its table and the training curves."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from open_po.tracking import Metrics
+
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "liger-kernel", "peft")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and what its numbers depend on."""
+    found = {"python": platform.python_version(), "open_po": importlib.metadata.version("open_po")}
+    return found | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def evaluations(records: Sequence[Metrics]) -> list[Metrics]:
+    """The held-out records of a metrics.jsonl, by step, names without `eval/`."""
+    return [
+        {name.removeprefix("eval/"): value for name, value in record.items()}
+        for record in records
+        if "eval/loss" in record
+    ]
+
+
+def summary_table(summary: dict[str, Any], folder: Path) -> Table:
+    """The run's summary as a table for the console."""
+    table = Table(title=f"Run {summary['status']}", title_justify="left", show_header=False)
+    table.add_column("what", style="bold")
+    table.add_column("value")
+    reference, train = summary["reference"], summary["train"]
+    if reference is not None:
+        counts = f"{reference['pairs_computed']:,} pairs computed, {reference['pairs_reused']:,} from the cache"
+        table.add_row("reference", f"{counts}, {reference['seconds']:.1f} s")
+    rate = train["pairs"] / train["seconds"] if train["seconds"] else 0.0
+    table.add_row("training", f"{train['steps']:,} steps, {train['pairs']:,} pairs, {train['seconds']:.1f} s")
+    table.add_row("throughput", f"{rate:,.1f} pairs/s, {train['tokens']:,} tokens, {train['response_tokens']:,} scored")
+    for name, label in (
+        ("loss", "held-out loss"),
+        ("rewards/accuracy", "held-out reward accuracy"),
+        ("rewards/margin", "held-out reward margin"),
+        ("logps/chosen", "held-out chosen log-prob"),
+    ):
+        if summary["eval"] is not None and name in summary["eval"]:
+            before, after = summary["eval_before"], summary["eval"]
+            table.add_row(label, f"{before[name]:.4f} -> {after[name]:.4f}")
+    table.add_row("peak memory", f"{summary['peak_memory_bytes'] / 1e9:.2f} GB")
+    table.add_row("output", str(folder))
+    return table
+
+
+def plot_curves(records: Sequence[Metrics], path: Path, title: str) -> None:
+    """Loss, reward accuracy, reward margin and log-probs over the steps, held-out values as dots."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    train = [record for record in records if "train_loss" in record]
+    held_out = evaluations(records)
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure.suptitle(title)
+    panels = (
+        ("Loss", ("loss",)),
+        ("Reward accuracy", ("rewards/accuracy",)),
+        ("Reward margin", ("rewards/margin",)),
+        ("Log-prob per response (nats)", ("logps/chosen", "logps/rejected")),
+    )
+    for axes, (label, names) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for name, colour in zip(names, ("tab:blue", "tab:red"), strict=False):
+            who = f" {name.removeprefix('logps/')}" if len(names) > 1 else ""
+            _draw(axes, train, "train_loss" if name == "loss" else name, colour, f"training{who}")
+            points = [(r["training_step"], r[name]) for r in held_out if name in r]
+            if points:
+                axes.plot(*zip(*points, strict=True), "o--", color=colour, markersize=5, label=f"held out{who}")
+        axes.set_title(label)
+        axes.set_xlabel("optimizer step")
+        axes.grid(alpha=0.3)
+        if axes.has_data():
+            axes.legend()
+        else:
+            axes.text(0.5, 0.5, "not measured by this loss", ha="center", transform=axes.transAxes)
+    FigureCanvasAgg(figure).print_figure(path, dpi=110)
+
+
+def _draw(axes: Any, records: Sequence[Metrics], name: str, colour: str, label: str) -> None:
+    """A series and, once it is long enough to be noisy, its running mean."""
+    points = [(record["training_step"], record[name]) for record in records if name in record]
+    if not points:
+        return
+    steps, values = zip(*points, strict=True)
+    window = len(values) // 25
+    axes.plot(steps, values, color=colour, alpha=0.3 if window > 1 else 1.0, label=None if window > 1 else label)
+    if window > 1:
+        means = [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+        axes.plot(steps, means, color=colour, label=f"{label}, mean of {window}")

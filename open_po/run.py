@@ -1,0 +1,360 @@
+"""One run from configuration to model: data, reference log-probs, training, output."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from open_po.checkpoint import Progress, TrainingState, latest_checkpoint
+from open_po.config import RunConfig, help_text, load_config
+from open_po.data import PairDataset, load_pairs
+from open_po.data.tokenization import Truncation
+from open_po.errors import ConfigError, UserError
+from open_po.evaluate import HeldOut
+from open_po.hub import create_repository, upload
+from open_po.model import (
+    Numerics,
+    Scorer,
+    attach_lora,
+    checkpoint_gradients,
+    load_scorer,
+    load_tokenizer,
+    pad_token_id,
+    release_memory,
+    save_model,
+    trainable_parameters,
+)
+from open_po.optim import make_optimizer, make_schedule, total_steps
+from open_po.output import RunFolder
+from open_po.packing import Planner, Sampler
+from open_po.reference import PassSummary, ReferenceStore, fill_store, reference_facts
+from open_po.report import evaluations, plot_curves, summary_table, versions
+from open_po.runtime import Runtime
+from open_po.tracking import (
+    JsonlTracker,
+    Metrics,
+    Tracker,
+    Trackers,
+    WandbTracker,
+    peak_memory_bytes,
+    read_metrics,
+)
+from open_po.trainer import Trainer
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line `arguments`; returns the exit code. What a user can cause is told in one line."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(help_text())
+        return 0
+    try:
+        config = load_config(arguments)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"config error: {problem}", file=sys.stderr)
+        return error.exit_code
+    runtime = Runtime.start(config.train.seed)
+    try:
+        run(config, runtime)
+        return 0
+    except UserError as error:
+        return _tell(runtime, str(error), error.exit_code)
+    except torch.OutOfMemoryError as error:
+        advice = "lower max_tokens_per_batch, or set gradient_checkpointing"
+        return _tell(runtime, f"out of GPU memory ({str(error).splitlines()[0]}); {advice}", 1)
+    except OSError as error:
+        return _tell(runtime, f"{error.filename or 'a file'}: {error.strerror or error}", 1)
+    except KeyboardInterrupt:
+        return _tell(runtime, "interrupted; checkpoints are kept", 130)
+    finally:
+        runtime.close()
+
+
+def _tell(runtime: Runtime, line: str, exit_code: int) -> int:
+    if runtime.is_main:
+        print(f"error: {line}", file=sys.stderr)
+    return exit_code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The run's pairs and the tokenizer that made them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    pad: int
+    train: PairDataset
+    held_out: PairDataset | None
+
+    @property
+    def parts(self) -> list[PairDataset]:
+        return [self.train] if self.held_out is None else [self.train, self.held_out]
+
+
+def run(config: RunConfig, runtime: Runtime) -> None:
+    """The whole job. Raises UserError for whatever a user can cause."""
+    folder = RunFolder(Path(config.output.output_dir or ""))
+    numerics = Numerics.choose(config.model, runtime.device, trainable_weights=not config.model.use_lora)
+    runtime.on_main(lambda: folder.claim(config))
+    if config.output.resume_from_checkpoint == "auto" and runtime.on_main(folder.is_complete):
+        runtime.say(f"The run in {folder.path} is complete; nothing to do.")
+        return
+    with folder.recording_failure(runtime.is_main):
+        _run_in(folder, config, numerics, runtime)
+
+
+def _run_in(folder: RunFolder, config: RunConfig, numerics: Numerics, runtime: Runtime) -> None:
+    repository = runtime.on_main(lambda: create_repository(config.output)) if config.output.push_to_hub else None
+    data = prepare_data(config, runtime)
+    needs_reference = config.loss.loss().spec.needs_reference
+    reference = separate_reference(config, runtime, data) if needs_reference and _is_separate(config) else None
+    policy = load_policy(config, numerics, runtime, data)
+    if needs_reference and reference is None:
+        model = config.model
+        reference = fill_reference(
+            lambda: policy, model.model_name_or_path, model.model_revision, numerics, config, runtime, data
+        )
+    trainer = make_trainer(config, runtime, data, policy, reference, folder)
+    trainer.train()
+    trainer.trackers.close()
+    runtime.on_main(lambda: finish(config, runtime, trainer, data, reference))
+    if repository is not None:
+        runtime.on_main(lambda: upload(folder.path, repository, config.output.hf_repo_revision))
+        runtime.say(f"Uploaded to the Hub: {repository}")
+
+
+def prepare_data(config: RunConfig, runtime: Runtime) -> Data:
+    """Tokenizer and pairs. Rank 0 tokenises, the others read its cache."""
+
+    def load() -> Data:
+        tokenizer = load_tokenizer(config.model)
+        data = config.data
+        truncation = Truncation(data.max_seq_length, data.max_prompt_length)
+        workers = data.preprocessing_num_workers
+        train = load_pairs(
+            data.mixer_list or [],
+            data.mixer_list_splits,
+            tokenizer,
+            truncation,
+            max_rows=data.max_train_samples,
+            num_workers=workers,
+        )
+        held_out = None
+        if data.eval_mixer_list is not None:
+            held_out = load_pairs(
+                data.eval_mixer_list, data.eval_mixer_list_splits, tokenizer, truncation, num_workers=workers
+            )
+        return Data(tokenizer=tokenizer, pad=pad_token_id(tokenizer), train=train, held_out=held_out)
+
+    if runtime.world_size > 1:
+        runtime.on_main(lambda: bool(load()))
+    loaded = load()
+    for label, part in (("Training data", loaded.train), ("Held-out data", loaded.held_out)):
+        for line in part.describe() if part is not None else []:
+            runtime.say(f"{label}: {line}")
+    return loaded
+
+
+# --------------------------------------------------------------------------------------------------------- reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A filled store and what filling it took."""
+
+    store: ReferenceStore
+    summary: PassSummary
+
+
+def _is_separate(config: RunConfig) -> bool:
+    reference, model = config.reference, config.model
+    same = (reference.reference_model_name_or_path, reference.reference_model_revision) == (
+        model.model_name_or_path,
+        model.model_revision,
+    )
+    return reference.reference_model_name_or_path is not None and not same
+
+
+def separate_reference(config: RunConfig, runtime: Runtime, data: Data) -> Reference:
+    """Log-probs of a reference model that is not the policy; it is loaded only if some are missing, and freed."""
+    name, revision = config.reference.reference_model_name_or_path or "", config.reference.reference_model_revision
+    numerics = Numerics.choose(config.model, runtime.device, trainable_weights=False)
+
+    def load() -> Scorer:
+        scorer = load_scorer(name, revision, numerics, runtime.device, trust_remote_code=config.model.trust_remote_code)
+        scorer.check(data.train[0], data.pad)
+        return scorer
+
+    reference = fill_reference(load, name, revision, numerics, config, runtime, data)
+    release_memory()
+    return reference
+
+
+def fill_reference(
+    load: Callable[[], Scorer],
+    name: str,
+    revision: str | None,
+    numerics: Numerics,
+    config: RunConfig,
+    runtime: Runtime,
+    data: Data,
+) -> Reference:
+    """The store of the model `name` with all of `data`'s pairs in it; `load` is called only if some are missing."""
+    start = time.monotonic()
+    cache_dir = Path(config.reference.reference_cache_dir).expanduser()
+    facts = runtime.on_main(lambda: reference_facts(name, revision, numerics))
+    store = ReferenceStore(runtime.on_main(lambda: ReferenceStore.create(cache_dir, facts)))
+    missing = sum(len(store.missing(part)) for part in data.parts)
+    if missing:
+        scorer = load()
+        for part in data.parts:
+            fill_store(store, scorer, part, runtime, max_tokens=config.train.max_tokens_per_batch or 0, pad=data.pad)
+    reused = sum(map(len, data.parts)) - missing
+    if reused:
+        runtime.say(f"Reference log-probs: {reused:,} pairs from the cache {store.folder}")
+    seconds = time.monotonic() - start
+    return Reference(store=store, summary=PassSummary(seconds=seconds, pairs_computed=missing, pairs_reused=reused))
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def load_policy(config: RunConfig, numerics: Numerics, runtime: Runtime, data: Data) -> Scorer:
+    """The policy at its starting weights, checked against its own forward, with adapters if the run trains them."""
+    model = config.model
+    scorer = load_scorer(
+        model.model_name_or_path,
+        model.model_revision,
+        numerics,
+        runtime.device,
+        trust_remote_code=model.trust_remote_code,
+    )
+    scorer.check(data.train[0], data.pad)
+    if model.gradient_checkpointing:
+        checkpoint_gradients(scorer)
+    if model.use_lora:
+        attach_lora(scorer, model)
+    return scorer
+
+
+def make_trainer(
+    config: RunConfig,
+    runtime: Runtime,
+    data: Data,
+    scorer: Scorer,
+    reference: Reference | None,
+    folder: RunFolder,
+) -> Trainer:
+    """The trainer, resumed from a checkpoint if the configuration says so."""
+    train = config.train
+    loss = config.loss.loss()
+    sampler = Sampler(
+        num_pairs=len(data.train),
+        global_batch=train.per_device_train_batch_size * train.gradient_accumulation_steps * runtime.world_size,
+        seed=train.seed,
+    )
+    steps = total_steps(train, sampler.steps_per_epoch)
+    optimizer = make_optimizer(trainable_parameters(scorer), train)
+    state = TrainingState(
+        scorer=scorer, optimizer=optimizer, schedule=make_schedule(optimizer, train, steps), progress=Progress()
+    )
+    resumed = _resume(config, runtime, state, folder)
+    held_out = None
+    if data.held_out is not None:
+        held_out = HeldOut(
+            planner=Planner(dataset=data.held_out, max_tokens=train.max_tokens_per_batch or 0),
+            reference=None if reference is None else reference.store.lookup(data.held_out),
+        )
+    return Trainer(
+        config=config,
+        runtime=runtime,
+        state=state,
+        loss=loss,
+        planner=Planner(
+            dataset=data.train,
+            max_tokens=train.max_tokens_per_batch or 0,
+            with_rejected=loss.spec.needs_rejected,
+        ),
+        sampler=sampler,
+        steps=steps,
+        reference=None if reference is None else reference.store.lookup(data.train),
+        held_out=held_out,
+        pad=data.pad,
+        folder=folder,
+        trackers=_make_trackers(config, runtime, state.progress, folder, resumed),
+    )
+
+
+def _resume(config: RunConfig, runtime: Runtime, state: TrainingState, folder: RunFolder) -> bool:
+    wanted = config.output.resume_from_checkpoint
+    if wanted is None:
+        return False
+    checkpoint = latest_checkpoint(folder.checkpoints) if wanted == "auto" else Path(wanted)
+    if checkpoint is None:
+        runtime.say(f"No checkpoint in {folder.checkpoints} yet: starting from the beginning.")
+        return False
+    state.restore(checkpoint, config, runtime)
+    runtime.say(f"Resuming from {checkpoint}")
+    return True
+
+
+def _make_trackers(
+    config: RunConfig, runtime: Runtime, progress: Progress, folder: RunFolder, resumed: bool
+) -> Trackers:
+    if not runtime.is_main:
+        return Trackers([])
+    trackers: list[Tracker] = [JsonlTracker(folder.metrics, progress.step if resumed else -1)]
+    if config.output.with_tracking:
+        wandb = WandbTracker(config, folder.path, progress.wandb_run_id)
+        progress.wandb_run_id = wandb.run.id
+        trackers.append(wandb)
+    return Trackers(trackers)
+
+
+# ------------------------------------------------------------------------------------------------------------ output
+
+
+def finish(config: RunConfig, runtime: Runtime, trainer: Trainer, data: Data, reference: Reference | None) -> None:
+    """Write the model, the curves and the summary, and print the summary's table."""
+    folder, scorer = trainer.folder, trainer.state.scorer
+    wanted = config.output.save_dtype
+    dtype = scorer.numerics.compute_dtype if wanted == "auto" else getattr(torch, wanted)
+    with folder.staging() as staged:
+        save_model(scorer, data.tokenizer, staged, dtype)
+    records = read_metrics(folder.metrics)
+    plot_curves(records, folder.curves, f"{config.output.exp_name}: {config.loss.loss_type}")
+    summary = _summary(trainer, data, reference, evaluations(records))
+    folder.write_summary(summary)
+    runtime.console.print(summary_table(summary, folder.path))
+
+
+def _summary(trainer: Trainer, data: Data, reference: Reference | None, held_out: list[Metrics]) -> dict[str, Any]:
+    done = trainer.state.progress
+    return {
+        "status": "completed",
+        "reference": None if reference is None else asdict(reference.summary),
+        "train": {
+            "seconds": done.seconds,
+            "steps": done.step,
+            "pairs": done.pairs,
+            "tokens": done.tokens,
+            "response_tokens": done.response_tokens,
+        },
+        "eval": held_out[-1] if held_out else None,
+        "eval_before": held_out[0] if held_out else None,
+        "data": {
+            "pairs": len(data.train),
+            "left_out": {reason: len(origins) for reason, origins in data.train.left_out.items()},
+            "truncated_prompts": data.train.truncated_prompts,
+            "truncated_responses": data.train.truncated_responses,
+        },
+        "numerics": trainer.state.scorer.numerics.key(),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "versions": versions(),
+    }

@@ -1,0 +1,232 @@
+"""Metrics: summed over packs and ranks, and where they go: console, metrics.jsonl, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from torch import Tensor
+
+from open_po.config import RunConfig
+from open_po.losses import PairLogps, PairLosses
+from open_po.runtime import Runtime
+
+Metrics = dict[str, float]
+
+_PLAIN_SECONDS = 10.0  # a console that is no terminal gets one progress line per so many seconds
+
+
+class PreferenceMeter:
+    """Sums the metrics of preference pairs over packs; `means` reduces them over ranks."""
+
+    _COLUMNS = (
+        "loss",
+        "chosen_logp",
+        "rejected_logp",
+        "chosen_reward",
+        "rejected_reward",
+        "accuracy",
+        "pairs",
+        "rejected_pairs",
+    )
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+
+    def add(self, policy: PairLogps, losses: PairLosses, divisor: float) -> None:
+        """Add one pack, whose step's (or evaluation's) losses are divided by `divisor`."""
+        chosen, rejected = losses.chosen_rewards, losses.rejected_rewards
+        accuracy = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+        columns = [
+            losses.numerators.detach() / divisor,
+            policy.chosen.detach(),
+            policy.rejected.detach(),
+            chosen,
+            rejected,
+            accuracy,
+            torch.ones_like(chosen),
+            (policy.rejected_tokens > 0).float(),
+        ]
+        sums = torch.stack([column.double().sum() for column in columns])
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def means(self, runtime: Runtime, steps: int = 1) -> Metrics:
+        """Metrics over all ranks; `loss` is the mean over `steps` steps, the others are means over pairs.
+
+        A reward tie counts half in `rewards/accuracy`. Where rejected responses were not scored, what needs them is
+        left out. Afterwards the meter is empty.
+        """
+        width = len(self._COLUMNS)
+        mine = torch.zeros(width, dtype=torch.float64) if self.sums is None else self.sums
+        self.sums = None
+        total = dict(zip(self._COLUMNS, runtime.sum(mine.to(runtime.device)).tolist(), strict=True))
+        pairs = total["pairs"]
+        metrics = {
+            "loss": total["loss"] / steps,
+            "logps/chosen": total["chosen_logp"] / pairs,
+            "rewards/chosen": total["chosen_reward"] / pairs,
+        }
+        if total["rejected_pairs"] == pairs:
+            metrics |= {
+                "logps/rejected": total["rejected_logp"] / pairs,
+                "rewards/rejected": total["rejected_reward"] / pairs,
+                "rewards/average": (total["chosen_reward"] + total["rejected_reward"]) / (2 * pairs),
+                "rewards/accuracy": total["accuracy"] / pairs,
+                "rewards/margin": (total["chosen_reward"] - total["rejected_reward"]) / pairs,
+            }
+        return metrics
+
+
+def peak_memory_bytes() -> int:
+    """Most memory held so far: allocated on the GPU, or resident in this process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Progress:
+    """Work with a known end: a live bar on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, console: Console, label: str, *, total: int, unit: str, done: int = 0) -> None:
+        self.console, self.label, self.total, self.unit, self.done = console, label, total, unit, done
+        self._started_at, self._first = time.monotonic(), done
+        self._tokens = 0
+        self._said = time.monotonic()
+        self._live = None
+        if console.is_terminal and not console.quiet:
+            self._live = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed:,}/{task.total:,} " + unit),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+                transient=True,
+            )
+
+    def __enter__(self) -> Progress:
+        if self._live is not None:
+            self._live.start()
+            self._task = self._live.add_task(self.label, total=self.total, completed=self.done, note="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+        if kind is None:
+            self._print(f"{self.label}: {self.done:,} {self.unit} in {self._elapsed():.1f} s{self._rates()}")
+
+    def advance(self, count: int, *, tokens: int = 0, note: str = "") -> None:
+        """`count` more units are done, with so many tokens; `note` replaces the rates on the line."""
+        self.done += count
+        self._tokens += tokens
+        note = note or self._rates().removeprefix(", ")
+        if self._live is not None:
+            self._live.update(self._task, completed=self.done, note=note)
+        elif time.monotonic() - self._said > _PLAIN_SECONDS and self.done < self.total:
+            self._said = time.monotonic()
+            remaining = self._elapsed() * (self.total - self.done) / max(1, self.done - self._first)
+            line = f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, {note}, {remaining:.0f} s left"
+            self._print(line)
+
+    def _elapsed(self) -> float:
+        return max(1e-9, time.monotonic() - self._started_at)
+
+    def _rates(self) -> str:
+        if not self._tokens:
+            return ""
+        elapsed = self._elapsed()
+        return f", {(self.done - self._first) / elapsed:,.1f} {self.unit}/s, {self._tokens / elapsed:,.0f} tokens/s"
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, markup=False)
+
+
+class Tracker(Protocol):
+    """Where metrics go."""
+
+    def log(self, metrics: Metrics) -> None:
+        """Record one set of metrics, `training_step` among them."""
+
+    def close(self) -> None:
+        """No more metrics will come."""
+
+
+class JsonlTracker:
+    """One JSON object per line; on resumption lines after the resumed step are dropped."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        kept = [record for record in read_metrics(path) if record["training_step"] <= resumed_step]
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        temporary.replace(path)
+        self.path = path
+
+    def log(self, metrics: Metrics) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def close(self) -> None:
+        pass
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """The records of a metrics.jsonl; a line cut off by a crash is passed over."""
+    records: list[Metrics] = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return records
+
+
+class WandbTracker:
+    """Weights & Biases, in the project and mode that its own environment variables say unless the run does."""
+
+    def __init__(self, config: RunConfig, folder: Path, run_id: str | None) -> None:
+        import wandb
+
+        output = config.output
+        self.run = wandb.init(
+            project=output.wandb_project_name or "open_po",
+            entity=output.wandb_entity,
+            name=output.exp_name,
+            id=run_id,
+            resume="allow" if run_id else None,
+            dir=folder,
+            config=config.flat(),
+        )
+
+    def log(self, metrics: Metrics) -> None:
+        self.run.log(dict(metrics), step=int(metrics["training_step"]))
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Trackers:
+    """All trackers of the main rank; on other ranks there are none."""
+
+    def __init__(self, trackers: list[Tracker]) -> None:
+        self.trackers = trackers
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        for tracker in self.trackers:
+            tracker.log(dict(metrics))
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()

@@ -1,0 +1,213 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import cast
+
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from open_po.checkpoint import TrainingState
+from open_po.config import RunConfig
+from open_po.errors import UserError
+from open_po.evaluate import HeldOut, evaluate
+from open_po.losses import Loss
+from open_po.model import trainable_parameters
+from open_po.output import RunFolder
+from open_po.packing import Planner, Sampler
+from open_po.reference import ReferenceLogps, lookup
+from open_po.runtime import Runtime
+from open_po.tracking import Metrics, PreferenceMeter, Progress, Trackers, peak_memory_bytes
+
+
+@dataclass(kw_only=True)
+class Window:
+    """What happened since metrics were last written."""
+
+    steps: int = 0
+    pairs: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSize:
+    """One optimizer step over all ranks."""
+
+    pairs: int
+    tokens: int
+    response_tokens: int
+    chosen_tokens: int
+
+
+class Trainer:
+    """Runs the optimizer steps of one run, from wherever its state stands to the end."""
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        runtime: Runtime,
+        state: TrainingState,
+        loss: Loss,
+        planner: Planner,
+        sampler: Sampler,
+        steps: int,
+        reference: ReferenceLogps | None,
+        held_out: HeldOut | None,
+        pad: int,
+        folder: RunFolder,
+        trackers: Trackers,
+    ) -> None:
+        # What is trained
+        self.state = state
+        self.parameters = trainable_parameters(state.scorer)
+        self.model, self.optimizer = runtime.accelerator.prepare(state.scorer, state.optimizer)
+        # On what
+        self.loss, self.planner, self.sampler, self.steps = loss, planner, sampler, steps
+        self.reference, self.held_out, self.pad = reference, held_out, pad
+        # And around it
+        self.config, self.runtime, self.folder, self.trackers = config, runtime, folder, trackers
+        self.meter, self.window = PreferenceMeter(), Window()
+
+    def train(self) -> None:
+        """Run to the last step, with the evaluations and checkpoints that fall due.
+
+        Raises UserError if a loss or gradient is not finite (before the update) or a checkpoint cannot be written.
+        """
+        progress, output = self.state.progress, self.config.output
+        if progress.step == 0:
+            self.evaluate()
+        self.model.train()
+        bar = Progress(self.runtime.console, "Training", total=self.steps, unit="steps", done=progress.step)
+        with bar:
+            while progress.step < self.steps:
+                size, metrics = self.train_step()
+                bar.advance(1, tokens=size.tokens, note=_note(metrics))
+                last = progress.step == self.steps
+                if last or _due(progress.step, self.config.train.eval_steps):
+                    self.evaluate()
+                if _due(progress.step, output.checkpointing_steps):
+                    self.state.save(self.folder.checkpoints, self.config, self.runtime)
+
+    def train_step(self) -> tuple[StepSize, Metrics]:
+        """One optimizer step; returns its size and the metrics written after it, if any were due."""
+        start = time.monotonic()
+        progress = self.state.progress
+        indices = self.sampler.step_pairs(progress.step)
+        size = self._size(indices)
+        self._backward(indices, size)
+        limit = self.config.train.max_grad_norm or float("inf")
+        grad_norm = float(cast(Tensor, self.runtime.accelerator.clip_grad_norm_(self.parameters, limit)))
+        self._stop_unless_finite(indices, grad_norm)
+        learning_rate = float(self.state.schedule.get_last_lr()[0])
+        self.optimizer.step()
+        self.state.schedule.step()
+        self.optimizer.zero_grad()
+        progress.step += 1
+        progress.pairs += size.pairs
+        progress.tokens += size.tokens
+        progress.response_tokens += size.response_tokens
+        self._count(size, time.monotonic() - start)
+        if not (_due(progress.step, self.config.train.logging_steps) or progress.step == self.steps):
+            return size, {}
+        return size, self._log(learning_rate, grad_norm)
+
+    def _size(self, indices: list[int]) -> StepSize:
+        data = self.planner.dataset
+        prompt, chosen = int(data.prompt_lengths[indices].sum()), int(data.chosen_lengths[indices].sum())
+        rejected = int(data.rejected_lengths[indices].sum()) if self.planner.with_rejected else 0
+        prompts = prompt * (2 if self.planner.with_rejected else 1)
+        return StepSize(
+            pairs=len(indices),
+            tokens=prompts + chosen + rejected,
+            response_tokens=chosen + rejected,
+            chosen_tokens=chosen,
+        )
+
+    def _backward(self, indices: list[int], size: StepSize) -> None:
+        """Gradients of the step's loss: every pack adds its numerators over the step's global count."""
+        runtime = self.runtime
+        divisor = self.loss.divisor(size.pairs, size.chosen_tokens)
+        packs = self.planner.packs(indices, rank=runtime.rank, world_size=runtime.world_size)
+        # An epoch's last step may have fewer pairs than ranks; a rank without any still joins, with coefficient 0.
+        idle, packs = not packs, packs or [indices[:1]]
+        self.not_finite: list[int] = []
+        for position, pack in enumerate(packs):
+            last = position == len(packs) - 1
+            with nullcontext() if last else runtime.accelerator.no_sync(self.model):
+                policy = self.model(self.planner.batch(pack, self.pad))
+                losses = self.loss(policy, lookup(self.reference, pack, policy))
+                # The ranks' gradients are averaged, hence the factor of their number.
+                coefficient = 0.0 if idle else runtime.world_size / divisor
+                runtime.accelerator.backward(losses.numerators.sum() * coefficient)
+            if not idle:
+                self.meter.add(policy, losses, divisor)
+                bad = ~losses.numerators.detach().isfinite()
+                self.not_finite += [index for index, is_bad in zip(pack, bad.tolist(), strict=True) if is_bad]
+
+    def _stop_unless_finite(self, indices: list[int], grad_norm: float) -> None:
+        bad = self.not_finite if self.runtime.world_size == 1 else gather_object(self.not_finite)
+        if not bad and math.isfinite(grad_norm):
+            return
+        origins = self.planner.dataset.origins
+        named = "; ".join(origins[index] for index in sorted(bad or indices)[:8])
+        more = len(bad or indices) - 8
+        raise UserError(
+            f"step {self.state.progress.step + 1}: the {'loss' if bad else 'gradient'} is not finite, stopped before "
+            f"the update; pairs: {named}{f' and {more} more' if more > 0 else ''}; checkpoints are kept"
+        )
+
+    def _count(self, size: StepSize, seconds: float) -> None:
+        self.state.progress.seconds += seconds
+        self.window.steps += 1
+        self.window.pairs += size.pairs
+        self.window.tokens += size.tokens
+        self.window.seconds += seconds
+
+    def _log(self, learning_rate: float, grad_norm: float) -> Metrics:
+        window, self.window = self.window, Window()
+        means = self.meter.means(self.runtime, window.steps)
+        metrics = {
+            "training_step": self.state.progress.step,
+            "epoch": self.sampler.epochs(self.state.progress.step),
+            "learning_rate": learning_rate,
+            "train_loss": means.pop("loss"),
+            **means,
+            "grad_norm": grad_norm,
+            "perf/tokens_per_second": window.tokens / window.seconds,
+            "perf/pairs_per_second": window.pairs / window.seconds,
+            "perf/peak_memory_gb": peak_memory_bytes() / 1e9,
+        }
+        self.trackers.log(metrics)
+        return metrics
+
+    def evaluate(self) -> None:
+        """Held-out metrics, if there is held-out data."""
+        if self.held_out is None:
+            return
+        scorer = self.state.scorer
+        metrics = evaluate(scorer, self.held_out, self.loss, self.runtime, pad=self.pad)
+        self.trackers.log({"training_step": self.state.progress.step, **metrics})
+        self.runtime.say(f"Held out, step {self.state.progress.step}: {_note(metrics, 'eval/')}")
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _note(metrics: Metrics, prefix: str = "") -> str:
+    """The few numbers a person watches."""
+    shown = {
+        "train_loss": "loss {:.4f}",
+        f"{prefix}loss": "loss {:.4f}",
+        f"{prefix}rewards/accuracy": "accuracy {:.3f}",
+        f"{prefix}rewards/margin": "margin {:.3f}",
+        f"{prefix}logps/chosen": "chosen {:.2f}",
+        "learning_rate": "lr {:.2e}",
+    }
+    return ", ".join(form.format(metrics[name]) for name, form in shown.items() if name in metrics)

@@ -1,0 +1,31 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="open_po",
+    version="0.1.0",
+    description="Preference optimisation of causal language models with cached reference log-probs",
+    license="Apache-2.0",
+    packages=find_packages(include=["open_po", "open_po.*"]),
+    package_data={"open_po": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "accelerate>=1.15",
+        "datasets>=5.0",
+        "huggingface_hub>=1.33",
+        "liger-kernel>=0.8.5",
+        "peft>=0.21",
+        "matplotlib",
+        "numpy",
+        "pyarrow",
+        "pyyaml",
+        "rich",
+        "safetensors",
+        "wandb",
+    ],
+    extras_require={
+        "deepspeed": ["deepspeed>=0.19.8"],
+        "dev": ["mypy", "pytest", "pytest-xdist", "hypothesis", "ruff", "types-PyYAML"],
+    },
+)
