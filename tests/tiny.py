@@ -11,7 +11,28 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-WORDS = "the a red blue small large cat dog house tree runs sleeps eats sees under over and but quickly slowly".split()
+WORDS = [
+    "the",
+    "a",
+    "red",
+    "blue",
+    "small",
+    "large",
+    "cat",
+    "dog",
+    "house",
+    "tree",
+    "runs",
+    "sleeps",
+    "eats",
+    "sees",
+    "under",
+    "over",
+    "and",
+    "but",
+    "quickly",
+    "slowly",
+]
 VOCABULARY = 320
 
 _SMALL = {
