@@ -43,8 +43,8 @@ def fused_logprobs(hidden: Tensor, head: Head, targets: Tensor, *, use_liger: bo
     if len(targets) == 0:  # kernels refuse it; the zero keeps the graph connected
         return hidden.sum(-1).to(_logit_dtype(hidden)) + 0.0 * head.weight.sum()
     if head.scale != 1.0:
-        head = Head(head.weight, None if head.bias is None else head.bias * head.scale, head.softcap)
         hidden = hidden * head.scale
+        head = Head(head.weight, None if head.bias is None else head.bias * head.scale, head.softcap)
     function = _liger_logprobs if use_liger else _chunked_logprobs
     return function(hidden, head, targets)
 
