@@ -1,0 +1,104 @@
+"""What only a CUDA device can show. Run with `pytest tests/gpu -m gpu`; see docs/gpu_checks.md."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from open_po.logprobs import Head, fused_logprobs
+from open_po.model import Numerics, Scorer, load_scorer
+from open_po.packing import pack
+from open_po.run import main
+from tests import tiny
+from tests.test_logprobs import gradients, make, naive_logprobs
+from tests.test_model import PAIRS, as_matrix, scores_one_by_one
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_liger_head_equals_naive(bias: bool, softcap: float | None, dtype: torch.dtype) -> None:
+    states, weight, offset = make(257, 64, 1009, dtype, bias)
+    states = states.detach().cuda().requires_grad_()
+    weight = weight.detach().cuda().requires_grad_()
+    offset = None if offset is None else offset.detach().cuda().requires_grad_()
+    targets = torch.randint(0, 1009, (257,), device="cuda")
+    head = Head(weight, offset, softcap)
+    got, got_grads = gradients(lambda *a: fused_logprobs(*a, use_liger=True), states, head, targets)
+    exact = states.detach().float().requires_grad_()
+    expected, expected_grads = gradients(naive_logprobs, exact, head, targets)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert (got.sum() - expected.sum()).abs() <= tolerance * expected.sum().abs()
+    for mine, theirs in zip(got_grads, expected_grads, strict=True):
+        assert (mine.float() - theirs).norm() <= tolerance * theirs.norm()
+
+
+def on_gpu(folder: Path, numerics: Numerics) -> Scorer:
+    return load_scorer(str(folder), None, numerics, torch.device("cuda"), trust_remote_code=False)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_liger_models_equal_transformers(architecture: str, tmp_path: Path) -> None:
+    tiny.make_model(tmp_path, architecture)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    expected = scores_one_by_one(plain, PAIRS, torch.float32)
+    expected.sum().backward()
+    scorer = on_gpu(tmp_path, Numerics(compute_dtype=torch.float32, weights_dtype=torch.float32, use_liger=True))
+    got: Tensor = as_matrix(scorer(pack(PAIRS, pad_token_id=2)))
+    got.sum().backward()
+    assert ((got.cpu() - expected).abs() <= 1e-4 * expected.abs().clamp(min=1)).all()
+    theirs = dict(plain.named_parameters())
+    for name, parameter in scorer.base.named_parameters():
+        reference = theirs[name].grad
+        assert (parameter.grad.cpu() - reference).abs().max() <= 1e-4 * reference.abs().max().clamp(min=1e-3), name
+
+
+def test_bfloat16_training_moves_weights_at_a_tiny_learning_rate(tmp_path: Path) -> None:
+    folder = tiny.make_model_folder(tmp_path / "model")
+    scorer = on_gpu(folder, Numerics(compute_dtype=torch.bfloat16, weights_dtype=torch.float32, use_liger=True))
+    before = [parameter.detach().clone() for parameter in scorer.parameters()]
+    optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-7, weight_decay=0.0)
+    (-scorer(pack(PAIRS, pad_token_id=2)).chosen.sum()).backward()
+    optimizer.step()
+    for old, new in zip(before, scorer.parameters(), strict=True):
+        moved = (new.detach() - old)[new.grad.abs() > 1e-4]
+        assert (moved.abs() > 0.5e-7).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("lora", [[], ["--use_lora", "--lora_rank", "4"]], ids=["full", "lora"])
+@pytest.mark.parametrize("checkpointing", [[], ["--gradient_checkpointing"]], ids=["plain", "checkpointing"])
+def test_a_run_on_the_gpu_learns(lora: list[str], checkpointing: list[str], tmp_path: Path) -> None:
+    folder = tiny.make_model_folder(tmp_path / "model")
+    data = tiny.write_jsonl(tmp_path / "pairs.jsonl", tiny.text_rows(32))
+    arguments = f"""--model_name_or_path {folder} --mixer_list {data} 1.0 --eval_mixer_list {data} 1.0
+        --reference_cache_dir {tmp_path / "cache"} --output_dir {tmp_path / "out"} --learning_rate 1e-3
+        --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --num_epochs 8""".split()
+    assert main([*arguments, *lora, *checkpointing]) == 0
+    summary = json.loads((tmp_path / "out" / "run_summary.json").read_text())
+    assert summary["numerics"]["kernels"] == "liger"
+    assert summary["numerics"]["compute_dtype"] == "bfloat16"
+    assert abs(summary["eval_before"]["rewards/margin"]) < 0.05
+    assert summary["eval"]["rewards/accuracy"] > 0.9
+
+
+def test_peak_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
+    def peak(tokens: int) -> int:
+        states = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.randn(131_072, 256, device="cuda", requires_grad=True)
+        targets = torch.randint(0, 131_072, (tokens,), device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        fused_logprobs(states, Head(weight), targets, use_liger=True).sum().backward()
+        return torch.cuda.max_memory_allocated() - start
+
+    assert peak(8192) - peak(2048) <= 0.05 * 6144 * 131_072 * 4
