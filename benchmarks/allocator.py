@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-PAIRS, VOCABULARY = 96, 16_384
+PAIRS, VOCABULARY = 48, 16_384
 
 
 def build(folder: Path) -> None:

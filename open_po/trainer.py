@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
@@ -100,10 +101,10 @@ class Trainer:
         progress = self.state.progress
         indices = self.sampler.step_pairs(progress.step)
         size = self._size(indices)
-        self._backward(indices, size)
+        numerators = self._backward(indices, size)
         limit = self.config.train.max_grad_norm or float("inf")
         grad_norm = float(cast(Tensor, self.runtime.accelerator.clip_grad_norm_(self.parameters, limit)))
-        self._stop_unless_finite(indices, grad_norm)
+        self._stop_unless_finite(indices, numerators, grad_norm)
         learning_rate = float(self.state.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.state.schedule.step()
@@ -129,14 +130,17 @@ class Trainer:
             chosen_tokens=chosen,
         )
 
-    def _backward(self, indices: list[int], size: StepSize) -> None:
-        """Gradients of the step's loss: every pack adds its numerators over the step's global count."""
+    def _backward(self, indices: list[int], size: StepSize) -> dict[int, Tensor]:
+        """Gradients of the step's loss: every pack adds its numerators over the step's global count.
+
+        Returns the numerator of each of this rank's pairs; nothing here waits for the device.
+        """
         runtime = self.runtime
         divisor = self.loss.divisor(size.pairs, size.chosen_tokens)
         packs = self.planner.packs(indices, rank=runtime.rank, world_size=runtime.world_size)
         # An epoch's last step may have fewer pairs than ranks; a rank without any still joins, with coefficient 0.
         idle, packs = not packs, packs or [indices[:1]]
-        self.not_finite: list[int] = []
+        numerators: dict[int, Tensor] = {}
         for position, pack in enumerate(packs):
             last = position == len(packs) - 1
             with nullcontext() if last else runtime.accelerator.no_sync(self.model):
@@ -147,11 +151,14 @@ class Trainer:
                 runtime.accelerator.backward(losses.numerators.sum() * coefficient)
             if not idle:
                 self.meter.add(policy, losses, divisor)
-                bad = ~losses.numerators.detach().isfinite()
-                self.not_finite += [index for index, is_bad in zip(pack, bad.tolist(), strict=True) if is_bad]
+                numerators |= zip(pack, losses.numerators.detach(), strict=True)
+        return numerators
 
-    def _stop_unless_finite(self, indices: list[int], grad_norm: float) -> None:
-        bad = self.not_finite if self.runtime.world_size == 1 else gather_object(self.not_finite)
+    def _stop_unless_finite(self, indices: list[int], numerators: dict[int, Tensor], grad_norm: float) -> None:
+        finite = torch.stack(list(numerators.values())).isfinite().tolist() if numerators else []
+        bad = [index for index, is_finite in zip(numerators, finite, strict=True) if not is_finite]
+        if self.runtime.world_size > 1:
+            bad = gather_object(bad)
         if not bad and math.isfinite(grad_norm):
             return
         origins = self.planner.dataset.origins

@@ -102,3 +102,19 @@ def test_peak_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
         return torch.cuda.max_memory_allocated() - start
 
     assert peak(8192) - peak(2048) <= 0.05 * 6144 * 131_072 * 4
+
+
+def test_a_resumed_gpu_run_repeats_its_dropout(tmp_path: Path) -> None:
+    folder = tiny.make_model_folder(tmp_path / "model")
+    data = tiny.write_jsonl(tmp_path / "pairs.jsonl", tiny.text_rows(16))
+    arguments = f"""--model_name_or_path {folder} --mixer_list {data} 1.0 --reference_cache_dir {tmp_path / "cache"}
+        --learning_rate 1e-2 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 --num_epochs 2
+        --use_lora --lora_rank 4 --lora_dropout 0.3 --checkpointing_steps 4 --save_dtype float32""".split()
+    for name in ("first", "second"):
+        assert main([*arguments, "--output_dir", str(tmp_path / name)]) == 0
+        arguments += ["--resume_from_checkpoint", str(tmp_path / "first" / "checkpoints" / "step_000004")]
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("first", "second")
+    )
+    for mine, theirs in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
