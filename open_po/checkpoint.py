@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from open_po.config import RunConfig
 from open_po.errors import UserError
 from open_po.model import Scorer
+from open_po.output import changed_fields, disk_faults
 from open_po.runtime import Runtime
 
 _STATE = "trainer_state.json"
@@ -53,43 +54,42 @@ class TrainingState:
         """
         random_states = gather_object([_random_state()])
         target = folder / f"step_{self.progress.step:06d}"
-        try:
-            runtime.on_main(lambda: self._write(target, config, random_states))
-        except OSError as error:
-            raise UserError(f"{target}: the checkpoint cannot be written ({error}); older ones are kept") from error
+        runtime.on_main(lambda: self._write(target, config, random_states))
         runtime.on_main(lambda: prune(folder, config.output.keep_last_n_checkpoints))
         return target
 
     def _write(self, target: Path, config: RunConfig, random_states: list[Any]) -> None:
         temporary = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        training = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        state = {"progress": dataclasses.asdict(self.progress), "config": config.result_fields()}
         try:
-            save_file(_trained(self.scorer), temporary / "weights.safetensors")
-            training = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
-            torch.save({**training, "random": random_states}, temporary / "training.pt")
-            state = {**dataclasses.asdict(self.progress), "config_digest": config.digest()}
-            (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n")
-            for path in [*temporary.iterdir(), temporary]:
-                _sync(path)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap a full disk
+            with disk_faults(f"{target}: the checkpoint", "older ones are kept"):
+                temporary.mkdir(parents=True)
+                save_file(_trained(self.scorer), temporary / "weights.safetensors")
+                with open(temporary / "training.pt", "wb") as file:
+                    torch.save({**training, "random": random_states}, file)
+                (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n")
+                for path in [*temporary.iterdir(), temporary]:
+                    _sync(path)
+                _remove(target)
+                temporary.rename(target)
+                _sync(target.parent)
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise OSError(" ".join(str(error).split())) from error
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        _sync(target.parent)
 
     def restore(self, checkpoint: Path, config: RunConfig, runtime: Runtime) -> None:
         """Take over the state in `checkpoint`. Raises UserError if it is another configuration's or is damaged."""
         try:
             state = json.loads((checkpoint / _STATE).read_text())
+            progress, theirs = Progress(**state["progress"]), dict(state["config"])
             weights = load_file(checkpoint / "weights.safetensors")
             training = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # each reader has error types of its own
-            raise UserError(f"resume_from_checkpoint {checkpoint}: cannot be read ({error})") from error
-        if state.pop("config_digest") != config.digest():
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"resume_from_checkpoint {checkpoint}: is no whole checkpoint ({reason})") from error
+        if changed := changed_fields(theirs, config):
             raise UserError(
-                f"resume_from_checkpoint {checkpoint}: was written under another configuration; "
+                f"resume_from_checkpoint {checkpoint}: was written under another configuration ({changed}); "
                 "resume with the one it was started with"
             )
         if len(training["random"]) != runtime.world_size:
@@ -103,26 +103,32 @@ class TrainingState:
                 parameters[name].copy_(value)
         self.optimizer.load_state_dict(training["optimizer"])
         self.schedule.load_state_dict(training["schedule"])
-        for name, value in state.items():
-            setattr(self.progress, name, value)
+        vars(self.progress).update(vars(progress))
         _restore_random_state(training["random"][runtime.rank])
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step in `folder`, if any."""
-    found = sorted(folder.glob("step_*/" + _STATE), key=lambda path: int(path.parent.name.removeprefix("step_")))
-    return found[-1].parent if found else None
+    return next(reversed(_checkpoints(folder)), None)
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints, and what crashes left behind."""
-    for leftover in [*folder.glob(".step_*.partial"), *folder.glob(".step_*.old")]:
-        shutil.rmtree(leftover)
-    steps = sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
-    for step in steps[:-keep]:
-        # Renamed first: a checkpoint that is being removed must not be taken for a whole one.
-        doomed = folder / f".step_{step:06d}.old"
-        (folder / f"step_{step:06d}").rename(doomed)
+    """Remove all but the `keep` newest checkpoints."""
+    for checkpoint in _checkpoints(folder)[:-keep]:
+        _remove(checkpoint)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints, the oldest first."""
+    steps = {path: re.fullmatch(r"step_(\d+)", path.name) for path in folder.glob("step_*")}
+    return sorted((path for path, step in steps.items() if step), key=lambda path: int(path.name[5:]))
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, if it exists. It is renamed first: half of one must not be taken for a whole one."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.old")
+    if checkpoint.exists():
+        checkpoint.rename(doomed)
         shutil.rmtree(doomed)
 
 
@@ -141,7 +147,7 @@ def _random_state() -> dict[str, Any]:
 
 def _restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
-    if state["gpu"] is not None:
+    if state["gpu"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["gpu"])
 
 

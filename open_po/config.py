@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from open_po.errors import ConfigError
 from open_po.losses import Loss, loss_spec
@@ -65,7 +67,7 @@ class DataConfig:
     mixer_list: list[str] | None = option(
         None, "training data: NAME AMOUNT [NAME AMOUNT ...]; an amount is a fraction (0.5) or a count of rows (1000)"
     )
-    dataset_mixer: dict[str, float] | None = option(None, "the same as a YAML mapping NAME: AMOUNT")
+    dataset_mixer: dict[str, str] | None = option(None, "the same as a YAML mapping NAME: AMOUNT")
     mixer_list_splits: list[str] = option(["train"], "one split for all datasets, or one for each: train, train[:90%]")
     eval_mixer_list: list[str] | None = option(None, "held-out data, written as mixer_list", shapes_result=False)
     eval_mixer_list_splits: list[str] = option(["train"], "splits of the held-out data", shapes_result=False)
@@ -232,31 +234,61 @@ def mixture(items: Sequence[str]) -> list[tuple[str, int | float]]:
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which numbers and dates stay text, since a field's type says what they are; a repeated key is an error.
+
+    So `1e-7` is a number, and a commit `0123456` or a version `1.10` is kept as it is written.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConstructorError(None, None, f"{name} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("bool", "null", "merge")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+class _Words(list[str]):
+    """The words behind a flag, not yet read as its field's type."""
+
+
 def load_config(arguments: Sequence[str]) -> RunConfig:
     """The configuration of a command line `CONFIG.yaml [MORE.yaml ...] [--field value ...]`.
 
     Raises ConfigError with every problem found.
     """
     values, problems = _read_arguments(arguments)
-    unknown = [name for name in values if name not in FIELDS]
-    problems += [_unknown_field(name) for name in unknown]
     typed: dict[str, Any] = {}
     mistyped: set[str] = set()
     for name, value in values.items():
-        if name in FIELDS:
-            try:
-                typed[name] = _convert(value, FIELDS[name][2])
-            except ValueError as error:
-                mistyped.add(name)
-                problems.append(f"{name}: {error}")
+        if name not in FIELDS:
+            problems.append(_unknown_field(name))
+            continue
+        try:
+            typed[name] = _convert(value, FIELDS[name][2])
+        except ValueError as error:
+            mistyped.add(name)
+            problems.append(f"{name}: {error}")
     sections = {
         section: cls(**{k: v for k, v in typed.items() if FIELDS[k][0] == section}) for section, cls in SECTIONS.items()
     }
     config = RunConfig(**sections)
-    problems += [problem for problem in _contradictions(config) if problem.split(":")[0] not in mistyped]
+    # A mistyped field has its default here: what that contradicts is no problem of the user's.
+    problems += [problem for problem in _contradictions(config) if not _names(problem) & mistyped]
     if problems:
         raise ConfigError(problems)
     return _resolve(config)
+
+
+def _names(problem: str) -> set[str]:
+    """The fields that a line speaks of before its advice."""
+    return set(re.findall(r"\w+", problem.split(";")[0]))
 
 
 def _read_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -270,21 +302,25 @@ def _read_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]
     while position < len(arguments):
         name, equals, inline = arguments[position][2:].partition("=")
         position += 1
-        words = [inline] if equals else []
+        words = _Words([inline] if equals else [])
         while position < len(arguments) and not arguments[position].startswith("--"):
             words.append(arguments[position])
             position += 1
-        values[name] = _flag_value(name, words, problems)
+        values[name] = words
     return values, problems
 
 
 def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         problems.append(f"{path}: cannot be read ({error.strerror}); configuration files come before the --flags")
         return {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        problems.append(f"{path}{line}: is not valid YAML ({error.problem})")
+        return {}
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a tag such as !!int before other text
         problems.append(f"{path}: is not valid YAML ({' '.join(str(error).split())})")
         return {}
     if content is None:
@@ -293,26 +329,6 @@ def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{path}: must be a mapping of field names to values")
         return {}
     return content
-
-
-def _flag_value(name: str, words: list[str], problems: list[str]) -> Any:
-    hint = FIELDS[name][2] if name in FIELDS else str
-    if _accepts(hint, list):
-        return words
-    if len(words) > 1:
-        problems.append(f"{name}: takes one value, got {' '.join(words)}")
-        return None
-    if not words:
-        if not _accepts(hint, bool):
-            problems.append(f"{name}: no value follows the flag")
-            return None
-        return True
-    if _accepts(hint, str) or typing.get_origin(hint) is Literal:
-        return None if words[0] == "null" else words[0]
-    try:
-        return yaml.safe_load(words[0])
-    except yaml.YAMLError:
-        return words[0]
 
 
 def _unknown_field(name: str) -> str:
@@ -330,41 +346,60 @@ def _accepts(hint: Any, kind: type) -> bool:
 
 def _convert(value: Any, hint: Any) -> Any:
     """`value` as the type `hint`; raises ValueError saying what is expected and what came."""
-    alternatives = _alternatives(hint)
-    if value is None and type(None) in alternatives:
+    if isinstance(value, _Words):
+        value = _read_words(value, hint)
+    if value is None and _accepts(hint, type(None)):
         return None
-    for alternative in alternatives:
+    for alternative in _alternatives(hint):
         converted = _convert_one(value, alternative)
         if converted is not None:
             return converted
     raise ValueError(f"expects {_describe(hint)}, got {value!r}")
 
 
+def _read_words(words: _Words, hint: Any) -> Any:
+    """What YAML would have given in place of a flag's words; raises ValueError if there are too few or too many."""
+    if not words:
+        if _accepts(hint, bool):
+            return True
+        raise ValueError("no value follows the flag")
+    if words == ["null"]:
+        return None
+    if _accepts(hint, list):
+        return list(words)
+    if len(words) > 1:
+        raise ValueError(f"takes one value, got {' '.join(words)}")
+    if _accepts(hint, bool) or _accepts(hint, dict):
+        try:
+            return yaml.load(words[0], _Loader)
+        except (yaml.YAMLError, ValueError):
+            pass  # _convert says what is expected
+    return words[0]
+
+
 def _convert_one(value: Any, hint: Any) -> Any:
-    """`value` as one plain type, or None if it does not fit."""
+    """`value` (text, true, false, null, a list or a mapping) as one plain type; None if it does not fit."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value if value in arguments else None
     if origin is list:
-        items = value if isinstance(value, list) else [value]
-        return [str(item) for item in items] if all(isinstance(item, str | int | float) for item in items) else None
+        items = value.split() if isinstance(value, str) else value
+        return items if isinstance(items, list) and items and all(map(_is_word, items)) else None
     if origin is dict:
-        numbers = isinstance(value, dict) and all(
-            isinstance(v, int | float) and not isinstance(v, bool) for v in value.values()
-        )
-        return {str(k): v for k, v in value.items()} if numbers else None
-    if hint is bool or isinstance(value, bool):
-        return value if hint is bool and isinstance(value, bool) else None
-    if hint is float and isinstance(value, str):  # YAML reads 1e-7 as a string
-        try:
-            return float(value)
-        except ValueError:
-            return None
-    if hint is float and isinstance(value, int):
-        return float(value)
-    if hint is str and isinstance(value, int | float):
-        return str(value)
-    return value if isinstance(hint, type) and isinstance(value, hint) else None
+        fits = isinstance(value, dict) and value and all(map(_is_word, [*value, *value.values()]))
+        return value if fits else None
+    if hint is bool:
+        return value if isinstance(value, bool) else None
+    if hint is type(None) or not _is_word(value):
+        return None
+    try:
+        return hint(value)  # str, int or float
+    except ValueError:
+        return None
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def _describe(hint: Any) -> str:
@@ -394,6 +429,8 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
     train, output = config.train, config.output
     if train.eval_steps is not None and config.data.eval_mixer_list is None:
         yield "eval_steps: needs eval_mixer_list, the held-out data"
+    if train.seed >= 2**32:
+        yield f"seed: must be below {2**32}, got {train.seed}"
     if train.weight_decay and train.optimizer != "adamw":
         yield f"weight_decay: is not applied by optimizer {train.optimizer}; set it to 0 or use adamw"
     if train.lr_scheduler_type == "constant" and train.warmup_ratio not in (0.0, TrainConfig.warmup_ratio):
@@ -452,11 +489,15 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         yield "dataset_mixer: contradicts mixer_list; give the training data once"
     if data.mixer_list is None and not data.dataset_mixer:
         yield "mixer_list: is required, the training data (or dataset_mixer in YAML)"
+    if data.max_seq_length == 1:
+        yield "max_seq_length: must be at least 2, a token of the prompt and one of the response"
     if data.max_prompt_length is not None and data.max_prompt_length >= data.max_seq_length:
         yield (
             f"max_prompt_length: {data.max_prompt_length} leaves no room for a response in "
             f"max_seq_length {data.max_seq_length}"
         )
+    if data.eval_mixer_list is None and data.eval_mixer_list_splits != DataConfig().eval_mixer_list_splits:
+        yield "eval_mixer_list_splits: needs eval_mixer_list, the held-out data"
     mixers = {"mixer_list": _training_items(data), "eval_mixer_list": data.eval_mixer_list}
     for name, items in mixers.items():
         if items is None:
@@ -474,22 +515,22 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
 def _training_items(data: DataConfig) -> list[str] | None:
     """The training mixture as a flat list, whichever of the two fields gave it."""
     if data.mixer_list is None and data.dataset_mixer:
-        return [word for name, amount in data.dataset_mixer.items() for word in (name, str(amount))]
+        return [word for name, amount in data.dataset_mixer.items() for word in (name, amount)]
     return data.mixer_list
 
 
 def _loss_problems(config: RunConfig) -> Iterator[str]:
+    reference = config.reference
+    if reference.reference_model_revision is not None and reference.reference_model_name_or_path is None:
+        yield "reference_model_revision: needs reference_model_name_or_path"
     try:
         spec = config.loss.loss().spec
     except ValueError as error:
         for line in str(error).splitlines():
             yield line if line.startswith("loss_type") else f"loss_type {config.loss.loss_type}: {line}"
         return
-    reference = config.reference
     if reference.reference_model_name_or_path is not None and not spec.needs_reference:
         yield f"reference_model_name_or_path: loss_type {spec.name} uses no reference model"
-    if reference.reference_model_revision is not None and reference.reference_model_name_or_path is None:
-        yield "reference_model_revision: needs reference_model_name_or_path"
 
 
 def _resolve(config: RunConfig) -> RunConfig:

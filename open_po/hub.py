@@ -22,7 +22,7 @@ def create_repository(output: OutputConfig) -> str:
         url = HfApi().create_repo(name, private=private, exist_ok=True)
         if output.hf_repo_revision is not None:
             HfApi().create_branch(url.repo_id, branch=output.hf_repo_revision, exist_ok=True)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # the client's own errors, or those of the HTTP library it is built on
         raise UserError(f"push_to_hub: repository {name} cannot be made or reached ({_reason(error)})") from error
     return url.repo_id
 
@@ -39,13 +39,20 @@ def upload(folder: Path, repository: str, revision: str | None) -> None:
                 ignore_patterns=["checkpoints/*", "wandb/*", ".*"],
             )
             return
-        except (HfHubHTTPError, OSError) as error:
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 503
-            if wait is None or status < 500:
+        except Exception as error:  # see create_repository
+            if wait is None or not _may_pass(error):
                 raise UserError(
                     f"push_to_hub: the upload to {repository} failed ({_reason(error)}); the model is in {folder}"
                 ) from error
             time.sleep(wait)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether trying again may help: the server was busy or broken, or did not answer at all."""
+    if not isinstance(error, HfHubHTTPError):
+        return True
+    status = error.response.status_code
+    return status >= 500 or status in (408, 429)
 
 
 def _reason(error: Exception) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,48 @@ from open_po.errors import UserError
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """`write` a file under a temporary name, fsync it and only then give it its own: it is never seen half-written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names no file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_faults(what: str, kept: str) -> Iterator[None]:
+    """Raise a UserError for a full or failing disk, whatever type of error a library wraps it in."""
+    try:
+        yield
+    except Exception as error:
+        reason = _disk_fault(error)
+        if reason is None:
+            raise
+        raise UserError(f"{what} cannot be written ({reason}); {kept}") from error
+
+
+def _disk_fault(error: BaseException | None) -> str | None:
+    """What the system said about the file, if that is what `error` is about."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.strerror or str(error)
+        if found := re.search(r"([^:]+) \(os error \d+\)", str(error)):  # safetensors, tokenizers
+            return found[1].strip()
+        error = error.__cause__ or error.__context__  # torch.save
+    return None
+
+
+def changed_fields(theirs: Mapping[str, Any], config: RunConfig) -> str:
+    """The fields that shape a result and differ from those of an earlier run, with both values; empty if none do."""
+    ours = config.result_fields()
+    return "; ".join(
+        f"{name} was {theirs.get(name)}, is {ours[name]}" for name in ours if theirs.get(name) != ours[name]
+    )
 
 
 class RunFolder:
@@ -42,14 +77,19 @@ class RunFolder:
     def claim(self, config: RunConfig) -> None:
         """Make the folder this run's. Raises UserError, before anything is changed, if it holds something else."""
         try:
-            if self.path.exists() and any(self.path.iterdir()):
+            if self.path.exists():
                 self._refuse_other_run(config)
             self.path.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
             write_atomically(self.config, lambda path: path.write_text(config.to_yaml()))
         except OSError as error:
             raise UserError(f"output_dir {self.path}: cannot be written ({error.strerror})") from error
 
     def _refuse_other_run(self, config: RunConfig) -> None:
+        held = {item.name for item in self.path.iterdir() if not item.match(f".{self.config.name}.*.partial")}
+        failed_early = held <= {self.config.name, self.summary.name} and self._recorded().get("status") == "failed"
+        if not held or failed_early:  # a run that failed before it made anything does not stand in the way
+            return
         if not self.config.is_file():
             raise UserError(f"output_dir {self.path}: is not empty and holds no run; choose another folder")
         if config.output.resume_from_checkpoint is None:
@@ -57,18 +97,36 @@ class RunFolder:
                 f"output_dir {self.path}: holds another run; choose another folder, or continue that run with "
                 "--resume_from_checkpoint auto"
             )
-        theirs = yaml.safe_load(self.config.read_text()) or {}
-        ours = config.result_fields()
-        changed = [f"{name} was {theirs.get(name)}, is {ours[name]}" for name in ours if theirs.get(name) != ours[name]]
-        if changed:
+        try:
+            theirs = yaml.safe_load(self.config.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            theirs = None
+        if not isinstance(theirs, dict):
+            raise UserError(f"output_dir {self.path}: its {self.config.name} is damaged; choose another folder")
+        if changed := changed_fields(theirs, config):
             raise UserError(
-                f"output_dir {self.path}: holds a run of another configuration ({'; '.join(changed)}); "
-                "choose another folder"
+                f"output_dir {self.path}: holds a run of another configuration ({changed}); choose another folder"
             )
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a killed run was in the middle of writing."""
+        for leftover in [*self.path.glob(".*.partial"), *self.checkpoints.glob(".step_*"), self.path / ".staging"]:
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
 
     def is_complete(self) -> bool:
         """Whether the run that owns the folder has ended well."""
-        return self.summary.is_file() and json.loads(self.summary.read_text()).get("status") == "completed"
+        return self._recorded().get("status") == "completed"
+
+    def _recorded(self) -> dict[str, Any]:
+        """What run_summary.json says; empty if there is none that can be read."""
+        try:
+            recorded = json.loads(self.summary.read_text())
+        except (OSError, ValueError):
+            return {}
+        return recorded if isinstance(recorded, dict) else {}
 
     @contextmanager
     def recording_failure(self, is_main: bool) -> Iterator[None]:
@@ -79,23 +137,29 @@ class RunFolder:
             yield
         except BaseException as error:
             if is_main:
+                failure = {"status": "failed", "error": str(error) or type(error).__name__}
                 with suppress(OSError):  # a full disk must not hide the error that is on its way
-                    self.write_summary({"status": "failed", "error": str(error) or type(error).__name__})
+                    self.write_summary(self._recorded() | failure)
             raise
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """A folder to write files into that then move to this one, each whole."""
+        """A folder to write files into that then move to this one, each whole.
+
+        Raises UserError if the disk refuses; what was written is removed, checkpoints are kept.
+        """
         staged = self.path / ".staging"
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir()
-        yield staged
-        for item in staged.iterdir():
-            target = self.path / item.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            item.replace(target)
-        staged.rmdir()
+        try:
+            with disk_faults(f"{self.path}: the model", "checkpoints are kept"):
+                staged.mkdir()
+                yield staged
+                for item in staged.iterdir():
+                    target = self.path / item.name
+                    if target.is_dir():
+                        shutil.rmtree(target)
+                    item.replace(target)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replace run_summary.json."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from open_po.output import write_atomically
 from open_po.tracking import Metrics
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "liger-kernel", "peft")
@@ -56,46 +58,54 @@ def summary_table(summary: dict[str, Any], folder: Path) -> Table:
     return table
 
 
+_PANELS = (
+    ("Loss", ("loss",)),
+    ("Reward accuracy", ("rewards/accuracy",)),
+    ("Reward margin", ("rewards/margin",)),
+    ("Log-prob per response (nats)", ("logps/chosen", "logps/rejected")),
+)
+
+
 def plot_curves(records: Sequence[Metrics], path: Path, title: str) -> None:
-    """Loss, reward accuracy, reward margin and log-probs over the steps, held-out values as dots."""
+    """Loss, reward accuracy, reward margin and log-probs over the steps, as far as the run measured them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    train = [record for record in records if "train_loss" in record]
+    train = [{**record, "loss": record["train_loss"]} for record in records if "train_loss" in record]
     held_out = evaluations(records)
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = [panel for panel in _PANELS if any(panel[1][0] in record for record in [*train, *held_out])]
+    rows = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(11, 0.4 + 3.3 * rows), layout="constrained")
     figure.suptitle(title)
-    panels = (
-        ("Loss", ("loss",)),
-        ("Reward accuracy", ("rewards/accuracy",)),
-        ("Reward margin", ("rewards/margin",)),
-        ("Log-prob per response (nats)", ("logps/chosen", "logps/rejected")),
-    )
-    for axes, (label, names) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    for axes, (label, names) in zip(figure.subplots(rows, 2).flat, panels, strict=True):
         for name, colour in zip(names, ("tab:blue", "tab:red"), strict=False):
             who = f" {name.removeprefix('logps/')}" if len(names) > 1 else ""
-            _draw(axes, train, "train_loss" if name == "loss" else name, colour, f"training{who}")
-            points = [(r["training_step"], r[name]) for r in held_out if name in r]
-            if points:
+            _draw(axes, _series(train, name), colour, f"training{who}")
+            if points := _series(held_out, name):
                 axes.plot(*zip(*points, strict=True), "o--", color=colour, markersize=5, label=f"held out{who}")
         axes.set_title(label)
         axes.set_xlabel("optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-        if axes.has_data():
-            axes.legend()
-        else:
-            axes.text(0.5, 0.5, "not measured by this loss", ha="center", transform=axes.transAxes)
-    FigureCanvasAgg(figure).print_figure(path, dpi=110)
+        axes.legend()
+    canvas = FigureCanvasAgg(figure)
+    write_atomically(path, lambda temporary: canvas.print_figure(temporary, dpi=110, format="png"))
 
 
-def _draw(axes: Any, records: Sequence[Metrics], name: str, colour: str, label: str) -> None:
-    """A series and, once it is long enough to be noisy, its running mean."""
-    points = [(record["training_step"], record[name]) for record in records if name in record]
+def _series(records: Sequence[Metrics], name: str) -> list[tuple[float, float]]:
+    return [(record["training_step"], record[name]) for record in records if name in record]
+
+
+def _draw(axes: Any, points: Sequence[tuple[float, float]], colour: str, label: str) -> None:
+    """A series: a mark if it is one point, and its running mean if it is long enough to be noisy."""
     if not points:
         return
     steps, values = zip(*points, strict=True)
-    window = len(values) // 25
-    axes.plot(steps, values, color=colour, alpha=0.3 if window > 1 else 1.0, label=None if window > 1 else label)
-    if window > 1:
-        means = [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]
-        axes.plot(steps, means, color=colour, label=f"{label}, mean of {window}")
+    window = len(values) // 20
+    if window < 3:
+        axes.plot(steps, values, "s" if len(values) == 1 else "-", color=colour, label=label)
+        return
+    means = [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+    axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
+    axes.plot(steps, means, color=colour, label=f"{label}, mean of {window}")

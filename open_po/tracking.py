@@ -14,10 +14,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 from torch import Tensor
 
 from open_po.config import RunConfig
+from open_po.errors import UserError
 from open_po.losses import PairLogps, PairLosses
+from open_po.output import disk_faults, write_atomically
 from open_po.runtime import Runtime
 
 Metrics = dict[str, float]
@@ -105,12 +108,13 @@ class Progress:
         if console.is_terminal and not console.quiet:
             self._live = RichProgress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=16),
                 TextColumn("{task.completed:,}/{task.total:,} " + unit),
                 TimeRemainingColumn(compact=True),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True)),
                 console=console,
                 transient=True,
+                expand=True,  # a narrow terminal cuts the note, not the time left
             )
 
     def __enter__(self) -> Progress:
@@ -168,13 +172,12 @@ class JsonlTracker:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         kept = [record for record in read_metrics(path) if record["training_step"] <= resumed_step]
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        temporary.replace(path)
+        lines = "".join(json.dumps(record) + "\n" for record in kept)
+        write_atomically(path, lambda temporary: temporary.write_text(lines))
         self.path = path
 
     def log(self, metrics: Metrics) -> None:
-        with open(self.path, "a") as file:
+        with disk_faults(str(self.path), "checkpoints are kept"), open(self.path, "a") as file:
             file.write(json.dumps(metrics) + "\n")
 
     def close(self) -> None:
@@ -200,15 +203,21 @@ class WandbTracker:
         import wandb
 
         output = config.output
-        self.run = wandb.init(
-            project=output.wandb_project_name or "open_po",
-            entity=output.wandb_entity,
-            name=output.exp_name,
-            id=run_id,
-            resume="allow" if run_id else None,
-            dir=folder,
-            config=config.flat(),
-        )
+        try:
+            self.run = wandb.init(
+                project=output.wandb_project_name or "open_po",
+                entity=output.wandb_entity,
+                name=output.exp_name,
+                id=run_id,
+                resume="allow" if run_id else None,
+                dir=folder,
+                config=config.flat(),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"with_tracking: W&B cannot start ({' '.join(str(error).split())}); log in with `wandb login`, or set "
+                "WANDB_MODE=offline"
+            ) from error
 
     def log(self, metrics: Metrics) -> None:
         self.run.log(dict(metrics), step=int(metrics["training_step"]))

@@ -25,9 +25,9 @@ def chat_template(name: str) -> str:
     if name in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[name]
     try:
-        return Path(name).expanduser().read_text()
-    except OSError as error:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"chat_template_name {name!r} is neither {' nor '.join(CHAT_TEMPLATES)} nor a readable file "
-            f"({error.strerror})"
+            f"({error.strerror if isinstance(error, OSError) else error})"
         ) from error

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from open_po.data.formats import RowError, parse_row
-from open_po.data.sources import Part, load_mixture
+from open_po.data.sources import Part, load_mixture, row_fields
 from open_po.data.tokenization import LeftOut, PreferencePair, Truncation, response_key, tokenise, tokenizer_digest
 from open_po.errors import UserError
 
@@ -80,19 +80,19 @@ def load_pairs(
     tokenised = [_tokenise_part(part, tokenizer, truncation, num_workers) for part in parts]
     origins = [f"{part.name} row {number}" for part in parts for number in part.row_numbers]
     rows = datasets.concatenate_datasets(tokenised) if len(tokenised) > 1 else tokenised[0]
-    columns = rows.with_format("numpy", columns=["error", "left_out", "lengths", "cut"])[:]
-    _stop_at_errors(columns["error"], origins)
+    _stop_at_errors(rows["error"][:], origins)
+    reasons = rows["left_out"][:]
     left_out: dict[str, list[str]] = {}
-    for origin, reason in zip(origins, columns["left_out"], strict=True):
+    for origin, reason in zip(origins, reasons, strict=True):
         if reason:
-            left_out.setdefault(str(reason), []).append(origin)
-    kept = [index for index, reason in enumerate(columns["left_out"]) if not reason]
+            left_out.setdefault(reason, []).append(origin)
+    kept = [index for index, reason in enumerate(reasons) if not reason]
     if not kept:
-        reasons = ", ".join(f"{len(where)} {reason}" for reason, where in left_out.items())
-        raise UserError(f"{' '.join(items)}: none of {len(origins)} rows can train ({reasons})")
+        counts = ", ".join(f"{len(where)} {reason}" for reason, where in left_out.items())
+        raise UserError(f"{' '.join(items)}: none of {len(origins)} rows can train ({counts})")
     trainable = rows.select(kept)
-    lengths = np.asarray(columns["lengths"], dtype=np.int64)[kept]
-    cut = np.asarray(columns["cut"], dtype=bool)[kept]
+    columns = trainable.with_format("numpy", columns=["lengths", "cut"])[:]
+    lengths, cut = columns["lengths"].astype(np.int64), columns["cut"].astype(bool)
     return PairDataset(
         rows=trainable.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]),
         origins=[origins[index] for index in kept],
@@ -113,9 +113,8 @@ def _stop_at_errors(errors: Sequence[str], origins: Sequence[str]) -> None:
         origin, error = bad[0]
         more = Counter(error for _, error in bad)[error] - 1
         others = len(bad) - 1 - more
-        also = f"; so do {more} more rows" if more else ""
-        also += f"; {others} rows have other faults" if others else ""
-        raise UserError(f"{origin}: {error}{also}")
+        rest = [f"{more} more like it"] * bool(more) + [f"{others} with other faults"] * bool(others)
+        raise UserError(f"{origin}: {error}" + (f" (rows: {', '.join(rest)})" if rest else ""))
 
 
 def _tokenise_part(
@@ -157,7 +156,7 @@ def _tokenise_row(
     """One row of `_FEATURES`. Faults are returned rather than raised, so that all of them can be reported."""
     pair, cut, error, left_out = PreferencePair([], [], []), [False, False], "", ""
     try:
-        pair, *cut = tokenise(parse_row(row), tokenizer, truncation)
+        pair, *cut = tokenise(parse_row(row_fields(row)), tokenizer, truncation)
     except RowError as fault:
         error = str(fault)
     except LeftOut as reason:

@@ -60,46 +60,43 @@ def parse_row(row: Mapping[str, Any]) -> TextPair | MessagePair:
     for name in ("chosen", "rejected"):
         if row.get(name) is None:
             raise RowError(f"field {name} is missing; fields: {', '.join(k for k, v in row.items() if v is not None)}")
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if row.get("conversations") is not None:
         return _share_gpt(row)
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None:
             return _transcripts(chosen, rejected)
         if isinstance(prompt, str):
             return TextPair(prompt, chosen, rejected)
-        return MessagePair(_messages(prompt, "prompt"), [_answer(chosen)], [_answer(rejected)])
     return _message_row(prompt, _messages(chosen, "chosen"), _messages(rejected, "rejected"))
 
 
 def _message_row(prompt: Any, chosen: list[Message], rejected: list[Message]) -> MessagePair:
-    shared = _shared_prefix(chosen, rejected)
-    if prompt is None or (isinstance(prompt, str) and shared):
-        if not shared:
-            raise RowError("field prompt is missing, and chosen and rejected share no first message")
-        return MessagePair(chosen[: len(shared)], chosen[len(shared) :], rejected[len(shared) :])
-    opening = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, "prompt")
-    whole = chosen[: len(opening)] == opening == rejected[: len(opening)]
-    start = len(opening) if whole and min(len(chosen), len(rejected)) > len(opening) else 0
-    return MessagePair(opening, chosen[start:], rejected[start:])
+    if prompt is None or (isinstance(prompt, str) and chosen[0]["role"] != "assistant"):
+        # Whole conversations; at least one message is left to each as its answer.
+        start = common_prefix_length(chosen[:-1], rejected[:-1])
+        if not start:
+            raise RowError("chosen and rejected share no first message, so there is no prompt")
+        opening = chosen[:start]
+    else:
+        opening = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, "prompt")
+        start = len(opening) if opening == chosen[: len(opening)] == rejected[: len(opening)] else 0
+    return _message_pair(opening, chosen[start:], rejected[start:])
 
 
-def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Message]:
-    """Leading messages that both have; at least one message is left to each as its answer."""
-    length = common_prefix_length(chosen[:-1], rejected[:-1])
-    if length and {chosen[length]["role"], rejected[length]["role"]} != {"assistant"}:
-        raise RowError(f"chosen and rejected differ in message {length + 1}, which is not the assistant's")
-    return chosen[:length]
+def _message_pair(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> MessagePair:
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not answer or answer[0]["role"] != "assistant":
+            found = f"a message of role {answer[0]['role']}" if answer else "nothing"
+            raise RowError(f"field {name} has {found} after the prompt, where the assistant's answer should be")
+    return MessagePair(prompt, chosen, rejected)
 
 
 def _share_gpt(row: Mapping[str, Any]) -> MessagePair:
     system = row.get("system")
     opening = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
-    answers = [
-        [_answer(row[name])] if isinstance(row[name], str) else _messages(row[name], name)
-        for name in ("chosen", "rejected")
-    ]
-    return MessagePair(opening + _messages(row["conversations"], "conversations"), *answers)
+    prompt = opening + _messages(row["conversations"], "conversations")
+    return _message_pair(prompt, _messages(row["chosen"], "chosen"), _messages(row["rejected"], "rejected"))
 
 
 def _transcripts(chosen: str, rejected: str) -> TextPair:
@@ -112,14 +109,14 @@ def _transcripts(chosen: str, rejected: str) -> TextPair:
     return TextPair(chosen[:end], chosen[end:], rejected[end:])
 
 
-def _answer(text: str) -> Message:
-    return {"role": "assistant", "content": text}
-
-
 def _messages(value: Any, name: str) -> list[Message]:
+    """Messages as a list. Text is the assistant's answer, except in `prompt` and `conversations`."""
+    if isinstance(value, str) and name in ("chosen", "rejected"):
+        return [{"role": "assistant", "content": value}]
     items = [value] if isinstance(value, Mapping) else value
     if not isinstance(items, list) or not items:
-        raise RowError(f"field {name} is {_kind(value)}, expected text, a message or a list of messages")
+        expected = "messages" if name == "conversations" else "text, a message or a list of messages"
+        raise RowError(f"field {name} is {_kind(value)}, expected {expected}")
     return [_message(item, name) for item in items]
 
 
@@ -134,5 +131,6 @@ def _message(item: Any, name: str) -> Message:
 
 
 def _kind(value: Any) -> str:
-    kinds = {str: "text", list: "an empty list", dict: "a mapping", type(None): "empty"}
-    return kinds.get(type(value), type(value).__name__)
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return "text" if isinstance(value, str) else type(value).__name__

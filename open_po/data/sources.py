@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import csv
+import glob
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import datasets
 import torch
 from datasets import Dataset
+from pyarrow import parquet
 
 from open_po.config import mixture
 from open_po.errors import UserError
 
-_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+_TYPES = ", ".join(_FILE_TYPES)
 
 # Rows of a subset, and the order of a mixture, are drawn by this constant and not by the run's seed, so that a sweep
 # over seeds trains on the same rows and finds their reference log-probs in the cache.
 _DRAW_SEED = 0
+
+# `datasets` guesses the types of a JSON or CSV column from its values: answers that look like dates become timestamps
+# and are changed even if text is asked for, `007` becomes 7, and `NA` is taken for a missing answer. So the rows of
+# these files are kept whole, as JSON, in one column.
+_JSON_ROW = "open_po_json_row"
+_READING_VERSION = 1  # part of the name under which they are kept: raise it when a file gives other rows than before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +39,8 @@ class Part:
     """The rows of one dataset that a mixture takes."""
 
     name: str  # for messages
-    rows: Dataset
-    row_numbers: list[int]  # of each row in its dataset, from 1
+    rows: Dataset  # `row_fields` reads one
+    row_numbers: Sequence[int]  # of each row, from 1: in the file, or in the split of a Hub dataset
 
     def draw(self, count: int) -> Part:
         """`count` rows in their old order."""
@@ -48,13 +60,18 @@ def load_mixture(items: Sequence[str], splits: Sequence[str], max_rows: int | No
     per_part = list(splits) * len(wanted) if len(splits) == 1 else splits
     parts: list[Part] = []
     for (name, amount), split in zip(wanted, per_part, strict=True):
-        rows = _load(name, split)
-        part = Part(name=f"{name} ({split})", rows=rows, row_numbers=list(range(1, len(rows) + 1)))
-        count = amount if isinstance(amount, int) else max(1, round(amount * len(rows)))
-        if count > len(rows):
-            raise UserError(f"mixer_list asks for {count} rows of {name} split {split}, which has {len(rows)}")
+        part = _load(name, split)
+        available = len(part.rows)
+        count = amount if isinstance(amount, int) else max(1, round(amount * available))
+        if count > available:
+            raise UserError(f"{name}: {count} rows are asked for, split {split} has {available}")
         parts.append(part.draw(count))
     return parts if max_rows is None else _thin(parts, max_rows)
+
+
+def row_fields(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of a row of `Part.rows`, by name."""
+    return cast(Mapping[str, Any], json.loads(row[_JSON_ROW])) if _JSON_ROW in row else row
 
 
 def _thin(parts: list[Part], count: int) -> list[Part]:
@@ -70,56 +87,122 @@ def _order(length: int) -> list[int]:
     return order
 
 
-def _load(name: str, split: str) -> Dataset:
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+def _load(name: str, split: str) -> Part:
+    """All rows of a split. Raises UserError if there are none or they cannot be read."""
     path = Path(name).expanduser()
-    is_file = path.suffix in _LOADERS
-    if is_file and not path.is_file():
-        raise UserError(f"{name}: no such file; data are .jsonl, .json, .csv or .parquet files, or Hub names")
-    if is_file and path.stat().st_size == 0:
-        raise UserError(f"{name}: the file is empty")
+    is_file = path.suffix.lower() in _FILE_TYPES or path.is_file()
     try:
         if is_file:
-            rows = datasets.load_dataset(_LOADERS[path.suffix], data_files={"train": str(path)}, split=split)
+            rows = _load_file(path)
+            indices = _slice(split, len(rows))
+            part = Part(name=name, rows=rows.select(indices), row_numbers=[index + 1 for index in indices])
         else:
             rows = datasets.load_dataset(name, split=split)
+            part = Part(name=f"{name} ({split})", rows=rows, row_numbers=range(1, len(rows) + 1))
     except Exception as error:  # datasets wraps parser, file and network errors in types of its own
-        raise UserError(_why_not_loaded(name, path if is_file else None, split, error)) from error
-    if len(rows) == 0:
+        reason = _root_cause(error)
+        if not is_file:
+            reason = f"neither a file ({_TYPES}) nor a Hub dataset that can be loaded, split {split} ({reason})"
+        raise UserError(f"{name}: {reason}") from error
+    if not part.row_numbers:
         raise UserError(f"{name}: split {split} holds no rows")
-    return rows
+    return part
 
 
-def _why_not_loaded(name: str, path: Path | None, split: str, error: Exception) -> str:
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    reason = " ".join(str(cause).split()) or type(cause).__name__
-    if path is None:
-        return f"{name}: neither a local file nor a Hub dataset that can be reached, split {split} ({reason})"
-    if _LOADERS[path.suffix] == "json":
-        broken = _first_json_error(path)
-        if broken:
-            return broken
-    return f"{name}: cannot be read as {path.suffix[1:]}, split {split} ({reason})"
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
-def _first_json_error(path: Path) -> str | None:
-    """File and line of the first JSON error, or None if every line (or the whole file) parses."""
+def _load_file(path: Path) -> Dataset:
+    """The rows of a file. Raises ValueError with one line, or what `datasets` raises."""
+    kind = path.suffix.lower()
+    if kind not in _FILE_TYPES:
+        raise ValueError(f"is of no known type; data files are {_TYPES}")
+    if not path.is_file():
+        raise ValueError(f"no such file; data are {_TYPES} files, or Hub names")
+    if path.stat().st_size == 0:
+        raise ValueError("the file is empty")
+    if kind == ".parquet":
+        if parquet.read_metadata(path).num_rows == 0:
+            raise ValueError("holds no rows")
+        return datasets.load_dataset("parquet", data_files={"train": glob.escape(str(path))}, split="train")
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    return Dataset.from_generator(
+        _text_rows,
+        gen_kwargs={"path": path},
+        features=datasets.Features({_JSON_ROW: datasets.Value("string")}),
+        fingerprint=f"{digest}-{kind[1:]}-{_READING_VERSION}",
+    )
+
+
+def _slice(split: str, length: int) -> list[int]:
+    """Indices of the rows of a file that a split such as `train[:90%]` takes. Raises ValueError."""
+    spans = datasets.ReadInstruction.from_spec(split).to_absolute({"train": length})
+    return [index for span in spans for index in range(span.from_, span.to)]
+
+
+def _text_rows(path: Path) -> Iterator[dict[str, str]]:
+    """The rows of a JSON or CSV file, each as JSON. Raises ValueError naming the line that is wrong."""
+    empty = True
+    for row in _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path):
+        empty = False
+        yield {_JSON_ROW: row}
+    if empty:
+        raise ValueError("holds no rows")
+
+
+def _json_rows(path: Path) -> Iterator[str]:
+    """The objects of a file that is one list of them, or has one in each line."""
+    if next(filter(str.strip, _lines(path)), "").lstrip().startswith("["):
+        for number, item in enumerate(_parse_json("".join(_lines(path))), 1):
+            if not isinstance(item, dict):
+                raise ValueError(f"row {number}: is not a JSON object with named fields")
+            yield json.dumps(item)
+        return
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            if not isinstance(_parse_json(line.rstrip(), number), dict):
+                raise ValueError(f"line {number}: is not a JSON object with named fields")
+            yield line.strip()
+
+
+def _parse_json(text: str, first_line: int = 1) -> Any:
     try:
-        text = path.read_text()
-    except UnicodeDecodeError as error:
-        return f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8"
-    if text.lstrip().startswith("["):
-        try:
-            json.loads(text)
-        except json.JSONDecodeError as error:
-            return f"{path}, line {error.lineno}: broken JSON ({error.msg}, column {error.colno})"
-        return None
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            row = json.loads(line) if line.strip() else {}
-        except json.JSONDecodeError as error:
-            return f"{path}, line {number}: broken JSON ({error.msg}, column {error.colno})"
-        if not isinstance(row, dict):
-            return f"{path}, line {number}: is not a JSON object with named fields"
-    return None
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise ValueError(f"line {line}: broken JSON ({error.msg}, column {error.colno})") from None
+
+
+def _csv_rows(path: Path) -> Iterator[str]:
+    """The rows of a file whose first row names the columns; a short row lacks its last fields."""
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long conversation
+    reader = csv.reader(_lines(path), strict=True)
+    header: list[str] = []
+    start = 1
+    try:
+        for cells in reader:
+            if not header:
+                header = cells
+            elif len(cells) > len(header):
+                raise ValueError(f"line {start}: has more cells than the header")
+            elif cells:
+                yield json.dumps(dict(zip(header, cells, strict=False)))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"line {start}: broken CSV ({error})") from None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"line {number}: is not UTF-8 text ({error.reason})") from None

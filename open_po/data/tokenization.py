@@ -97,9 +97,14 @@ def response_key(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> byte
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of everything about the tokenizer that decides a pair's ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    rest = [type(tokenizer).__name__, str(tokenizer.special_tokens_map), str(tokenizer.chat_template)]
-    return hashlib.sha256("\0".join([vocabulary, *rest]).encode()).hexdigest()
+    if backend is not None:
+        facts = json.loads(backend.to_str())
+        facts |= {"truncation": None, "padding": None}  # set by calls, and off whenever a pair is tokenised
+    else:
+        facts = [tokenizer.get_vocab(), tokenizer.init_kwargs]
+    settings = [tokenizer.special_tokens_map, tokenizer.split_special_tokens, tokenizer.chat_template]
+    content = json.dumps([type(tokenizer).__name__, facts, settings], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _is_empty(response: str | list[dict[str, str]]) -> bool:
@@ -125,6 +130,10 @@ def _render(pair: MessagePair, tokenizer: PreTrainedTokenizerBase) -> tuple[str,
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can hold one: \ud83d without its other half
+        raise RowError(f"holds {text[error.start]!a}, half a character and no text") from error
     # A chat template writes its special tokens itself.
     return cast(list[int], tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 

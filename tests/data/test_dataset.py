@@ -1,0 +1,383 @@
+"""All pairs of a mixture: what is left out and what stops the run, the cache, workers, lengths and keys."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from open_po.data import PairDataset, PreferencePair, dataset, load_pairs
+from open_po.data.chat_templates import chat_template
+from open_po.data.formats import parse_row
+from open_po.data.tokenization import Truncation, response_key, tokenise
+from open_po.errors import UserError
+from tests import tiny
+
+FREE = Truncation(10_000, None)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> PreTrainedTokenizerFast:
+    return tiny.make_tokenizer(tmp_path / "tokenizer")
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    def write(rows: Sequence[Any], name: str = "pairs.jsonl") -> str:
+        return str(tiny.write_jsonl(tmp_path / name, list(rows)))
+
+    return write
+
+
+def load(name: str, tokenizer: Any, truncation: Truncation = FREE, **settings: Any) -> PairDataset:
+    return load_pairs([name, "1.0"], ["train"], tokenizer, truncation, **settings)
+
+
+def row(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def tokens(pairs: PairDataset) -> list[PreferencePair]:
+    return [pairs[index] for index in range(len(pairs))]
+
+
+@pytest.fixture
+def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts that this process tokenises, as it does so."""
+    seen: list[str] = []
+
+    def spy(pair: Any, *settings: Any) -> Any:
+        seen.append(pair.prompt)
+        return tokenise(pair, *settings)
+
+    monkeypatch.setattr(dataset, "tokenise", spy)
+    return seen
+
+
+# --------------------------------------------------------------------------------------------------------------- pairs
+
+
+@pytest.mark.parametrize("truncation", [FREE, Truncation(16, None), Truncation(16, 5)])
+def test_pairs_are_their_rows_tokenised(
+    truncation: Truncation, tokenizer: PreTrainedTokenizerFast, write: Callable[..., str]
+) -> None:
+    rows = tiny.text_rows(50)
+    pairs = load(write(rows), tokenizer, truncation)
+    expected = [tokenise(parse_row(r), tokenizer, truncation) for r in rows]
+    assert tokens(pairs) == [pair for pair, _, _ in expected]
+    assert pairs[np.int64(7)] == expected[7][0]
+    assert pairs.truncated_prompts == sum(prompt for _, prompt, _ in expected)
+    assert pairs.truncated_responses == sum(response for _, _, response in expected)
+    assert (pairs.truncated_prompts > 0) == (truncation is not FREE)
+
+
+def test_lengths_and_keys_belong_to_the_ids(tokenizer: PreTrainedTokenizerFast, write: Callable[..., str]) -> None:
+    rows = [
+        *tiny.text_rows(30),
+        row("same", "a", "b"),
+        row("same", "b", "c"),
+        row("sameb", "a", "c"),
+        row("q", " ", "x"),
+    ]
+    pairs = load(write(rows), tokenizer)
+    assert len(pairs) == 33 == len(pairs.chosen_keys) == len(pairs.rejected_keys) == len(pairs.origins)
+    for index, pair in enumerate(tokens(pairs)):
+        assert pairs.prompt_lengths[index] == len(pair.prompt_ids)
+        assert pairs.chosen_lengths[index] == len(pair.chosen_ids)
+        assert pairs.rejected_lengths[index] == len(pair.rejected_ids)
+        assert pairs.chosen_keys[index] == response_key(pair.prompt_ids, pair.chosen_ids)
+        assert pairs.rejected_keys[index] == response_key(pair.prompt_ids, pair.rejected_ids)
+    for lengths in (pairs.prompt_lengths, pairs.chosen_lengths, pairs.rejected_lengths):
+        assert (lengths.shape, lengths.dtype) == ((33,), np.int64)
+
+
+def test_keys_are_equal_where_prompt_and_response_are(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[..., str]
+) -> None:
+    rows = [row("q1:", "a", "b"), row("q1:", "b", "c"), row("q2:", "a", "b"), row("q1:", "c", "a")]
+    pairs = load(write(rows), tokenizer)
+    ids = [(p.prompt_ids, r) for p in tokens(pairs) for r in (p.chosen_ids, p.rejected_ids)]
+    keys = [key for both in zip(pairs.chosen_keys, pairs.rejected_keys, strict=True) for key in both]
+    assert [[a == b for b in ids] for a in ids] == [[a == b for b in keys] for a in keys]
+    assert len(set(keys)) == 5
+
+
+def test_a_mixture_is_its_parts_in_order(tokenizer: PreTrainedTokenizerFast, write: Callable[..., str]) -> None:
+    rows = tiny.text_rows(20)
+    first, second = write(rows[:12], "first.jsonl"), write(rows[12:], "second.jsonl")
+    pairs = load_pairs([first, "1.0", second, "3"], ["train[:50%]", "train"], tokenizer, FREE)
+    assert pairs.origins[:6] == [f"{first} row {number}" for number in range(1, 7)]
+    numbers = [int(origin.removeprefix(f"{second} row ")) for origin in pairs.origins[6:]]
+    assert len(numbers) == 3
+    expected = [*rows[:6], *(rows[11 + number] for number in numbers)]
+    assert tokens(pairs) == [tokenise(parse_row(r), tokenizer, FREE)[0] for r in expected]
+
+
+def test_layouts_may_be_mixed_in_one_run(tokenizer: PreTrainedTokenizerFast, write: Callable[..., str]) -> None:
+    tokenizer.chat_template = chat_template("tulu")
+    messages = write(
+        [{"conversations": [{"from": "human", "value": "q"}], "chosen": "good", "rejected": "bad"}], "m.jsonl"
+    )
+    text = write([row("q", "good", "bad")])
+    pairs = load_pairs([messages, "1.0", text, "1.0"], ["train"], tokenizer, FREE)
+    assert [tokenizer.decode(pair.prompt_ids) for pair in tokens(pairs)] == ["<s><|user|>\nq\n<|assistant|>\n", "q"]
+    assert [tokenizer.decode(pair.chosen_ids) for pair in tokens(pairs)] == ["good</s>", "good</s>"]
+
+
+# ------------------------------------------------------------------------------------------------- left out and refused
+
+
+def test_rows_that_cannot_train_are_counted_and_listed(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[..., str]
+) -> None:
+    rows = [
+        row("q", "a", "b"),
+        row("q", "same", "same"),
+        row("q", "", "b"),
+        row("q", "same", "same"),
+        row("q", "xxxxxxxxy", "xxxxxxxxz"),
+        row("q", "b", "c"),
+        row("p", "same", "same"),
+        row("q", "same", "same"),
+    ]
+    name = write(rows)
+    pairs = load(name, tokenizer, Truncation(6, None))
+    assert pairs.origins == [f"{name} row 1", f"{name} row 6"]
+    assert pairs.left_out == {
+        "identical responses": [f"{name} row {number}" for number in (2, 4, 7, 8)],
+        "empty response": [f"{name} row 3"],
+        "identical responses after truncation": [f"{name} row 5"],
+    }
+    assert tokens(pairs) == [tokenise(parse_row(rows[i]), tokenizer, FREE)[0] for i in (0, 5)]
+    assert pairs.describe() == [
+        "2 pairs, 12 tokens (prompts counted with each response)",
+        f"left out: 4 rows, identical responses ({name} row 2; {name} row 4; {name} row 7; ...)",
+        f"left out: 1 rows, empty response ({name} row 3)",
+        f"left out: 1 rows, identical responses after truncation ({name} row 5)",
+    ]
+
+
+def test_truncation_is_described(tokenizer: PreTrainedTokenizerFast, write: Callable[..., str]) -> None:
+    rows = [row("qqqqqqqq", "a", "b"), row("qqqqqqqq", "aaaaaaaa", "b"), row("q", "b", "c")]
+    assert load(write(rows), tokenizer, Truncation(6, None)).describe() == [
+        "3 pairs, 29 tokens (prompts counted with each response)",  # 2 * 4 + 2 + 2, 2 * 3 + 3 + 2, 2 * 1 + 2 + 2
+        "truncated: 2 prompts, responses of 1 pairs",
+    ]
+
+
+def test_row_numbers_after_a_subset_is_drawn(tokenizer: PreTrainedTokenizerFast, write: Callable[..., str]) -> None:
+    rows = [row(f"{number}:", "a", "a" if number % 3 == 0 else "b") for number in range(1, 61)]
+    name = write(rows)
+    pairs = load_pairs([name, "0.5"], ["train[50%:]"], tokenizer, FREE, max_rows=10)
+    kept = [int(origin.removeprefix(f"{name} row ")) for origin in pairs.origins]
+    assert [tokenizer.decode(pair.prompt_ids) for pair in tokens(pairs)] == [f"{number}:" for number in kept]
+    (left_out,) = pairs.left_out.values()
+    numbers = [int(origin.removeprefix(f"{name} row ")) for origin in left_out]
+    assert all(number % 3 == 0 for number in numbers)
+    assert len(kept) + len(numbers) == 10
+    assert min(kept + numbers) > 30
+
+
+def test_no_row_can_train(tokenizer: PreTrainedTokenizerFast, write: Callable[..., str]) -> None:
+    name = write([row("q", "a", "a"), row("q", " ", "a"), row("p", "b", "b")])
+    with pytest.raises(UserError) as caught:
+        load(name, tokenizer)
+    assert str(caught.value) == f"{name} 1.0: none of 3 rows can train (2 identical responses, 1 empty response)"
+
+
+GOOD = row("q", "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [GOOD, {"prompt": "q", "chosen": "a"}, GOOD],
+            "row 2: field rejected is missing; fields: prompt, chosen",
+        ),
+        (
+            [
+                GOOD,
+                {"chosen": "a"},
+                {"prompt": "q", "chosen": 1, "rejected": 2},
+                GOOD,
+                {"chosen": "b"},
+                {"chosen": "c"},
+            ],
+            "row 2: field rejected is missing; fields: chosen (rows: 2 more like it, 1 with other faults)",
+        ),
+        (
+            [GOOD, row("q", "a", "a"), row("q", 1, 2), row("q", 3, 4)],
+            "row 3: field chosen is int, expected text, a message or a list of messages (rows: 1 more like it)",
+        ),
+        (
+            [GOOD, row("q", "\ud83d", "b"), {"text": "q"}],
+            "row 2: holds '\\ud83d', half a character and no text (rows: 1 with other faults)",
+        ),
+        (
+            [row([{"role": "user", "content": "q"}], "a", "b")] * 3,
+            "row 1: holds messages, but the tokenizer has no chat template; set chat_template_name (e.g. tulu) "
+            "(rows: 2 more like it)",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_read_stop_the_run(
+    rows: list[dict[str, Any]], message: str, tokenizer: PreTrainedTokenizerFast, write: Callable[..., str]
+) -> None:
+    name = write(rows)
+    with pytest.raises(UserError) as caught:
+        load(name, tokenizer)
+    assert str(caught.value) == f"{name} {message}"
+
+
+def test_a_bad_row_in_the_second_part_is_named(tokenizer: PreTrainedTokenizerFast, write: Callable[..., str]) -> None:
+    good, bad = write([GOOD] * 5), write([GOOD, {"prompt": "q"}], "bad.jsonl")
+    with pytest.raises(UserError) as caught:
+        load_pairs([good, "1.0", bad, "1.0"], ["train"], tokenizer, FREE)
+    assert str(caught.value) == f"{bad} row 2: field chosen is missing; fields: prompt"
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
+
+
+def test_rows_are_tokenised_once(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, write: Callable[..., str], tokenised: list[str]
+) -> None:
+    name = write([*tiny.text_rows(20), row("q", "a", "a")])
+    first = load(name, tokenizer, Truncation(16, None))
+    assert len(tokenised) == 21
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer")
+    second = load(name, again, Truncation(16, None))
+    assert len(tokenised) == 21
+    assert tokens(first) == tokens(second)
+    assert first.describe() == second.describe()
+    assert (first.origins, first.chosen_keys, first.left_out) == (second.origins, second.chosen_keys, second.left_out)
+
+
+def test_a_faulty_file_is_not_cached_as_good(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[..., str], tokenised: list[str]
+) -> None:
+    name = write([GOOD, {"prompt": "q"}])
+    for _ in range(2):
+        with pytest.raises(UserError, match="row 2: field chosen is missing"):
+            load(name, tokenizer)
+    write([GOOD, GOOD | {"prompt": "p"}])
+    assert len(load(name, tokenizer)) == 2
+
+
+def test_a_moved_or_touched_file_is_not_tokenised_again(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[..., str], tokenised: list[str]
+) -> None:
+    rows = tiny.text_rows(5)
+    load(write(rows), tokenizer)
+    os.utime(write(rows), ns=(1, 1))
+    pairs = load(write(rows, "other.jsonl"), tokenizer)
+    assert len(tokenised) == 5
+    assert pairs.origins[0].endswith("other.jsonl row 1")
+
+
+def test_only_the_changed_part_of_a_mixture_is_tokenised_again(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[..., str], tokenised: list[str]
+) -> None:
+    first, second = write(tiny.text_rows(5), "first.jsonl"), write(tiny.text_rows(7, seed=1), "second.jsonl")
+    load_pairs([first, "1.0", second, "1.0"], ["train"], tokenizer, FREE)
+    assert len(tokenised) == 12
+    load_pairs([first, "1.0", second, "3"], ["train"], tokenizer, FREE)
+    assert len(tokenised) == 15
+
+
+def test_the_cache_does_not_depend_on_the_number_of_workers(
+    tokenizer: PreTrainedTokenizerFast,
+    write: Callable[..., str],
+    tokenised: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dataset, "_ROWS_PER_WORKER", 5)
+    name = write(tiny.text_rows(20))
+    first = load(name, tokenizer, num_workers=1)
+    second = load(name, tokenizer, num_workers=2)
+    assert len(tokenised) == 20
+    assert tokens(first) == tokens(second)
+
+
+@pytest.mark.parametrize(
+    "change", ["content", "slice", "tokenizer", "special token", "template", "max_seq_length", "max_prompt_length"]
+)
+def test_what_decides_the_ids_decides_the_cache(
+    change: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, write: Callable[..., str], tokenised: list[str]
+) -> None:
+    rows = tiny.text_rows(20)
+    name = write(rows)
+    load(name, tokenizer, Truncation(16, 5))
+    truncation, split, expected = Truncation(16, 5), "train", rows
+    if change == "content":
+        expected = [*rows[:-1], rows[-1] | {"chosen": "other"}]
+        write(expected)
+    elif change == "slice":
+        split, expected = "train[:19]", rows[:19]
+    elif change == "tokenizer":
+        tokenizer.add_tokens(["cat"])
+    elif change == "special token":
+        tokenizer.eos_token = "<pad>"
+    elif change == "template":
+        tokenizer.chat_template = chat_template("tulu")
+    elif change == "max_seq_length":
+        truncation = Truncation(15, 5)
+    else:
+        truncation = Truncation(16, 6)
+    pairs = load_pairs([name, "1.0"], [split], tokenizer, truncation)
+    assert len(tokenised) == 20 + len(expected)
+    assert tokens(pairs) == [tokenise(parse_row(r), tokenizer, truncation)[0] for r in expected]
+
+
+# ------------------------------------------------------------------------------------------------------------- workers
+
+
+def test_two_workers_give_what_one_gives(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "_ROWS_PER_WORKER", 50)
+    rows = [*tiny.text_rows(200), row("q", "a", "a"), *tiny.text_rows(30, seed=1), row("q", "", "b")]
+    name = write(rows)
+    serial = load(name, tokenizer, Truncation(16, None), num_workers=1)
+    monkeypatch.setattr(dataset.datasets.config, "HF_DATASETS_CACHE", tmp_path / "another_cache")
+    seen: list[Any] = []
+    monkeypatch.setattr(dataset, "response_key", lambda *ids: seen.append(ids) or response_key(*ids))
+    parallel = load(name, tokenizer, Truncation(16, None), num_workers=2)
+    assert seen == []  # other processes did it
+    assert tokens(parallel) == tokens(serial)
+    assert parallel.describe() == serial.describe()
+    assert parallel.origins == serial.origins
+    assert parallel.left_out == serial.left_out
+    assert parallel.chosen_keys == serial.chosen_keys
+    assert parallel.rejected_keys == serial.rejected_keys
+    assert parallel.prompt_lengths.tolist() == serial.prompt_lengths.tolist()
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "rows_per_worker", "expected"), [(8, 500, 1), (8, 10, 2), (1, 10, 1), (8, 1, 8)]
+)
+def test_no_more_workers_than_the_rows_are_worth(
+    num_workers: int,
+    rows_per_worker: int,
+    expected: int,
+    tokenizer: PreTrainedTokenizerFast,
+    write: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int | None] = []
+
+    def map_(rows: Any, function: Any, *, num_proc: int | None, **settings: Any) -> Any:
+        asked.append(num_proc)
+        return original(rows, function, **settings)
+
+    original = dataset.Dataset.map
+    monkeypatch.setattr(dataset.Dataset, "map", map_)
+    monkeypatch.setattr(dataset, "_ROWS_PER_WORKER", rows_per_worker)
+    load(write(tiny.text_rows(20)), tokenizer, num_workers=num_workers)
+    assert asked == [None if expected == 1 else expected]

@@ -1,0 +1,506 @@
+"""Whole runs of the command line: their numbers against a plain trainer written here, and their files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from open_po.config import load_config
+from open_po.packing import Sampler
+from tests import cli, tiny
+
+# ------------------------------------------------------------------------------------------------------- plain trainer
+
+
+@dataclass
+class Scores:
+    """Log-probs of pairs, one tensor per pair, and the responses' token counts."""
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """A run, both as flags and as the formulas that the plain trainer follows."""
+
+    loss: Callable[[Scores, Scores], tuple[Tensor, Tensor, Tensor]]  # losses, chosen and rejected rewards of each pair
+    flags: dict[str, Any]
+    optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer] = lambda p: torch.optim.AdamW(
+        p, weight_decay=0.0
+    )
+    rate: Callable[[int, int], float] = lambda step, steps: step if step < 1 else (steps - step) / (steps - 1)
+    max_grad_norm: float = 1.0
+    tokens_divide: bool = False  # the losses are summed over the step and divided by its chosen tokens
+
+
+def dpo(beta: float, *, smoothing: float = 0.0, gamma: float = 0.0, per_token: bool = False) -> Callable[..., Any]:
+    def loss(policy: Scores, reference: Scores) -> tuple[Tensor, Tensor, Tensor]:
+        chosen, rejected = policy.chosen - reference.chosen, policy.rejected - reference.rejected
+        if per_token:
+            chosen, rejected = chosen / policy.chosen_tokens, rejected / policy.rejected_tokens
+        z = beta * chosen - beta * rejected - gamma
+        losses = (1 - smoothing) * torch.log(1 + torch.exp(-z)) + smoothing * torch.log(1 + torch.exp(z))
+        return losses, beta * chosen, beta * rejected
+
+    return loss
+
+
+def hinge(beta: float, delta: float) -> Callable[..., Any]:
+    def loss(policy: Scores, reference: Scores) -> tuple[Tensor, Tensor, Tensor]:
+        chosen, rejected = beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected)
+        return (delta - chosen + rejected).clamp(min=0), chosen, rejected
+
+    return loss
+
+
+def likelihood(policy: Scores, reference: Scores) -> tuple[Tensor, Tensor, Tensor]:
+    return -policy.chosen, policy.chosen / policy.chosen_tokens, policy.rejected / policy.rejected_tokens
+
+
+RECIPES = {
+    "dpo": Recipe(loss=dpo(0.1), flags={"loss_type": "dpo"}),
+    "smoothed": Recipe(loss=dpo(0.3, smoothing=0.2), flags={"loss_type": "dpo", "beta": 0.3, "label_smoothing": 0.2}),
+    "dpo_norm": Recipe(loss=dpo(5.0, per_token=True), flags={"loss_type": "dpo_norm"}),
+    "dpo_gamma": Recipe(loss=dpo(0.1, gamma=0.7), flags={"loss_type": "dpo_gamma", "gamma": 0.7}),
+    "slic_dpo": Recipe(loss=hinge(0.2, 1.5), flags={"loss_type": "slic_dpo", "beta": 0.2, "delta": 1.5}),
+    "sft": Recipe(loss=likelihood, flags={"loss_type": "sft"}, tokens_divide=True),
+    "cosine": Recipe(  # with weight decay on matrices only and gradients that stay as they are
+        loss=dpo(0.1),
+        flags={"lr_scheduler_type": "cosine", "warmup_ratio": 0.3, "weight_decay": 0.5, "max_grad_norm": 0},
+        optimizer=lambda parameters: torch.optim.AdamW(
+            [
+                {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.5},
+                {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+            ]
+        ),
+        rate=lambda step, steps: step / 3 if step < 3 else 0.5 * (1 + math.cos(math.pi * (step - 3) / (steps - 3))),
+        max_grad_norm=math.inf,
+    ),
+    "rmsprop": Recipe(
+        loss=dpo(0.1),
+        flags={
+            "optimizer": "rmsprop",
+            "lr_scheduler_type": "constant_with_warmup",
+            "warmup_ratio": 0.4,
+            "max_grad_norm": 0.5,
+        },
+        optimizer=torch.optim.RMSprop,
+        rate=lambda step, steps: min(1.0, step / 4),
+        max_grad_norm=0.5,
+    ),
+}
+
+
+@dataclass
+class Plain:
+    """A trainer without packs, fused kernels or caches: one response at a time."""
+
+    model: PreTrainedModel
+    pairs: list[tuple[list[int], list[int], list[int]]]
+    recipe: Recipe
+    records: list[dict[str, float]] = field(default_factory=list)
+
+    @staticmethod
+    def of(folder: Path, rows: Sequence[dict[str, str]], recipe: Recipe) -> Plain:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        end = [tokenizer.eos_token_id]
+        texts = [[tokenizer(row[name])["input_ids"] for name in ("prompt", "chosen", "rejected")] for row in rows]
+        pairs = [(prompt, chosen + end, rejected + end) for prompt, chosen, rejected in texts]
+        return Plain(AutoModelForCausalLM.from_pretrained(folder).eval(), pairs, recipe)
+
+    def score(self, indices: Sequence[int], *, grad: bool) -> Scores:
+        with torch.set_grad_enabled(grad):
+            chosen = torch.stack([self._logp(self.pairs[i][0], self.pairs[i][1]) for i in indices])
+            rejected = torch.stack([self._logp(self.pairs[i][0], self.pairs[i][2]) for i in indices])
+        counts = [torch.tensor([len(self.pairs[i][side]) for i in indices]) for side in (1, 2)]
+        return Scores(chosen, rejected, *counts)
+
+    def _logp(self, prompt: list[int], response: list[int]) -> Tensor:
+        logits = self.model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        return F.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None]).sum()
+
+    def train(self, steps: list[list[int]], learning_rate: float) -> None:
+        reference = self.score(range(len(self.pairs)), grad=False)
+        parameters = list(self.model.parameters())
+        optimizer = self.recipe.optimizer(parameters)
+        for step, indices in enumerate(steps):
+            rate = learning_rate * self.recipe.rate(step, len(steps))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            metrics, loss = self.metrics(indices, reference, grad=True)
+            optimizer.zero_grad()
+            loss.backward()
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            norm = float(torch.stack([g.square().sum() for g in gradients]).sum().sqrt())
+            for gradient in gradients:
+                gradient *= min(1.0, self.recipe.max_grad_norm / (norm + 1e-6))
+            optimizer.step()
+            self.records.append(metrics | {"grad_norm": norm, "learning_rate": rate})
+
+    def metrics(self, indices: Sequence[int], reference: Scores, *, grad: bool) -> tuple[dict[str, float], Tensor]:
+        """The metrics of the pairs `indices`, and the scalar loss; `reference` holds all pairs."""
+        chosen_tokens = sum(len(self.pairs[i][1]) for i in indices)
+        policy = self.score(indices, grad=grad)
+        some = Scores(reference.chosen[list(indices)], reference.rejected[list(indices)], *(2 * [torch.empty(0)]))
+        losses, chosen, rejected = self.recipe.loss(policy, some)
+        loss = losses.sum() / (chosen_tokens if self.recipe.tokens_divide else len(indices))
+        margins = (chosen - rejected).detach()
+        losses, chosen, rejected = losses.detach(), chosen.detach(), rejected.detach()
+        metrics = {
+            "loss": float(loss.detach()),
+            "logps/chosen": float(policy.chosen.detach().mean()),
+            "logps/rejected": float(policy.rejected.detach().mean()),
+            "rewards/chosen": float(chosen.mean()),
+            "rewards/rejected": float(rejected.mean()),
+            "rewards/average": float((chosen + rejected).mean()) / 2,
+            "rewards/accuracy": float((margins > 0).float().mean()),
+            "rewards/margin": float(margins.mean()),
+            "ties": float((margins.abs() < 1e-4).float().mean()),  # who wins these is a matter of rounding
+        }
+        return metrics, loss
+
+
+REJECTED = ("logps/rejected", "rewards/rejected", "rewards/average", "rewards/accuracy", "rewards/margin")
+
+
+def assert_metrics(got: dict[str, float], expected: dict[str, float]) -> None:
+    """Rewards are differences of log-probs near -100 nats, so float32 leaves them an absolute error."""
+    ties = expected.pop("ties")
+    for name, value in expected.items():
+        slack = ties if name.endswith("accuracy") else 2e-5 if "rewards" in name else 1e-6
+        assert got[name] == pytest.approx(value, rel=1e-5, abs=slack), name
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_equals_a_plain_trainer(name: str, llama: Path, tmp_path: Path) -> None:
+    """Weights and every metric, over three epochs of 11 pairs in steps of 4, the last of each epoch being smaller."""
+    recipe, rows, held_out = RECIPES[name], tiny.text_rows(11, seed=3), tiny.text_rows(7, seed=4)
+    data = tiny.write_jsonl(tmp_path / "data.jsonl", rows)
+    output = cli.train(
+        llama,
+        data,
+        tmp_path / "run",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        num_epochs=3,
+        max_tokens_per_batch=150,
+        eval_mixer_list=[tiny.write_jsonl(tmp_path / "held_out.jsonl", held_out), "7"],
+        eval_steps=4,
+        **recipe.flags,
+    )
+    plain = Plain.of(llama, rows, recipe)
+    before = Plain.of(llama, held_out, recipe)
+    sampler = Sampler(num_pairs=11, global_batch=4, seed=42)
+    plain.train([sampler.step_pairs(step) for step in range(9)], learning_rate=2e-3)
+
+    cli.assert_close_weights(cli.weights(output), plain.model.state_dict(), cli.weights(llama))
+    got = cli.steps(output)
+    assert [record["training_step"] for record in got] == list(range(1, 10))
+    assert [record["epoch"] for record in got] == pytest.approx(
+        [(s // 3) + (0, 4, 8)[s % 3] / 11 for s in range(1, 10)]
+    )
+    for mine, expected in zip(got, plain.records, strict=True):
+        if name == "sft":
+            assert not set(REJECTED) & set(mine)  # rejected responses are not even scored in training
+            expected = {k: v for k, v in expected.items() if k not in REJECTED}
+        elif mine["training_step"] > 2:  # the first step is taken at learning rate 0
+            assert expected["ties"] < 0.3
+        assert_metrics(mine, {"train_loss" if k == "loss" else k: v for k, v in expected.items()})
+
+    evaluations = [record for record in cli.metrics(output) if "eval/loss" in record]
+    assert [record["training_step"] for record in evaluations] == [0, 4, 8, 9]
+    reference = before.score(range(7), grad=False)
+    for record, model in ((evaluations[0], before.model), (evaluations[-1], plain.model)):
+        expected, _ = Plain(model, before.pairs, recipe).metrics(range(7), reference, grad=False)
+        assert_metrics(record, {k if k == "ties" else f"eval/{k}": v for k, v in expected.items()})
+    assert cli.summary(output)["eval"] == {k.removeprefix("eval/"): v for k, v in evaluations[-1].items()}
+
+
+# ---------------------------------------------------------------------------------- runs that must come to the same end
+
+
+@pytest.fixture(scope="module")
+def eight_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_jsonl(tmp_path_factory.mktemp("eight") / "data.jsonl", tiny.text_rows(8, seed=5))
+
+
+@pytest.fixture(scope="module")
+def as_8x1(llama: Path, eight_pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("8x1") / "run"
+    return cli.train(llama, eight_pairs, output, per_device_train_batch_size=8, num_epochs=6)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        {"max_tokens_per_batch": 1},  # every pair alone
+        {"max_tokens_per_batch": 100},
+        {"gradient_checkpointing": True},
+    ],
+    ids=lambda fields: "-".join(map(str, fields.values())),
+)
+def test_cutting_a_step_differently_changes_nothing(
+    fields: dict[str, Any], as_8x1: Path, llama: Path, eight_pairs: Path, tmp_path: Path
+) -> None:
+    given = {"per_device_train_batch_size": 8, "num_epochs": 6} | fields
+    output = cli.train(llama, eight_pairs, tmp_path / "run", **given)
+    cli.assert_close_weights(cli.weights(output), cli.weights(as_8x1), cli.weights(llama))
+    for mine, expected in zip(cli.steps(output), cli.steps(as_8x1), strict=True):
+        for name in ("train_loss", "logps/chosen", "logps/rejected", "grad_norm"):
+            assert mine[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_gradient_checkpointing_recomputes_activations(
+    llama: Path, eight_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flag does something: the layers run twice per training pass."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    calls: list[int] = []
+    forward = LlamaMLP.forward
+
+    def counted(self: LlamaMLP, hidden: Tensor) -> Tensor:
+        calls.append(len(hidden))
+        return forward(self, hidden)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    counts = []
+    for on in (False, True):
+        calls.clear()
+        fields = {"per_device_train_batch_size": 8, "gradient_checkpointing": on, "loss_type": "sft"}
+        cli.train(llama, eight_pairs, tmp_path / str(on), **fields)
+        counts.append(len(calls))
+    layers, scored_by_check = 2, 2 * 2  # the load-time check makes two passes of its own
+    assert counts == [layers + scored_by_check, 2 * layers + scored_by_check]
+
+
+def test_the_seed_orders_the_data(llama: Path, eight_pairs: Path, as_8x1: Path, tmp_path: Path) -> None:
+    one, same, other = (
+        cli.train(llama, eight_pairs, tmp_path / name, seed=seed)
+        for name, seed in (("one", 1), ("same", 1), ("other", 2))
+    )
+    assert cli.equal(cli.weights(one), cli.weights(same))
+    assert cli.steps(one)[0]["logps/chosen"] != pytest.approx(cli.steps(other)[0]["logps/chosen"], rel=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+TRAINING = {
+    "training_step",
+    "learning_rate",
+    "epoch",
+    "train_loss",
+    "logps/chosen",
+    "logps/rejected",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/average",
+    "rewards/accuracy",
+    "rewards/margin",
+    "grad_norm",
+    "perf/tokens_per_second",
+    "perf/pairs_per_second",
+    "perf/peak_memory_gb",
+}
+MEASURES = {name for name in TRAINING if name.startswith(("logps", "rewards"))}
+
+
+@pytest.fixture(scope="module")
+def finished(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A completed run of 24 pairs, 6 steps, with held-out data and checkpoints."""
+    folder = tmp_path_factory.mktemp("finished")
+    data = tiny.write_jsonl(folder / "pairs.jsonl", tiny.text_rows(24))
+    held_out = tiny.write_jsonl(folder / "held_out.jsonl", tiny.text_rows(5, seed=9))
+    fields = {"eval_mixer_list": [held_out, "1.0"], "eval_steps": 4, "checkpointing_steps": 3}
+    return cli.train(llama, data, folder / "run", exp_name="a run", **fields)
+
+
+def test_a_run_leaves_a_whole_folder(finished: Path) -> None:
+    step = {"weights.safetensors", "training.pt", "trainer_state.json"}
+    assert cli.files(finished) == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "config.yaml",
+        "metrics.jsonl",
+        "run_summary.json",
+        "training_curves.png",
+        *(f"checkpoints/step_{number:06d}/{name}" for number in (3, 6) for name in step),
+    }
+
+
+def test_the_saved_model_is_the_trained_one_and_generates(finished: Path, llama: Path) -> None:
+    trained = cli.load_file(finished / "checkpoints" / "step_000006" / "weights.safetensors")
+    assert cli.equal({f"model.{name}": value for name, value in cli.weights(finished).items()}, trained)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(finished), AutoTokenizer.from_pretrained(finished)
+    prompt = tokenizer("the red cat", return_tensors="pt")
+    assert (
+        prompt["input_ids"].tolist()
+        == AutoTokenizer.from_pretrained(llama)("the red cat", return_tensors="pt")["input_ids"].tolist()
+    )
+    answer = model.generate(**prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert answer.shape[1] == prompt["input_ids"].shape[1] + 5
+
+
+def test_metrics_have_the_published_names(finished: Path, llama: Path, eight_pairs: Path, tmp_path: Path) -> None:
+    for record in cli.steps(finished):
+        assert set(record) == TRAINING
+    held_out = [set(record) for record in cli.metrics(finished) if "train_loss" not in record]
+    assert held_out == 3 * [{"training_step", "eval/loss", *(f"eval/{name}" for name in MEASURES)}]
+    for record in cli.steps(cli.train(llama, eight_pairs, tmp_path / "sft", loss_type="sft")):
+        assert set(record) == TRAINING - set(REJECTED)
+
+
+def test_throughput_agrees_with_the_counts(finished: Path) -> None:
+    records, train = cli.steps(finished), cli.summary(finished)["train"]
+    seconds = sum(4 / record["perf/pairs_per_second"] for record in records)
+    assert seconds == pytest.approx(train["seconds"], rel=1e-6)
+    tokens = sum(4 / r["perf/pairs_per_second"] * r["perf/tokens_per_second"] for r in records)
+    assert tokens == pytest.approx(train["tokens"], rel=1e-6)
+
+
+def test_logging_less_often_averages_over_the_window(finished: Path, llama: Path, tmp_path: Path) -> None:
+    """22 pairs in 6 steps, the last of 2 pairs; lines at steps 4 and 6, the last window being shorter."""
+    data = tiny.write_jsonl(tmp_path / "data.jsonl", tiny.text_rows(22))
+    every, fourth = (
+        cli.steps(cli.train(llama, data, tmp_path / str(number), logging_steps=number)) for number in (1, 4)
+    )
+    assert [record["training_step"] for record in fourth] == [4, 6]
+    for line, window, pairs in ((fourth[0], every[:4], [4, 4, 4, 4]), (fourth[1], every[4:], [4, 2])):
+        assert line["train_loss"] == pytest.approx(np.mean([record["train_loss"] for record in window]), rel=1e-6)
+        for name in MEASURES:
+            mean = np.average([record[name] for record in window], weights=pairs)
+            assert line[name] == pytest.approx(mean, rel=1e-6), name
+        for name in ("grad_norm", "learning_rate", "epoch"):
+            assert line[name] == window[-1][name]
+
+
+def test_the_summary_counts_what_was_done(finished: Path) -> None:
+    tokenizer, content = AutoTokenizer.from_pretrained(finished), cli.summary(finished)
+    prompt = response = 0
+    for row in tiny.text_rows(24):
+        prompt += 2 * len(tokenizer(row["prompt"])["input_ids"])
+        response += sum(len(tokenizer(row[name])["input_ids"]) + 1 for name in ("chosen", "rejected"))
+    assert content["status"] == "completed"
+    assert content["train"].pop("seconds") > 0
+    assert content["train"] == {"steps": 6, "pairs": 24, "tokens": prompt + response, "response_tokens": response}
+    assert content["reference"].pop("seconds") > 0
+    assert content["reference"] == {"pairs_computed": 29, "pairs_reused": 0}
+    assert 1e8 < content["peak_memory_bytes"] < 1e11
+    assert content["versions"]["torch"] == torch.__version__
+    assert {"python", "open_po", "transformers"} <= set(content["versions"])
+    last = cli.metrics(finished)[-1]
+    assert content["eval"] == {name.removeprefix("eval/"): value for name, value in last.items()}
+
+
+def test_config_yaml_is_the_run_again(finished: Path, tmp_path: Path) -> None:
+    config = load_config([str(finished / "config.yaml")])
+    assert config.to_yaml() == (finished / "config.yaml").read_text()
+    assert config.output.output_dir == str(finished)
+    assert cli.main([str(finished / "config.yaml"), "--output_dir", str(tmp_path / "again")]) == 0
+    assert cli.equal(cli.weights(tmp_path / "again"), cli.weights(finished))
+    assert cli.without_perf(cli.metrics(tmp_path / "again")) == cli.without_perf(cli.metrics(finished))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_dropout_is_off_in_training_and_kept_in_the_saved_config(
+    architecture: str, eight_pairs: Path, tmp_path: Path
+) -> None:
+    rates = {"gpt2": {"resid_pdrop": 0.3, "embd_pdrop": 0.2, "attn_pdrop": 0.4}, "llama": {"attention_dropout": 0.3}}
+    runs = []
+    for scale in (1.0, 0.0):
+        settings = {name: scale * rate for name, rate in rates[architecture].items()}
+        model = tiny.make_model_folder(tmp_path / f"model{scale}", architecture, **settings)
+        runs.append(cli.train(model, eight_pairs, tmp_path / f"run{scale}"))
+        saved = json.loads((runs[-1] / "config.json").read_text())
+        assert {name: saved[name] for name in settings} == settings
+    assert cli.equal(cli.weights(runs[0]), cli.weights(runs[1]))
+
+
+@pytest.mark.parametrize("save_dtype", ["float32", "bfloat16"])
+def test_save_dtype(save_dtype: str, llama: Path, eight_pairs: Path, as_8x1: Path, tmp_path: Path) -> None:
+    fields = {"per_device_train_batch_size": 8, "num_epochs": 6, "save_dtype": save_dtype}
+    output = cli.train(llama, eight_pairs, tmp_path / "run", **fields)
+    dtype = getattr(torch, save_dtype)
+    assert cli.equal(cli.weights(output), {name: value.to(dtype) for name, value in cli.weights(as_8x1).items()})
+    assert AutoModelForCausalLM.from_pretrained(output).dtype == dtype
+
+
+def test_bfloat16_moves_weights_at_a_tiny_learning_rate(llama: Path, eight_pairs: Path, tmp_path: Path) -> None:
+    """Weights train in float32 whatever they compute in: at 1e-6 a bfloat16 weight of 0.15 would stay as it is."""
+    output = cli.train(
+        llama, eight_pairs, tmp_path / "run", dtype="bfloat16", save_dtype="float32", learning_rate=1e-6, num_epochs=2
+    )
+    before, after = cli.weights(llama), cli.weights(output)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert after[name].dtype == torch.float32
+    assert (before[name] != after[name]).float().mean() > 0.9
+    assert (before[name].bfloat16() == after[name].bfloat16()).float().mean() > 0.95
+
+
+# -------------------------------------------------------------------------------------------------- for a person to see
+
+
+def colours(path: Path) -> set[tuple[int, ...]]:
+    """Colours of which a picture has at least 40 pixels."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(np.int64) @ [65536, 256, 1]
+    values, counts = np.unique(pixels, return_counts=True)
+    return {tuple(int(value).to_bytes(3)) for value in values[counts >= 40]}
+
+
+BLUE, RED = (31, 119, 180), (214, 39, 40)
+
+
+def test_curves_are_drawn_for_runs_of_any_length(llama: Path, eight_pairs: Path, tmp_path: Path) -> None:
+    for name, fields in {
+        "one": {"max_train_steps": 1},
+        "sixty": {"per_device_train_batch_size": 1, "num_epochs": 8, "max_train_steps": 60},
+        "sft": {"loss_type": "sft", "num_epochs": 4},
+    }.items():
+        picture = cli.train(llama, eight_pairs, tmp_path / name, **fields) / "training_curves.png"
+        with Image.open(picture) as image:
+            assert image.format == "PNG"
+            width, height = image.size
+        assert 800 <= width <= 2000, name
+        assert 350 <= height <= 1500, name
+        assert BLUE in colours(picture), name
+        assert (RED in colours(picture)) == (name != "sft"), name
+
+
+def test_the_console_shows_the_run(
+    llama: Path, eight_pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = cli.train(llama, eight_pairs, tmp_path / "run", eval_mixer_list=[eight_pairs, "3"], eval_steps=1)
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "Training data: 8 pairs" in shown.out
+    assert "Reference log-probs: 8 pairs in" in shown.out
+    assert "Training: 2 steps in" in shown.out
+    assert "Run completed" in shown.out
+    assert str(output) in shown.out.replace("\n", "")
+    before, after = (
+        record["eval/loss"]
+        for record in cli.metrics(output)
+        if record["training_step"] in (0, 2) and "eval/loss" in record
+    )
+    assert f"{before:.4f} -> {after:.4f}" in shown.out
+    assert not any(character in shown.out for character in "\r\x1b")
