@@ -1,8 +1,14 @@
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+source = (Path(__file__).parent / "open_po" / "__init__.py").read_text()
+version = re.search(r'__version__ = "(.+)"', source).group(1)
 
 setup(
     name="open_po",
-    version="0.1.0",
+    version=version,
     description="Preference optimisation of causal language models with cached reference log-probs",
     license="Apache-2.0",
     packages=find_packages(include=["open_po", "open_po.*"]),

@@ -9,6 +9,7 @@ an optimizer step never depends on how its pairs were cut into packs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -50,21 +51,20 @@ class LossOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """A number that a loss takes, with its default and the open or closed interval it must lie in."""
+    """A finite number that a loss takes, with its default and the open or closed interval it must lie in."""
 
     default: float
     low: float = float("-inf")
     high: float = float("inf")
     low_open: bool = False
-    high_open: bool = False
 
     def problem(self, name: str, value: float) -> str | None:
         """One line saying why `value` is refused, or None."""
         below = value <= self.low if self.low_open else value < self.low
-        above = value >= self.high if self.high_open else value > self.high
-        if not (below or above or value != value):
+        if math.isfinite(value) and not below and value <= self.high:
             return None
-        interval = f"{'(' if self.low_open else '['}{self.low:g}, {self.high:g}{')' if self.high_open else ']'}"
+        closed_low, closed_high = math.isfinite(self.low) and not self.low_open, math.isfinite(self.high)
+        interval = f"{'[' if closed_low else '('}{self.low:g}, {self.high:g}{']' if closed_high else ')'}"
         return f"{name} is {value:g} but must lie in {interval}"
 
 
@@ -170,7 +170,7 @@ _SMOOTHING = Parameter(default=0.0, low=0.0, high=0.5)
 
 
 def _beta(default: float) -> Parameter:
-    return Parameter(default=default, low=0.0, low_open=True, high_open=True)
+    return Parameter(default=default, low=0.0, low_open=True)
 
 
 LOSSES: dict[str, LossSpec] = {

@@ -263,6 +263,15 @@ class Scorer(nn.Module):
         finally:
             self.train(training)
 
+    def check_ids(self, highest_id: int) -> None:
+        """Raises UserError if the data hold token ids that the model has no embedding for."""
+        embeddings = cast(Tensor, self.base.get_input_embeddings().weight).shape[0]
+        if highest_id >= embeddings:
+            raise UserError(
+                f"the tokenizer makes token id {highest_id}, but the model's vocabulary has {embeddings} entries; "
+                "tokenizer and model do not belong together"
+            )
+
     @torch.no_grad()
     def check(self, pair: PreferencePair, pad: int) -> None:
         """Compare the log-probs of one short pair with the model's own forward.
@@ -270,12 +279,6 @@ class Scorer(nn.Module):
         Raises UserError if they differ: the model then does something to its logits that `head` does not know.
         """
         short = PreferencePair(pair.prompt_ids[-32:], pair.chosen_ids[:32], pair.rejected_ids[:32])
-        vocabulary = self.head().weight.shape[0]
-        highest = max(short.prompt_ids + short.chosen_ids + short.rejected_ids)
-        if highest >= vocabulary:
-            raise UserError(
-                f"the tokenizer makes token id {highest}, but the model's vocabulary has {vocabulary} entries"
-            )
         with self.as_reference():
             got = self(pack([short], pad_token_id=pad)).chosen[0]
             row = torch.tensor([short.prompt_ids + short.chosen_ids], device=self.device)

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from open_po import __version__
 from open_po.output import write_atomically
 from open_po.tracking import Metrics
 
@@ -19,7 +20,7 @@ _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "liger-kernel", 
 
 def versions() -> dict[str, str]:
     """Versions of Python, this package and what its numbers depend on."""
-    found = {"python": platform.python_version(), "open_po": importlib.metadata.version("open_po")}
+    found = {"python": platform.python_version(), "open_po": __version__}
     return found | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 

@@ -96,6 +96,11 @@ class Data:
     def parts(self) -> list[PairDataset]:
         return [self.train] if self.held_out is None else [self.train, self.held_out]
 
+    def check(self, scorer: Scorer) -> None:
+        """Raises UserError if the model cannot score these pairs, or scores them differently from its own forward."""
+        scorer.check_ids(max(part.highest_id for part in self.parts))
+        scorer.check(self.train[0], self.pad)
+
 
 def run(config: RunConfig, runtime: Runtime) -> None:
     """The whole job. Raises UserError for whatever a user can cause."""
@@ -188,7 +193,7 @@ def separate_reference(config: RunConfig, runtime: Runtime, data: Data) -> Refer
 
     def load() -> Scorer:
         scorer = load_scorer(name, revision, numerics, runtime.device, trust_remote_code=config.model.trust_remote_code)
-        scorer.check(data.train[0], data.pad)
+        data.check(scorer)
         return scorer
 
     reference = fill_reference(load, name, revision, numerics, config, runtime, data)
@@ -207,7 +212,7 @@ def fill_reference(
 ) -> Reference:
     """The store of the model `name` with all of `data`'s pairs in it; `load` is called only if some are missing."""
     start = time.monotonic()
-    cache_dir = Path(config.reference.reference_cache_dir).expanduser()
+    cache_dir = Path(config.reference.reference_cache_dir)
     facts = runtime.on_main(lambda: reference_facts(name, revision, numerics))
     store = ReferenceStore(runtime.on_main(lambda: ReferenceStore.create(cache_dir, facts)))
     missing = sum(len(store.missing(part)) for part in data.parts)
@@ -235,7 +240,7 @@ def load_policy(config: RunConfig, numerics: Numerics, runtime: Runtime, data: D
         runtime.device,
         trust_remote_code=model.trust_remote_code,
     )
-    scorer.check(data.train[0], data.pad)
+    data.check(scorer)
     if model.gradient_checkpointing:
         checkpoint_gradients(scorer)
     if model.use_lora:

@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import TypeVar, cast
 
 import datasets
+import huggingface_hub
 import torch
 import transformers
 from accelerate import Accelerator
@@ -130,6 +131,7 @@ def _quieten_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"(transformers|torch|accelerate|datasets|peft)")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity(logging.ERROR)
     datasets.logging.set_verbosity(logging.CRITICAL)
     if not sys.stderr.isatty() or int(os.environ.get("RANK", "0")) > 0:
         datasets.disable_progress_bars()

@@ -214,29 +214,26 @@ def test_a_full_disk_that_rank_0_meets_ends_both(
     assert cli.checkpoints(small_disk / "run") == ["step_000002"]
 
 
-# ----------------------------------------------------------------------------------------------------------- launchers
+# ------------------------------------------------------------------------------------------------------------- torchrun
 
-LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"],
-}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "dpo_tune_cache.py"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_launchers(launcher: str, llama: Path, nine_pairs: Path, tmp_path: Path) -> None:
+def test_torchrun(llama: Path, nine_pairs: Path, tmp_path: Path) -> None:
     one = cli.train(llama, nine_pairs, tmp_path / "one" / "run", **ONE)
     two = tmp_path / "two" / "run"
-    command = [sys.executable, *LAUNCHERS[launcher], "dpo_tune_cache.py"]
-    code, _, stderr = cli.finished(cli.start([*command, *cli.arguments(llama, nine_pairs, two, **TWO)]), timeout=120)
+    process = cli.start([*TORCHRUN, *cli.arguments(llama, nine_pairs, two, **TWO)])
+    code, stdout, stderr = cli.finished(process, timeout=120)
     assert code == 0, stderr
+    assert stdout.count("Run completed") == 1
     assert_same_run(two, one, llama)
 
 
 @pytest.mark.slow
 def test_torchrun_ends_in_seconds_when_one_rank_fails(poisoned: Path, tmp_path: Path) -> None:
     data = with_one_bad_row(tmp_path / "data.jsonl", rank=1)
-    command = [sys.executable, *LAUNCHERS["torchrun"], "dpo_tune_cache.py"]
-    code, _, stderr = cli.finished(cli.start([*command, *cli.arguments(poisoned, data, tmp_path / "run")]), timeout=60)
+    process = cli.start([*TORCHRUN, *cli.arguments(poisoned, data, tmp_path / "run")])
+    code, _, stderr = cli.finished(process, timeout=60)
     assert code != 0
     assert sum(line.startswith("error: ") for line in stderr.splitlines()) == 1, stderr

@@ -92,8 +92,9 @@ def test_rewards_carry_no_gradient() -> None:
         ("dpo", {"gamma": 1.0}, "loss_type dpo takes no gamma; it takes beta, label_smoothing"),
         ("dpo", {"beta": -0.1}, "beta is -0.1 but must lie in (0, inf)"),
         ("dpo", {"beta": float("nan")}, "beta is nan"),
+        ("dpo_gamma", {"gamma": float("inf")}, "gamma is inf but must lie in [0, inf)"),
         ("dpo", {"label_smoothing": 0.6}, "label_smoothing is 0.6 but must lie in [0, 0.5]"),
-        ("slic_dpo", {"delta": 0.0}, "delta is 0 but must lie in (0, inf]"),
+        ("slic_dpo", {"delta": 0.0}, "delta is 0 but must lie in (0, inf)"),
     ],
 )
 def test_refusals(name: str, parameters: dict[str, float], message: str) -> None:

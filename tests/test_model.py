@@ -165,11 +165,11 @@ def test_the_check_at_start_refuses_a_head_it_does_not_know(llama: Path) -> None
 
 
 def test_the_check_at_start_refuses_ids_beyond_the_vocabulary(llama: Path) -> None:
-    pair = PreferencePair([0, 5], [tiny.VOCABULARY, 1], [8, 1])
     with pytest.raises(
         UserError, match=f"token id {tiny.VOCABULARY}, but the model's vocabulary has {tiny.VOCABULARY}"
     ):
-        load(llama).check(pair, pad=2)
+        load(llama).check_ids(tiny.VOCABULARY)
+    load(llama).check_ids(tiny.VOCABULARY - 1)
 
 
 def test_a_tokenizer_without_pad_fills_up_with_eos(tmp_path: Path) -> None:

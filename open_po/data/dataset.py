@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import datasets
@@ -22,7 +23,7 @@ from open_po.data.tokenization import LeftOut, PreferencePair, Truncation, respo
 from open_po.errors import UserError
 
 # Part of the name under which tokenised rows are kept: raise it when the same row gives other ids than before.
-_TOKENISATION_VERSION = 1
+_TOKENISATION_VERSION = 2
 _ROWS_PER_WORKER = 500  # below, starting another process costs more than it saves
 
 
@@ -40,6 +41,7 @@ class PairDataset:
     rejected_lengths: NDArray[np.int64]
     chosen_keys: Sequence[bytes]  # `response_key` of each pair's responses
     rejected_keys: Sequence[bytes]
+    highest_id: int  # of all tokens
     left_out: Mapping[str, Sequence[str]]  # origins of the rows that cannot train, by reason
     truncated_prompts: int
     truncated_responses: int
@@ -101,6 +103,7 @@ def load_pairs(
         rejected_lengths=lengths[:, 2],
         chosen_keys=trainable["chosen_key"][:],
         rejected_keys=trainable["rejected_key"][:],
+        highest_id=max(trainable["highest_id"][:]),
         left_out=left_out,
         truncated_prompts=int(cut[:, 0].sum()),
         truncated_responses=int(cut[:, 1].sum()),
@@ -143,6 +146,7 @@ _FEATURES = datasets.Features(
         "chosen_key": datasets.Value("binary"),
         "rejected_key": datasets.Value("binary"),
         "lengths": datasets.List(datasets.Value("int64"), length=3),
+        "highest_id": datasets.Value("int64"),
         "cut": datasets.List(datasets.Value("bool"), length=2),
         "error": datasets.Value("string"),
         "left_out": datasets.Value("string"),
@@ -169,6 +173,7 @@ def _tokenise_row(
         "chosen_key": response_key(parts[0], parts[1]),
         "rejected_key": response_key(parts[0], parts[2]),
         "lengths": [len(part) for part in parts],
+        "highest_id": max(chain(*parts), default=0),
         "cut": cut,
         "error": error,
         "left_out": left_out,

@@ -1,0 +1,28 @@
+"""The run's configuration: YAML files merged left to right, then command-line flags, checked as a whole."""
+
+from open_po.config.checks import mixture
+from open_po.config.fields import (
+    FIELDS,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OutputConfig,
+    ReferenceConfig,
+    RunConfig,
+    TrainConfig,
+)
+from open_po.config.reading import help_text, load_config
+
+__all__ = [
+    "FIELDS",
+    "DataConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OutputConfig",
+    "ReferenceConfig",
+    "RunConfig",
+    "TrainConfig",
+    "help_text",
+    "load_config",
+    "mixture",
+]

@@ -1,0 +1,206 @@
+"""What can be configured: sections of fields, and the whole of them, `RunConfig`.
+
+A field's name is unique over all sections, so YAML and flags are flat. A field that is None was left to its default;
+`resolve` replaces it where the default depends on other fields, and what it writes parses again to the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+from open_po.losses import Loss, loss_spec
+
+
+def option(default: Any, text: str, *, shapes_result: bool = True) -> Any:
+    """A field with its help text. `shapes_result=False`: changing it between a run and its resumption is allowed."""
+    metadata = {"help": text, "shapes_result": shapes_result}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The policy, its tokenizer and how it computes."""
+
+    model_name_or_path: str = option("", "policy: a local folder or a Hub name")
+    model_revision: str | None = option(None, "Hub branch, tag or commit of the policy")
+    tokenizer_name: str | None = option(None, "tokenizer, if it is not the policy's")
+    chat_template_name: str | None = option(
+        None, "chat template to use and save: 'tulu' or a .jinja file; default: the tokenizer's own"
+    )
+    trust_remote_code: bool = option(False, "run model code that comes with a Hub repository")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "compute precision; auto: bfloat16 on CUDA, else float32. Trained weights are always float32"
+    )
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
+    use_liger_kernel: bool | None = option(
+        None, "Liger's Triton kernels for head, RMSNorm, RoPE and SwiGLU; default: on CUDA"
+    )
+    use_lora: bool = option(False, "train LoRA adapters instead of all weights")
+    lora_rank: int | None = option(None, "LoRA rank; default 64")
+    lora_alpha: float | None = option(None, "LoRA alpha; default 16")
+    lora_dropout: float | None = option(None, "LoRA dropout; default 0")
+    lora_target_modules: list[str] | None = option(
+        None, "module names that get an adapter; default all-linear (all but the head)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which pairs are trained and evaluated on, and how they become tokens."""
+
+    mixer_list: list[str] | None = option(
+        None, "training data: NAME AMOUNT [NAME AMOUNT ...]; an amount is a fraction (0.5) or a count of rows (1000)"
+    )
+    dataset_mixer: dict[str, str] | None = option(None, "the same as a YAML mapping NAME: AMOUNT")
+    mixer_list_splits: list[str] = option(["train"], "one split for all datasets, or one for each: train, train[:90%]")
+    eval_mixer_list: list[str] | None = option(None, "held-out data, written as mixer_list", shapes_result=False)
+    eval_mixer_list_splits: list[str] = option(["train"], "splits of the held-out data", shapes_result=False)
+    max_train_samples: int | None = option(None, "use at most so many training rows")
+    max_seq_length: int = option(2048, "longest prompt + response, in tokens; longer responses lose their newest")
+    max_prompt_length: int | None = option(
+        None,
+        "longest prompt, in tokens; longer ones lose their oldest. "
+        "Default: max_seq_length // 2, for pairs that do not fit max_seq_length",
+    )
+    preprocessing_num_workers: int | None = option(
+        None, "processes that tokenise; default: the CPUs at hand", shapes_result=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The reference model and the cache of its log-probs."""
+
+    reference_model_name_or_path: str | None = option(None, "reference model; default: the policy's initial weights")
+    reference_model_revision: str | None = option(None, "Hub branch, tag or commit of the reference model")
+    reference_cache_dir: str = option(
+        "~/.cache/open_po/reference", "where reference log-probs are kept", shapes_result=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The preference loss. A parameter left out takes the loss's default; one it does not take is an error."""
+
+    loss_type: str = option("dpo", "dpo, dpo_norm, dpo_gamma, slic_dpo or sft")
+    beta: float | None = option(None, "strength of the pull to the reference; default 0.1, dpo_norm 5")
+    gamma: float | None = option(None, "dpo_gamma: margin, in reward units; default 0.5")
+    delta: float | None = option(None, "slic_dpo: hinge margin, in reward units; default 1")
+    label_smoothing: float | None = option(None, "share of labels taken to be wrong; default 0")
+
+    def given(self) -> dict[str, float]:
+        """The loss parameters that were set."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name != "loss_type" and value is not None}
+
+    def loss(self) -> Loss:
+        """The loss with its parameters filled in. Raises ValueError as `loss_spec` and `LossSpec.resolve` do."""
+        spec = loss_spec(self.loss_type)
+        return Loss(spec, spec.resolve(self.given()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimizer steps. The global batch is per_device_train_batch_size x gradient_accumulation_steps x ranks pairs."""
+
+    per_device_train_batch_size: int = option(4, "pairs, see gradient_accumulation_steps")
+    gradient_accumulation_steps: int = option(
+        8, "the global batch is per_device_train_batch_size x gradient_accumulation_steps x ranks, in pairs"
+    )
+    max_tokens_per_batch: int | None = option(
+        None,
+        "tokens of one forward pass, padding included; default 2 x per_device_train_batch_size x max_seq_length. "
+        "Changes memory and speed, never a step's value",
+    )
+    optimizer: Literal["adamw", "rmsprop"] = option("adamw", "adamw or rmsprop")
+    learning_rate: float = option(5e-7, "peak learning rate")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
+        "linear", "linear, cosine, constant or constant_with_warmup"
+    )
+    warmup_ratio: float = option(0.1, "share of the steps in which the learning rate rises")
+    weight_decay: float = option(0.0, "decoupled weight decay of adamw; not on norms and biases")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never")
+    num_epochs: int = option(1, "passes over the training data")
+    max_train_steps: int | None = option(None, "stop after so many optimizer steps")
+    seed: int = option(42, "seed of the data order, dropout and new adapters")
+    eval_steps: int | None = option(
+        None, "evaluate every so many steps, besides before the first and after the last", shapes_result=False
+    )
+    logging_steps: int = option(1, "write metrics every so many steps", shapes_result=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What a run leaves behind."""
+
+    exp_name: str = option("dpo_tune_cache", "name of the run", shapes_result=False)
+    output_dir: str | None = option(
+        None, "folder of the model, metrics and checkpoints; default output/EXP_NAME", shapes_result=False
+    )
+    checkpointing_steps: int | None = option(None, "write a checkpoint every so many steps", shapes_result=False)
+    keep_last_n_checkpoints: int = option(3, "older checkpoints are removed", shapes_result=False)
+    resume_from_checkpoint: str | None = option(
+        None, "auto: continue from output_dir's last checkpoint, if any; or a checkpoint's folder", shapes_result=False
+    )
+    save_dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "precision of the saved model; auto: that of dtype. Checkpoints are always exact", shapes_result=False
+    )
+    with_tracking: bool = option(False, "log to Weights & Biases", shapes_result=False)
+    wandb_project_name: str | None = option(None, "W&B project; default open_po", shapes_result=False)
+    wandb_entity: str | None = option(None, "W&B team or user", shapes_result=False)
+    push_to_hub: bool = option(False, "upload the final model to the Hugging Face Hub", shapes_result=False)
+    hf_repo_id: str | None = option(None, "Hub repository, USER/NAME; default USER/EXP_NAME", shapes_result=False)
+    hf_repo_revision: str | None = option(None, "Hub branch to upload to; default main", shapes_result=False)
+    hf_private: bool | None = option(None, "make a new Hub repository private; default true", shapes_result=False)
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "reference": ReferenceConfig,
+    "loss": LossConfig,
+    "train": TrainConfig,
+    "output": OutputConfig,
+}
+FIELDS: dict[str, tuple[str, dataclasses.Field[Any], Any]] = {
+    f.name: (section, f, typing.get_type_hints(cls)[f.name])
+    for section, cls in SECTIONS.items()
+    for f in dataclasses.fields(cls)
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A checked and resolved configuration."""
+
+    model: ModelConfig
+    data: DataConfig
+    reference: ReferenceConfig
+    loss: LossConfig
+    train: TrainConfig
+    output: OutputConfig
+
+    def flat(self) -> dict[str, Any]:
+        """Every field's value by name."""
+        return {name: getattr(getattr(self, section), name) for name, (section, _, _) in FIELDS.items()}
+
+    def to_yaml(self) -> str:
+        """The fields that have a value, as YAML that parses to this configuration."""
+        return yaml.safe_dump({k: v for k, v in self.flat().items() if v is not None}, sort_keys=False)
+
+    def result_fields(self) -> dict[str, Any]:
+        """The fields that a resumed run must share with the run it continues."""
+        return {name: value for name, value in self.flat().items() if FIELDS[name][1].metadata["shapes_result"]}
+
+    def digest(self) -> str:
+        """Hash of `result_fields`."""
+        return hashlib.sha256(json.dumps(self.result_fields(), sort_keys=True).encode()).hexdigest()[:16]

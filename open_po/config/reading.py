@@ -1,0 +1,217 @@
+"""From YAML files and command-line flags to a checked `RunConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+from yaml.constructor import ConstructorError
+
+from open_po.config.checks import contradictions, resolve
+from open_po.config.fields import FIELDS, SECTIONS, RunConfig
+from open_po.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which numbers and dates stay text, since a field's type says what they are; a repeated key is an error.
+
+    So `1e-7` is a number, and a commit `0123456` or a version `1.10` is kept as it is written.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConstructorError(None, None, f"{name} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("bool", "null", "merge")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+class _Words(list[str]):
+    """The words behind a flag, not yet read as its field's type."""
+
+
+def load_config(arguments: Sequence[str]) -> RunConfig:
+    """The configuration of a command line `CONFIG.yaml [MORE.yaml ...] [--field value ...]`.
+
+    Raises ConfigError with every problem found.
+    """
+    values, problems = _read_arguments(arguments)
+    typed: dict[str, Any] = {}
+    mistyped: set[str] = set()
+    for name, value in values.items():
+        if name not in FIELDS:
+            problems.append(_unknown_field(name))
+            continue
+        try:
+            typed[name] = _convert(value, FIELDS[name][2])
+        except ValueError as error:
+            mistyped.add(name)
+            problems.append(f"{name}: {error}")
+    sections = {
+        section: cls(**{k: v for k, v in typed.items() if FIELDS[k][0] == section}) for section, cls in SECTIONS.items()
+    }
+    config = RunConfig(**sections)
+    # A mistyped field has its default here: what that contradicts is no problem of the user's.
+    problems += [problem for problem in contradictions(config) if not _names(problem) & mistyped]
+    if problems:
+        raise ConfigError(problems)
+    return resolve(config)
+
+
+def _names(problem: str) -> set[str]:
+    """The fields that a line speaks of before its advice."""
+    return set(re.findall(r"\w+", problem.split(";")[0]))
+
+
+def _read_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Raw values by name (later ones win) and the problems met while reading them."""
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    position = 0
+    while position < len(arguments) and not arguments[position].startswith("--"):
+        values |= _read_yaml(Path(arguments[position]), problems)
+        position += 1
+    while position < len(arguments):
+        name, equals, inline = arguments[position][2:].partition("=")
+        position += 1
+        words = _Words([inline] if equals else [])
+        while position < len(arguments) and not arguments[position].startswith("--"):
+            words.append(arguments[position])
+            position += 1
+        values[name] = words
+    return values, problems
+
+
+def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        problems.append(f"{path}: cannot be read ({error.strerror}); configuration files come before the --flags")
+        return {}
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        problems.append(f"{path}{line}: is not valid YAML ({error.problem})")
+        return {}
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a tag such as !!int before other text
+        problems.append(f"{path}: is not valid YAML ({' '.join(str(error).split())})")
+        return {}
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        problems.append(f"{path}: must be a mapping of field names to values")
+        return {}
+    return content
+
+
+def _unknown_field(name: str) -> str:
+    close = get_close_matches(name, FIELDS, n=1, cutoff=0.5)
+    return f"{name}: unknown field" + (f"; did you mean {close[0]}?" if close else "; --help lists all fields")
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _accepts(hint: Any, kind: type) -> bool:
+    return any(kind in (alternative, typing.get_origin(alternative)) for alternative in _alternatives(hint))
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`; raises ValueError saying what is expected and what came."""
+    if isinstance(value, _Words):
+        value = _read_words(value, hint)
+    if value is None and _accepts(hint, type(None)):
+        return None
+    for alternative in _alternatives(hint):
+        converted = _convert_one(value, alternative)
+        if converted is not None:
+            return converted
+    raise ValueError(f"expects {_describe(hint)}, got {value!r}")
+
+
+def _read_words(words: _Words, hint: Any) -> Any:
+    """What YAML would have given in place of a flag's words; raises ValueError if there are too few or too many."""
+    if not words:
+        if _accepts(hint, bool):
+            return True
+        raise ValueError("no value follows the flag")
+    if words == ["null"]:
+        return None
+    if _accepts(hint, list):
+        return list(words)
+    if len(words) > 1:
+        raise ValueError(f"takes one value, got {' '.join(words)}")
+    if _accepts(hint, bool) or _accepts(hint, dict):
+        try:
+            return yaml.load(words[0], _Loader)
+        except (yaml.YAMLError, ValueError):
+            pass  # _convert says what is expected
+    return words[0]
+
+
+def _convert_one(value: Any, hint: Any) -> Any:
+    """`value` (text, true, false, null, a list or a mapping) as one plain type; None if it does not fit."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value if value in arguments else None
+    if origin is list:
+        items = value.split() if isinstance(value, str) else value
+        return items if isinstance(items, list) and items and all(map(_is_word, items)) else None
+    if origin is dict:
+        fits = isinstance(value, dict) and value and all(map(_is_word, [*value, *value.values()]))
+        return value if fits else None
+    if hint is bool:
+        return value if isinstance(value, bool) else None
+    if hint is type(None) or not _is_word(value):
+        return None
+    try:
+        return hint(value)  # str, int or float
+    except ValueError:
+        return None
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _describe(hint: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    parts = []
+    for alternative in _alternatives(hint):
+        if typing.get_origin(alternative) is Literal:
+            parts.append("one of " + ", ".join(map(str, typing.get_args(alternative))))
+        elif typing.get_origin(alternative) is list:
+            parts.append("a list of words")
+        elif typing.get_origin(alternative) is dict:
+            parts.append("a mapping of names to numbers")
+        elif alternative is not type(None):
+            parts.append(names[alternative])
+    return " or ".join(parts)
+
+
+def help_text() -> str:
+    """Every field with its type, default and meaning, by section."""
+    lines = ["usage: dpo_tune_cache.py CONFIG.yaml [MORE.yaml ...] [--field value ...]", ""]
+    lines += ["YAML files merge left to right, flags win.", ""]
+    for section, cls in SECTIONS.items():
+        lines.append(f"{section}: {(cls.__doc__ or '').splitlines()[0]}")
+        for f in dataclasses.fields(cls):
+            hint = typing.get_type_hints(cls)[f.name]
+            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+            shown = "" if default in (None, "") else f" (default {default})"
+            lines.append(f"  --{f.name}: {_describe(hint)}{shown}\n      {f.metadata['help']}")
+        lines.append("")
+    return "\n".join(lines)
