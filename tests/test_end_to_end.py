@@ -460,11 +460,9 @@ def test_bfloat16_moves_weights_at_a_tiny_learning_rate(llama: Path, eight_pairs
 # -------------------------------------------------------------------------------------------------- for a person to see
 
 
-def colours(path: Path) -> set[tuple[int, ...]]:
-    """Colours of which a picture has at least 40 pixels."""
-    pixels = np.asarray(Image.open(path).convert("RGB")).astype(np.int64) @ [65536, 256, 1]
-    values, counts = np.unique(pixels, return_counts=True)
-    return {tuple(int(value).to_bytes(3)) for value in values[counts >= 40]}
+def pixels(path: Path, colour: tuple[int, int, int]) -> int:
+    """How many pixels of a picture have a colour."""
+    return int((np.asarray(Image.open(path).convert("RGB")) == colour).all(-1).sum())
 
 
 BLUE, RED = (31, 119, 180), (214, 39, 40)
@@ -482,8 +480,8 @@ def test_curves_are_drawn_for_runs_of_any_length(llama: Path, eight_pairs: Path,
             width, height = image.size
         assert 800 <= width <= 2000, name
         assert 350 <= height <= 1500, name
-        assert BLUE in colours(picture), name
-        assert (RED in colours(picture)) == (name != "sft"), name
+        assert pixels(picture, BLUE) > 500, name  # more than what the legends have
+        assert (pixels(picture, RED) > 40) == (name != "sft"), name
 
 
 def test_the_console_shows_the_run(

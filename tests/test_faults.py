@@ -104,7 +104,6 @@ def test_a_tokenizer_with_ids_beyond_the_vocabulary(pairs_file: Path, tmp_path: 
     assert "the model's vocabulary has 100 entries" in line
 
 
-@pytest.mark.xfail(strict=True, reason="Scorer.check looks at the first pair only, a later one ends in an IndexError")
 def test_an_id_beyond_the_vocabulary_in_a_later_pair(tmp_path: Path, capsys: Capture) -> None:
     tokenizer = tiny.make_tokenizer(tmp_path / "model")
     rows = [{"prompt": f"{i}", "chosen": " 1", "rejected": " 2"} for i in range(10, 14)]
@@ -115,6 +114,17 @@ def test_an_id_beyond_the_vocabulary_in_a_later_pair(tmp_path: Path, capsys: Cap
     data = tiny.write_jsonl(tmp_path / "data.jsonl", rows)
     line = cli.failure(capsys, cli.arguments(tmp_path / "model", data, tmp_path / "run"))
     assert f"the model's vocabulary has {highest[2]} entries" in line
+
+
+@pytest.mark.xfail(strict=True, reason="Scorer.check says that the architecture is not supported")
+def test_a_model_whose_weights_are_not_finite(model: Path, pairs_file: Path, tmp_path: Path, capsys: Capture) -> None:
+    """As a training run leaves it that diverged."""
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][:] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    line = cli.failure(capsys, cli.arguments(model, pairs_file, tmp_path / "run"))
+    assert "not finite" in line
+    assert "architecture" not in line
 
 
 def test_liger_kernels_without_a_gpu(llama: Path, pairs_file: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -231,7 +241,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_keeps_the_ones_before(
     assert "Resuming from" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("size", range(480, 760, 40))
+@pytest.mark.parametrize("size", range(480, 760, 80))
 def test_a_disk_that_is_full_at_the_end_keeps_the_checkpoint(
     size: int, disk: Callable[[str], Path], llama: Path, pairs_file: Path, tmp_path: Path, capsys: Capture
 ) -> None:

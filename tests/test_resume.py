@@ -272,9 +272,10 @@ def test_a_damaged_checkpoint_is_told_in_one_line(
         os.truncate(path, 0 if damage == "empty" else path.stat().st_size - 20)
     line = cli.failure(capsys, expected.words(output, resume_from_checkpoint="auto"))
     assert f"resume_from_checkpoint {checkpoint}: is no whole checkpoint (" in line
-    shutil.rmtree(checkpoint)
-    assert cli.main(expected.words(output, resume_from_checkpoint="auto")) == 0
-    expected.assert_same(output)
+    if damage == "cut":
+        shutil.rmtree(checkpoint)
+        assert cli.main(expected.words(output, resume_from_checkpoint="auto")) == 0
+        expected.assert_same(output)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"progress": {"step": 6}, "config": 3}'])
