@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from open_po.errors import UserError
 from open_po.model import Scorer
 from open_po.output import changed_fields, disk_faults
 from open_po.runtime import Runtime
+from open_po.tracking import PreferenceMeter
 
 _STATE = "trainer_state.json"
 
@@ -38,7 +39,18 @@ class Progress:
     wandb_run_id: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
+class Window:
+    """What happened since metrics were last written."""
+
+    steps: int = 0
+    pairs: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    meter: PreferenceMeter = field(default_factory=PreferenceMeter)  # this rank's sums; the rest counts all ranks
+
+
+@dataclass(kw_only=True)
 class TrainingState:
     """Everything a resumed run needs besides its configuration, its data and the weights it started from."""
 
@@ -46,19 +58,24 @@ class TrainingState:
     optimizer: Optimizer
     schedule: LRScheduler
     progress: Progress
+    window: Window = field(default_factory=Window)
 
     def save(self, folder: Path, config: RunConfig, runtime: Runtime) -> Path:
         """Write `folder/step_N` and remove all but the newest `keep_last_n_checkpoints`.
 
         Raises UserError if the disk refuses; older checkpoints are then still there.
         """
-        random_states = gather_object([_random_state()])
+        ranks = gather_object([{"random": _random_state(), "window": self._window()}])
         target = folder / f"step_{self.progress.step:06d}"
-        runtime.on_main(lambda: self._write(target, config, random_states))
+        runtime.on_main(lambda: self._write(target, config, ranks))
         runtime.on_main(lambda: prune(folder, config.output.keep_last_n_checkpoints))
         return target
 
-    def _write(self, target: Path, config: RunConfig, random_states: list[Any]) -> None:
+    def _window(self) -> dict[str, Any]:
+        sums = self.window.meter.sums
+        return {**vars(self.window), "meter": None if sums is None else sums.cpu()}
+
+    def _write(self, target: Path, config: RunConfig, ranks: list[Any]) -> None:
         temporary = target.with_name(f".{target.name}.partial")
         training = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
         state = {"progress": dataclasses.asdict(self.progress), "config": config.result_fields()}
@@ -67,7 +84,7 @@ class TrainingState:
                 temporary.mkdir(parents=True)
                 save_file(_trained(self.scorer), temporary / "weights.safetensors")
                 with open(temporary / "training.pt", "wb") as file:
-                    torch.save({**training, "random": random_states}, file)
+                    torch.save({**training, "ranks": ranks}, file)
                 (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n")
                 for path in [*temporary.iterdir(), temporary]:
                     _sync(path)
@@ -92,9 +109,9 @@ class TrainingState:
                 f"resume_from_checkpoint {checkpoint}: was written under another configuration ({changed}); "
                 "resume with the one it was started with"
             )
-        if len(training["random"]) != runtime.world_size:
+        if len(training["ranks"]) != runtime.world_size:
             raise UserError(
-                f"resume_from_checkpoint {checkpoint}: was written by {len(training['random'])} processes, "
+                f"resume_from_checkpoint {checkpoint}: was written by {len(training['ranks'])} processes, "
                 f"this run has {runtime.world_size}"
             )
         parameters = dict(self.scorer.named_parameters())
@@ -104,7 +121,11 @@ class TrainingState:
         self.optimizer.load_state_dict(training["optimizer"])
         self.schedule.load_state_dict(training["schedule"])
         vars(self.progress).update(vars(progress))
-        _restore_random_state(training["random"][runtime.rank])
+        mine = training["ranks"][runtime.rank]
+        sums = mine["window"].pop("meter")
+        self.window = Window(**mine["window"])
+        self.window.meter.sums = None if sums is None else sums.to(runtime.device)
+        _restore_random_state(mine["random"])
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

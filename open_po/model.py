@@ -286,6 +286,11 @@ class Scorer(nn.Module):
                 logits = self.base(input_ids=row, use_cache=False).logits[0, len(short.prompt_ids) - 1 : -1]
         logprobs = logits.float().log_softmax(-1)
         expected = logprobs.gather(1, row[0, len(short.prompt_ids) :, None]).sum()
+        if not expected.isfinite():
+            raise UserError(
+                f"{self.base.name_or_path}: the model's own log-probs are not finite ({expected.item()} nats); its "
+                f"weights are damaged, or too large for {self.numerics.key()['compute_dtype']}"
+            )
         tolerance = 1e-4 if self.numerics.compute_dtype == torch.float32 else 0.1  # nats per token
         if not (got - expected).abs() <= tolerance * len(short.chosen_ids):
             raise UserError(

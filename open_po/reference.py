@@ -170,15 +170,21 @@ def fill_store(
 
     Raises UserError naming the pair if a log-prob is not finite; it is never stored.
     """
-    pairs = {(dataset.chosen_keys[i], dataset.rejected_keys[i]): i for i in store.missing(dataset)}
-    missing = list(pairs.values())  # equal pairs once
+
+    def missing_once() -> list[int]:
+        pairs = {(dataset.chosen_keys[i], dataset.rejected_keys[i]): i for i in store.missing(dataset)}
+        return list(pairs.values())  # equal pairs once
+
+    # Rank 0 says what is missing: another rank's reading may already hold rows that a faster rank has just written.
+    missing = runtime.on_main(missing_once)
     planner = Planner(dataset=dataset, max_tokens=max_tokens)
     packs = planner.packs(missing, rank=runtime.rank, world_size=runtime.world_size)
     if missing:
-        with Progress(runtime.console, "Reference log-probs", total=sum(map(len, packs)), unit="pairs") as progress:
+        label = "Reference log-probs" + (f" (one of {runtime.world_size} ranks)" if runtime.world_size > 1 else "")
+        with Progress(runtime.console, label, total=sum(map(len, packs)), unit="pairs") as progress:
             runtime.on_all(lambda: _compute(store, scorer, planner, packs, progress, pad))
-        if runtime.world_size > 1:
-            store.reload()
+    if runtime.world_size > 1:
+        store.reload()
 
 
 def _compute(

@@ -37,7 +37,7 @@ def summary_table(summary: dict[str, Any], folder: Path) -> Table:
     """The run's summary as a table for the console."""
     table = Table(title=f"Run {summary['status']}", title_justify="left", show_header=False)
     table.add_column("what", style="bold")
-    table.add_column("value")
+    table.add_column("value", overflow="fold")
     reference, train = summary["reference"], summary["train"]
     if reference is not None:
         counts = f"{reference['pairs_computed']:,} pairs computed, {reference['pairs_reused']:,} from the cache"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from open_po.checkpoint import Progress, TrainingState, latest_checkpoint
+from open_po.checkpoint import Progress, TrainingState, latest_checkpoint, prune
 from open_po.config import RunConfig, help_text, load_config
 from open_po.data import PairDataset, load_pairs
 from open_po.data.tokenization import Truncation
@@ -214,8 +214,17 @@ def fill_reference(
     start = time.monotonic()
     cache_dir = Path(config.reference.reference_cache_dir)
     facts = runtime.on_main(lambda: reference_facts(name, revision, numerics))
-    store = ReferenceStore(runtime.on_main(lambda: ReferenceStore.create(cache_dir, facts)))
-    missing = sum(len(store.missing(part)) for part in data.parts)
+
+    store: ReferenceStore | None = None
+
+    def count() -> tuple[Path, int]:
+        nonlocal store
+        store = ReferenceStore(ReferenceStore.create(cache_dir, facts))
+        return store.folder, sum(len(store.missing(part)) for part in data.parts)
+
+    # Rank 0 counts and the others read the store afterwards: rows of other ranks and runs may appear at any moment.
+    folder, missing = runtime.on_main(count)
+    store = store or ReferenceStore(folder)
     if missing:
         scorer = load()
         for part in data.parts:
@@ -305,6 +314,8 @@ def _resume(config: RunConfig, runtime: Runtime, state: TrainingState, folder: R
         runtime.say(f"No checkpoint in {folder.checkpoints} yet: starting from the beginning.")
         return False
     state.restore(checkpoint, config, runtime)
+    if wanted == "auto":  # a run killed between writing its last checkpoint and pruning would keep one too many
+        runtime.on_main(lambda: prune(folder.checkpoints, config.output.keep_last_n_checkpoints))
     runtime.say(f"Resuming from {checkpoint}")
     return True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -54,8 +55,10 @@ class Runtime:
             ],
         )
         set_seed(seed)
+        # A scheduler's SIGTERM ends a run like Ctrl-C: with a line, and a summary that says so.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         console = Console(
-            quiet=not accelerator.is_main_process, highlight=False, width=None if sys.stdout.isatty() else 100
+            quiet=not accelerator.is_main_process, highlight=False, width=None if sys.stdout.isatty() else 200
         )
         return Runtime(accelerator=accelerator, console=console)
 

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from open_po.checkpoint import TrainingState
+from open_po.checkpoint import TrainingState, Window
 from open_po.config import RunConfig
 from open_po.errors import UserError
 from open_po.evaluate import HeldOut, evaluate
@@ -22,17 +22,7 @@ from open_po.output import RunFolder
 from open_po.packing import Planner, Sampler
 from open_po.reference import ReferenceLogps, lookup
 from open_po.runtime import Runtime
-from open_po.tracking import Metrics, PreferenceMeter, Progress, Trackers, peak_memory_bytes
-
-
-@dataclass(kw_only=True)
-class Window:
-    """What happened since metrics were last written."""
-
-    steps: int = 0
-    pairs: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
+from open_po.tracking import Metrics, Progress, Trackers, peak_memory_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +63,6 @@ class Trainer:
         self.reference, self.held_out, self.pad = reference, held_out, pad
         # And around it
         self.config, self.runtime, self.folder, self.trackers = config, runtime, folder, trackers
-        self.meter, self.window = PreferenceMeter(), Window()
 
     def train(self) -> None:
         """Run to the last step, with the evaluations and checkpoints that fall due.
@@ -150,7 +139,7 @@ class Trainer:
                 coefficient = 0.0 if idle else runtime.world_size / divisor
                 runtime.accelerator.backward(losses.numerators.sum() * coefficient)
             if not idle:
-                self.meter.add(policy, losses, divisor)
+                self.state.window.meter.add(policy, losses, divisor)
                 numerators |= zip(pack, losses.numerators.detach(), strict=True)
         return numerators
 
@@ -171,14 +160,15 @@ class Trainer:
 
     def _count(self, size: StepSize, seconds: float) -> None:
         self.state.progress.seconds += seconds
-        self.window.steps += 1
-        self.window.pairs += size.pairs
-        self.window.tokens += size.tokens
-        self.window.seconds += seconds
+        window = self.state.window
+        window.steps += 1
+        window.pairs += size.pairs
+        window.tokens += size.tokens
+        window.seconds += seconds
 
     def _log(self, learning_rate: float, grad_norm: float) -> Metrics:
-        window, self.window = self.window, Window()
-        means = self.meter.means(self.runtime, window.steps)
+        window, self.state.window = self.state.window, Window()
+        means = window.meter.means(self.runtime, window.steps)
         metrics = {
             "training_step": self.state.progress.step,
             "epoch": self.sampler.epochs(self.state.progress.step),

@@ -78,10 +78,6 @@ def test_two_ranks_leave_a_reference_that_one_process_finds_whole(
     assert cli.summary(one)["reference"]["pairs_computed"] == 0
 
 
-RACE = "each rank takes what is missing from its own reading of the store, which the other may already be filling"
-
-
-@pytest.mark.xfail(strict=True, reason=RACE)
 @pytest.mark.parametrize("slow", ["__init__", "reload"])
 def test_a_rank_that_reads_the_store_late_shares_the_same_work(
     slow: str, llama: Path, nine_pairs: Path, tmp_path: Path

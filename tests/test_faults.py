@@ -116,7 +116,6 @@ def test_an_id_beyond_the_vocabulary_in_a_later_pair(tmp_path: Path, capsys: Cap
     assert f"the model's vocabulary has {highest[2]} entries" in line
 
 
-@pytest.mark.xfail(strict=True, reason="Scorer.check says that the architecture is not supported")
 def test_a_model_whose_weights_are_not_finite(model: Path, pairs_file: Path, tmp_path: Path, capsys: Capture) -> None:
     """As a training run leaves it that diverged."""
     weights = load_file(model / "model.safetensors")

@@ -97,7 +97,6 @@ def test_killed_three_times_and_resumed(name: str, whole: Any, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="killed before the last pruning, run._resume does not prune: a checkpoint stays")
 def test_killed_at_every_file_operation_and_resumed(whole: Any, tmp_path: Path) -> None:
     expected, moment = whole("lora"), 0
     while True:
@@ -214,7 +213,6 @@ def test_auto_on_a_complete_run_does_nothing(whole: Any, tmp_path: Path, capsys:
     assert "is complete; nothing to do" in capsys.readouterr().out
 
 
-@pytest.mark.xfail(strict=True, reason="Trainer.window and Trainer.meter are not in the checkpoint")
 def test_a_checkpoint_inside_a_logging_window_keeps_its_first_half(llama: Path, data: Path, tmp_path: Path) -> None:
     fields = {"logging_steps": 4, "checkpointing_steps": 3}
     expected = cli.train(llama, data, tmp_path / "whole", **fields)

@@ -7,8 +7,6 @@ A field's name is unique over all sections, so YAML and flags are flat. A field 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -200,7 +198,3 @@ class RunConfig:
     def result_fields(self) -> dict[str, Any]:
         """The fields that a resumed run must share with the run it continues."""
         return {name: value for name, value in self.flat().items() if FIELDS[name][1].metadata["shapes_result"]}
-
-    def digest(self) -> str:
-        """Hash of `result_fields`."""
-        return hashlib.sha256(json.dumps(self.result_fields(), sort_keys=True).encode()).hexdigest()[:16]
