@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 # What a sum of numerators is divided by, counted over a whole optimizer step.
@@ -97,9 +96,9 @@ class LossOutput:
 
 
 def not_finite(losses: PairLosses) -> Tensor:
-    """[P] whether a pair's loss or likelihood is infinite or not a number."""
+    """[P] whether a pair's loss, likelihood or rewards are infinite or not a number."""
     pairs = len(losses.chosen_rewards)
-    bad = torch.zeros(pairs, dtype=torch.bool, device=losses.chosen_rewards.device)
+    bad = ~(losses.chosen_rewards.isfinite() & losses.rejected_rewards.isfinite())
     if losses.losses is not None:
         bad = bad | ~losses.losses.detach().view(-1, pairs).isfinite().all(0)
     if losses.nll is not None:
