@@ -19,7 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from open_po.data import PreferencePair
-from open_po.losses import Loss, PairLogps, loss_spec
+from open_po.losses import Counts, Loss, PairLogps, loss_spec
 from open_po.model import Numerics, Scorer, _apply_liger, checkpoint_gradients
 from open_po.packing import PackedBatch, pack
 
@@ -67,7 +67,7 @@ def train_step(scorer: Scorer, optimizer: torch.optim.Optimizer, batch: PackedBa
         chosen_tokens=policy.chosen_tokens,
         rejected_tokens=policy.rejected_tokens,
     )
-    loss(policy, reference).numerators.mean().backward()
+    loss(policy, reference).value(Counts.of(policy)).backward()
     optimizer.step()
     optimizer.zero_grad()
     return float(policy.chosen.detach().sum())

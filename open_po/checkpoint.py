@@ -14,17 +14,49 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from open_po.config import RunConfig
 from open_po.errors import UserError
+from open_po.losses import LossMix, PairLogps
 from open_po.model import Scorer
 from open_po.output import changed_fields, disk_faults
 from open_po.runtime import Runtime
 from open_po.tracking import PreferenceMeter
 
 _STATE = "trainer_state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomState:
+    """The generators that dropout draws from."""
+
+    cpu: Tensor
+    gpu: Tensor | None
+
+    @staticmethod
+    def take() -> RandomState:
+        gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        return RandomState(cpu=torch.get_rng_state(), gpu=gpu)
+
+    def put_back(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.gpu is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(self.gpu)
+
+
+@dataclass(kw_only=True)
+class RunningMean:
+    """Mean of all numbers so far, e.g. BCO's shift."""
+
+    count: int = 0
+    mean: float = 0.0
+
+    def add(self, values: Tensor) -> None:
+        self.count += values.numel()
+        self.mean += float((values.double() - self.mean).sum()) / self.count
 
 
 @dataclass(kw_only=True)
@@ -37,6 +69,7 @@ class Progress:
     response_tokens: int = 0  # scored tokens
     seconds: float = 0.0  # spent in training steps
     wandb_run_id: str | None = None
+    running_means: list[RunningMean] = field(default_factory=list)  # one for each part of the loss
 
 
 @dataclass(kw_only=True)
@@ -65,15 +98,14 @@ class TrainingState:
 
         Raises UserError if the disk refuses; older checkpoints are then still there.
         """
-        ranks = gather_object([{"random": _random_state(), "window": self._window()}])
+        ranks = gather_object([{"random": vars(RandomState.take()), "window": self._window()}])
         target = folder / f"step_{self.progress.step:06d}"
         runtime.on_main(lambda: self._write(target, config, ranks))
         runtime.on_main(lambda: prune(folder, config.output.keep_last_n_checkpoints))
         return target
 
     def _window(self) -> dict[str, Any]:
-        sums = self.window.meter.sums
-        return {**vars(self.window), "meter": None if sums is None else sums.cpu()}
+        return {**vars(self.window), "meter": {name: float(value) for name, value in self.window.meter.sums.items()}}
 
     def _write(self, target: Path, config: RunConfig, ranks: list[Any]) -> None:
         temporary = target.with_name(f".{target.name}.partial")
@@ -94,11 +126,19 @@ class TrainingState:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
+    def update_running_means(self, loss: LossMix, policy: PairLogps, reference: PairLogps | None) -> None:
+        """Take a step's rewards into the running mean of each part of the loss that keeps one."""
+        for part, mean in zip(loss.parts, self.progress.running_means, strict=True):
+            if part.keeps_running_mean:
+                losses = part(policy, reference)
+                mean.add(torch.cat([losses.chosen_rewards, losses.rejected_rewards]))
+
     def restore(self, checkpoint: Path, config: RunConfig, runtime: Runtime) -> None:
         """Take over the state in `checkpoint`. Raises UserError if it is another configuration's or is damaged."""
         try:
             state = json.loads((checkpoint / _STATE).read_text())
             progress, theirs = Progress(**state["progress"]), dict(state["config"])
+            progress.running_means = [RunningMean(**mean) for mean in state["progress"]["running_means"]]
             weights = load_file(checkpoint / "weights.safetensors")
             training = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # each reader has error types of its own
@@ -124,8 +164,8 @@ class TrainingState:
         mine = training["ranks"][runtime.rank]
         sums = mine["window"].pop("meter")
         self.window = Window(**mine["window"])
-        self.window.meter.sums = None if sums is None else sums.to(runtime.device)
-        _restore_random_state(mine["random"])
+        self.window.meter.sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
+        RandomState(**mine["random"]).put_back()
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -159,17 +199,6 @@ def _trained(scorer: Scorer) -> dict[str, torch.Tensor]:
         for name, parameter in scorer.named_parameters()
         if parameter.requires_grad
     }
-
-
-def _random_state() -> dict[str, Any]:
-    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"cpu": torch.get_rng_state(), "gpu": gpu}
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["gpu"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["gpu"])
 
 
 def _sync(path: Path) -> None:

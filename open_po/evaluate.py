@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from open_po.losses import Loss
+from open_po.global_batch import gather_logps
+from open_po.losses import LossMix
 from open_po.model import Scorer
 from open_po.packing import Planner
 from open_po.reference import ReferenceLogps, lookup
@@ -25,17 +27,31 @@ class HeldOut:
 
 
 @torch.no_grad()
-def evaluate(scorer: Scorer, held_out: HeldOut, loss: Loss, runtime: Runtime, *, pad: int) -> Metrics:
-    """The training metrics on held-out pairs, under `eval/`; both responses are scored whatever the loss needs."""
-    planner, dataset = held_out.planner, held_out.planner.dataset
-    divisor = loss.divisor(len(dataset), int(dataset.chosen_lengths.sum()))
-    meter = PreferenceMeter()
+def evaluate(
+    scorer: Scorer,
+    held_out: HeldOut,
+    loss: LossMix,
+    running_means: Sequence[Tensor | None],
+    runtime: Runtime,
+    *,
+    pad: int,
+) -> Metrics:
+    """The training metrics on held-out pairs taken as one batch, under `eval/`.
+
+    Both responses are scored whatever the loss needs.
+    """
+    planner = held_out.planner
     training = scorer.training
     scorer.eval()
-    for indices in planner.packs(range(len(dataset)), rank=runtime.rank, world_size=runtime.world_size):
-        policy = scorer(planner.batch(indices, pad))
-        meter.add(policy, loss(policy, lookup(held_out.reference, indices, policy)), divisor)
+    packs = planner.packs(range(len(planner.dataset)), rank=runtime.rank, world_size=runtime.world_size)
+    scored = [(indices, scorer(planner.batch(indices, pad), extras=loss.extras)) for indices in packs]
     scorer.train(training)
+    order = range(len(planner.dataset))
+    policy = gather_logps(scored, order, runtime)
+    meter = PreferenceMeter()
+    if runtime.is_main:  # every rank has all pairs now; one counts them
+        losses = loss(policy, lookup(held_out.reference, order, policy), running_means)
+        meter.add(policy, losses, planner.counts(order))
     return {f"eval/{name}": value for name, value in meter.means(runtime).items()}
 
 

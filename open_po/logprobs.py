@@ -42,25 +42,52 @@ def fused_logprobs(hidden: Tensor, head: Head, targets: Tensor, *, use_liger: bo
     """
     if len(targets) == 0:  # kernels refuse it; the zero keeps the graph connected
         return hidden.sum(-1).to(_logit_dtype(hidden)) + 0.0 * head.weight.sum()
-    if head.scale != 1.0:
-        hidden = hidden * head.scale
-        head = Head(head.weight, None if head.bias is None else head.bias * head.scale, head.softcap)
+    head, hidden = _unscaled(hidden, head)
     function = _liger_logprobs if use_liger else _chunked_logprobs
     return function(hidden, head, targets)
 
 
-def pair_logps(logprobs: Tensor, batch: PackedBatch) -> PairLogps:
-    """Sum token log-probs [N] per response and look the responses up by pair."""
-    zeros = logprobs.new_zeros(batch.num_responses)
-    sums = zeros.index_add(0, batch.response_id, logprobs)
-    tokens = zeros.index_add(0, batch.response_id, torch.ones_like(logprobs))
+def pair_logps(logprobs: Tensor, batch: PackedBatch, *, log_sum_sq: Tensor | None = None) -> PairLogps:
+    """Sum token log-probs [N] per response and look the responses up by pair.
+
+    `log_sum_sq` [N] is summed alike, for the losses that read it.
+    """
+
+    def sums(values: Tensor) -> Tensor:
+        return values.new_zeros(batch.num_responses).index_add(0, batch.response_id, values)
+
+    logps, tokens = sums(logprobs), sums(torch.ones_like(logprobs))
+    squares = None if log_sum_sq is None else sums(log_sum_sq)
     chosen, rejected = batch.pairs.unbind(1)
     return PairLogps(
-        chosen=sums[chosen],
-        rejected=sums[rejected],
+        chosen=logps[chosen],
+        rejected=logps[rejected],
         chosen_tokens=tokens[chosen],
         rejected_tokens=tokens[rejected],
+        chosen_log_sum_sq=None if squares is None else squares[chosen],
+        rejected_log_sum_sq=None if squares is None else squares[rejected],
+        prompt=None if batch.prompts is None else logps[batch.prompts],
+        prompt_tokens=None if batch.prompts is None else tokens[batch.prompts],
     )
+
+
+@torch.no_grad()
+def log_sum_squares(hidden: Tensor, head: Head) -> Tensor:
+    """log sum_v p(v)^2 under each token's distribution, in nats: [N], no gradient. Chunked like the log-probs."""
+    head, hidden = _unscaled(hidden, head)
+    result = torch.empty(len(hidden), dtype=_logit_dtype(hidden), device=hidden.device)
+    for rows, logits in _logit_chunks(hidden, head.weight, head.bias, head.softcap):
+        normaliser = torch.logsumexp(logits, -1)
+        result[rows] = torch.logsumexp(logits.mul_(2), -1) - 2 * normaliser
+    return result
+
+
+def _unscaled(hidden: Tensor, head: Head) -> tuple[Head, Tensor]:
+    """The same logits from a head whose scale is 1."""
+    if head.scale == 1.0:
+        return head, hidden
+    bias = None if head.bias is None else head.bias * head.scale
+    return Head(head.weight, bias, head.softcap), hidden * head.scale
 
 
 def _liger_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ from open_po.config import ModelConfig
 from open_po.data import PreferencePair
 from open_po.data.chat_templates import chat_template
 from open_po.errors import UserError
-from open_po.logprobs import LOGPROB_VERSION, Head, fused_logprobs, pair_logps
-from open_po.losses import PairLogps
+from open_po.logprobs import LOGPROB_VERSION, Head, fused_logprobs, log_sum_squares, pair_logps
+from open_po.losses import Extra, PairLogps
 from open_po.packing import PackedBatch, pack
 
 
@@ -228,14 +228,14 @@ class Scorer(nn.Module):
         softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         return Head(layer.weight, getattr(layer, "bias", None), softcap, scale)
 
-    def forward(self, batch: PackedBatch) -> PairLogps:
-        """Log-probs of the pack's pairs; the batch is moved to the model's device."""
+    def forward(self, batch: PackedBatch, *, extras: Collection[Extra] = ()) -> PairLogps:
+        """Log-probs of the pack's pairs, with the optional fields `extras`; the batch moves to the model's device."""
         batch = batch.to(self.device)
-        hidden = self._hidden_states(batch).index_select(0, batch.score_index)
-        logprobs = fused_logprobs(
-            hidden.to(self.numerics.compute_dtype), self.head(), batch.target_ids, use_liger=self.numerics.use_liger
-        )
-        return pair_logps(logprobs, batch)
+        hidden = self._hidden_states(batch).index_select(0, batch.score_index).to(self.numerics.compute_dtype)
+        head = self.head()
+        logprobs = fused_logprobs(hidden, head, batch.target_ids, use_liger=self.numerics.use_liger)
+        squares = log_sum_squares(hidden, head) if "log_sum_sq" in extras else None
+        return pair_logps(logprobs, batch, log_sum_sq=squares)
 
     def _hidden_states(self, batch: PackedBatch) -> Tensor:
         """Last hidden states of layout `rows`: [T, H]. Causal models need no mask for padding on the right."""

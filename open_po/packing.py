@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from open_po.data import PairDataset, PreferencePair
+from open_po.losses import Counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,43 +31,56 @@ class PackedBatch:
     target_ids: Tensor  # [N] the scored tokens
     response_id: Tensor  # [N] the response, 0..R-1, that each scored token belongs to
     pairs: Tensor  # [P, 2] chosen and rejected response of each pair
+    prompts: Tensor | None  # [P] the prompt of each pair as a response of its own, if it is scored
     tokens: int  # prompt and response tokens of all rows, without padding
 
     @property
     def num_responses(self) -> int:
-        return 2 * len(self.pairs)
+        """R"""
+        return len(self.pairs) * (2 if self.prompts is None else 3)
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on `device`."""
-        names = ("input_ids", "score_index", "target_ids", "response_id", "pairs")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return replace(self, **moved)
 
 
-def pack(pairs: Sequence[PreferencePair], *, pad_token_id: int, with_rejected: bool = True) -> PackedBatch:
-    """Lay pairs out in rows. Without `with_rejected` the rejected responses are left unscored: 0 tokens, sum 0."""
-    responses: list[tuple[int, list[int], list[int]]] = []  # response id, prompt, response
+def pack(
+    pairs: Sequence[PreferencePair], *, pad_token_id: int, with_rejected: bool = True, with_prompt: bool = False
+) -> PackedBatch:
+    """Lay pairs out in rows.
+
+    Without `with_rejected` the rejected responses are left unscored: 0 tokens, sum 0. `with_prompt` scores each
+    prompt's tokens but the first as well, in the chosen response's row.
+    """
+    rows: list[tuple[PreferencePair, list[int], int, int | None]] = []  # pair, response, its id, its prompt's id
     for number, pair in enumerate(pairs):
-        responses.append((2 * number, pair.prompt_ids, pair.chosen_ids))
+        prompt_id = 2 * len(pairs) + number if with_prompt else None
+        rows.append((pair, pair.chosen_ids, 2 * number, prompt_id))
         if with_rejected:
-            responses.append((2 * number + 1, pair.prompt_ids, pair.rejected_ids))
-    lengths = [len(prompt) + len(response) for _, prompt, response in responses]
-    width = max(lengths)
-    input_ids = torch.full((len(responses), width), pad_token_id, dtype=torch.int64)
-    score_index: list[Tensor] = []
-    for row, (_, prompt, response) in enumerate(responses):
-        input_ids[row, : lengths[row]] = torch.tensor(prompt + response)
-        first = row * width + len(prompt) - 1  # the last prompt token predicts the first response token
-        score_index.append(torch.arange(first, first + len(response)))
-    index = torch.cat(score_index)
-    flat = input_ids.flatten()
+            rows.append((pair, pair.rejected_ids, 2 * number + 1, None))
+    width = max(len(pair.prompt_ids) + len(response) for pair, response, _, _ in rows)
+    input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
+    score_index, response_id = [], []
+    for row, (pair, response, response_number, prompt_id) in enumerate(rows):
+        start, end = len(pair.prompt_ids), len(pair.prompt_ids) + len(response)
+        input_ids[row, :end] = torch.tensor(pair.prompt_ids + response)
+        first = start if prompt_id is None else 1
+        positions = torch.arange(first, end)
+        score_index.append(row * width + positions - 1)  # each token is predicted by the one before it
+        of_prompt = positions < start
+        response_id.append(torch.where(of_prompt, -1 if prompt_id is None else prompt_id, response_number))
+    index, flat = torch.cat(score_index), input_ids.flatten()
     return PackedBatch(
         input_ids=flat,
         row_width=width,
         score_index=index,
         target_ids=flat[index + 1],
-        response_id=torch.cat([torch.full((len(response),), i) for i, _, response in responses]),
+        response_id=torch.cat(response_id),
         pairs=torch.arange(2 * len(pairs)).view(-1, 2),
-        tokens=sum(lengths),
+        prompts=2 * len(pairs) + torch.arange(len(pairs)) if with_prompt else None,
+        tokens=sum(len(pair.prompt_ids) + len(response) for pair, response, _, _ in rows),
     )
 
 
@@ -80,6 +95,7 @@ class Planner:
     dataset: PairDataset
     max_tokens: int
     with_rejected: bool = True
+    with_prompt: bool = False
 
     def row_length(self, index: int) -> int:
         """Tokens of the pair's longer row."""
@@ -87,6 +103,14 @@ class Planner:
         if self.with_rejected:
             response = max(response, self.dataset.rejected_lengths[index])
         return int(self.dataset.prompt_lengths[index] + response)
+
+    def counts(self, indices: Sequence[int]) -> Counts:
+        """What the losses of a step on the pairs `indices` are divided by."""
+        data = self.dataset
+        index = list(indices)
+        chosen, prompts = int(data.chosen_lengths[index].sum()), int(data.prompt_lengths[index].sum())
+        # A prompt's first token is predicted by nothing.
+        return Counts(pairs=len(index), chosen_tokens=chosen, prompt_and_chosen_tokens=chosen + prompts - len(index))
 
     def packs(self, indices: Sequence[int], *, rank: int = 0, world_size: int = 1) -> list[list[int]]:
         """This rank's packs of the pairs `indices`, longest first. Empty if there are fewer pairs than ranks."""
@@ -105,7 +129,7 @@ class Planner:
     def batch(self, indices: Sequence[int], pad_token_id: int) -> PackedBatch:
         """The tensors of one pack."""
         pairs = [self.dataset[index] for index in indices]
-        return pack(pairs, pad_token_id=pad_token_id, with_rejected=self.with_rejected)
+        return pack(pairs, pad_token_id=pad_token_id, with_rejected=self.with_rejected, with_prompt=self.with_prompt)
 
 
 def _deal(longest_first: Sequence[int], rank: int, world_size: int) -> list[int]:

@@ -52,7 +52,7 @@ def lookup(reference: ReferenceLogps | None, indices: Sequence[int], policy: Pai
     """The reference log-probs of the pairs `indices`, on the device of their policy log-probs; None without any."""
     if reference is None:
         return None
-    index, device = torch.tensor(indices), policy.chosen.device
+    index, device = torch.tensor(list(indices)), policy.chosen.device
     return PairLogps(
         chosen=reference.chosen[index].to(device),
         rejected=reference.rejected[index].to(device),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from open_po.checkpoint import Progress, TrainingState, latest_checkpoint, prune
+from open_po.checkpoint import Progress, RunningMean, TrainingState, latest_checkpoint, prune
 from open_po.config import RunConfig, help_text, load_config
 from open_po.data import PairDataset, load_pairs
 from open_po.data.tokenization import Truncation
@@ -117,7 +117,7 @@ def run(config: RunConfig, runtime: Runtime) -> None:
 def _run_in(folder: RunFolder, config: RunConfig, numerics: Numerics, runtime: Runtime) -> None:
     repository = runtime.on_main(lambda: create_repository(config.output)) if config.output.push_to_hub else None
     data = prepare_data(config, runtime)
-    needs_reference = config.loss.loss().spec.needs_reference
+    needs_reference = config.loss.mix().needs_reference
     reference = separate_reference(config, runtime, data) if needs_reference and _is_separate(config) else None
     policy = load_policy(config, numerics, runtime, data)
     if needs_reference and reference is None:
@@ -267,7 +267,7 @@ def make_trainer(
 ) -> Trainer:
     """The trainer, resumed from a checkpoint if the configuration says so."""
     train = config.train
-    loss = config.loss.loss()
+    loss = config.loss.mix()
     sampler = Sampler(
         num_pairs=len(data.train),
         global_batch=train.per_device_train_batch_size * train.gradient_accumulation_steps * runtime.world_size,
@@ -276,13 +276,20 @@ def make_trainer(
     steps = total_steps(train, sampler.steps_per_epoch)
     optimizer = make_optimizer(trainable_parameters(scorer), train)
     state = TrainingState(
-        scorer=scorer, optimizer=optimizer, schedule=make_schedule(optimizer, train, steps), progress=Progress()
+        scorer=scorer,
+        optimizer=optimizer,
+        schedule=make_schedule(optimizer, train, steps),
+        progress=Progress(running_means=[RunningMean() for _ in loss.parts]),
     )
     resumed = _resume(config, runtime, state, folder)
     held_out = None
     if data.held_out is not None:
         held_out = HeldOut(
-            planner=Planner(dataset=data.held_out, max_tokens=train.max_tokens_per_batch or 0),
+            planner=Planner(
+                dataset=data.held_out,
+                max_tokens=train.max_tokens_per_batch or 0,
+                with_prompt="prompt" in loss.extras,
+            ),
             reference=None if reference is None else reference.store.lookup(data.held_out),
         )
     return Trainer(
@@ -293,7 +300,8 @@ def make_trainer(
         planner=Planner(
             dataset=data.train,
             max_tokens=train.max_tokens_per_batch or 0,
-            with_rejected=loss.spec.needs_rejected,
+            with_rejected=loss.needs_rejected,
+            with_prompt="prompt" in loss.extras,
         ),
         sampler=sampler,
         steps=steps,
@@ -344,7 +352,7 @@ def finish(config: RunConfig, runtime: Runtime, trainer: Trainer, data: Data, re
     with folder.staging() as staged:
         save_model(scorer, data.tokenizer, staged, dtype)
     records = read_metrics(folder.metrics)
-    plot_curves(records, folder.curves, f"{config.output.exp_name}: {config.loss.loss_type}")
+    plot_curves(records, folder.curves, f"{config.output.exp_name}: {' + '.join(config.loss.names)}")
     summary = _summary(trainer, data, reference, evaluations(records))
     folder.write_summary(summary)
     runtime.console.print(summary_table(summary, folder.path))

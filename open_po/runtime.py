@@ -26,7 +26,6 @@ from accelerate.utils import (
     set_seed,
 )
 from rich.console import Console
-from torch import Tensor
 
 from open_po.errors import UserError
 
@@ -82,9 +81,6 @@ class Runtime:
         """One line on the main rank's console, never wrapped."""
         self.console.print(line, soft_wrap=True, markup=False)
 
-    def barrier(self) -> None:
-        self.accelerator.wait_for_everyone()
-
     def on_main(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 only; every rank gets its result or raises its error."""
         if self.world_size == 1:
@@ -114,13 +110,9 @@ class Runtime:
             if failure is not None:
                 raise failure
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Elementwise sum over all ranks."""
-        if self.world_size == 1:
-            return values
-        total = self.accelerator.reduce(values, reduction="sum")
-        assert isinstance(total, Tensor)
-        return total
+    def gather(self, mine: T) -> list[T]:
+        """What every rank has, in the ranks' order."""
+        return [mine] if self.world_size == 1 else cast(list[T], gather_object([mine]))
 
     def close(self) -> None:
         """Leave the process group."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from open_po.config import RunConfig
 from open_po.errors import UserError
-from open_po.losses import PairLogps, PairLosses
+from open_po.losses import Counts, MixedLosses, PairLogps
 from open_po.output import disk_faults, write_atomically
 from open_po.runtime import Runtime
 
@@ -31,62 +32,51 @@ _PLAIN_SECONDS = 10.0  # a console that is no terminal gets one progress line pe
 class PreferenceMeter:
     """Sums the metrics of preference pairs over packs; `means` reduces them over ranks."""
 
-    _COLUMNS = (
-        "loss",
-        "chosen_logp",
-        "rejected_logp",
-        "chosen_reward",
-        "rejected_reward",
-        "accuracy",
-        "pairs",
-        "rejected_pairs",
-    )
-
     def __init__(self) -> None:
-        self.sums: Tensor | None = None
+        self.sums: dict[str, Tensor] = {}
 
-    def add(self, policy: PairLogps, losses: PairLosses, divisor: float) -> None:
-        """Add one pack, whose step's (or evaluation's) losses are divided by `divisor`."""
+    def add(self, policy: PairLogps, losses: MixedLosses, counts: Counts) -> None:
+        """Add one pack of a step, or of an evaluation, that holds `counts`."""
         chosen, rejected = losses.chosen_rewards, losses.rejected_rewards
-        accuracy = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
-        columns = [
-            losses.numerators.detach() / divisor,
-            policy.chosen.detach(),
-            policy.rejected.detach(),
-            chosen,
-            rejected,
-            accuracy,
-            torch.ones_like(chosen),
-            (policy.rejected_tokens > 0).float(),
-        ]
-        sums = torch.stack([column.double().sum() for column in columns])
-        self.sums = sums if self.sums is None else self.sums + sums
+        found = {
+            "loss": losses.value(counts),
+            "logps/chosen": policy.chosen,
+            "logps/rejected": policy.rejected,
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/accuracy": (chosen > rejected).float() + 0.5 * (chosen == rejected).float(),
+            "pairs": torch.ones_like(chosen),
+            "rejected_pairs": (policy.rejected_tokens > 0).float(),
+        }
+        if len(losses.parts) > 1:
+            parts = zip(losses.names, losses.parts, strict=True)
+            found |= {f"loss/{name}": part.value(counts) for name, part in parts}
+        for name, value in found.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().double().sum()
 
     def means(self, runtime: Runtime, steps: int = 1) -> Metrics:
-        """Metrics over all ranks; `loss` is the mean over `steps` steps, the others are means over pairs.
+        """Metrics over all ranks; losses are means over `steps` steps, the others are means over pairs.
 
         A reward tie counts half in `rewards/accuracy`. Where rejected responses were not scored, what needs them is
-        left out. Afterwards the meter is empty.
+        left out. A mix adds each part's loss as `loss/NAME`, before its weight. Afterwards the meter is empty.
         """
-        width = len(self._COLUMNS)
-        mine = torch.zeros(width, dtype=torch.float64) if self.sums is None else self.sums
-        self.sums = None
-        total = dict(zip(self._COLUMNS, runtime.sum(mine.to(runtime.device)).tolist(), strict=True))
+        total: dict[str, float] = defaultdict(float)
+        for sums in runtime.gather({name: float(value) for name, value in self.sums.items()}):
+            for name, value in sums.items():
+                total[name] += value
+        self.sums = {}
         pairs = total["pairs"]
-        metrics = {
-            "loss": total["loss"] / steps,
-            "logps/chosen": total["chosen_logp"] / pairs,
-            "rewards/chosen": total["chosen_reward"] / pairs,
-        }
+        metrics = {name: total[name] / steps for name in total if name.startswith("loss")}
+        metrics |= {name: total[name] / pairs for name in _PAIR_MEANS}
         if total["rejected_pairs"] == pairs:
-            metrics |= {
-                "logps/rejected": total["rejected_logp"] / pairs,
-                "rewards/rejected": total["rejected_reward"] / pairs,
-                "rewards/average": (total["chosen_reward"] + total["rejected_reward"]) / (2 * pairs),
-                "rewards/accuracy": total["accuracy"] / pairs,
-                "rewards/margin": (total["chosen_reward"] - total["rejected_reward"]) / pairs,
-            }
+            metrics |= {name: total[name] / pairs for name in _BOTH_SIDES}
+            metrics["rewards/average"] = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
+            metrics["rewards/margin"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
         return metrics
+
+
+_PAIR_MEANS = ("logps/chosen", "rewards/chosen")
+_BOTH_SIDES = ("logps/rejected", "rewards/rejected", "rewards/accuracy")
 
 
 def peak_memory_bytes() -> int:

@@ -12,11 +12,12 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from open_po.checkpoint import TrainingState, Window
+from open_po.checkpoint import RandomState, TrainingState, Window
 from open_po.config import RunConfig
 from open_po.errors import UserError
 from open_po.evaluate import HeldOut, evaluate
-from open_po.losses import Loss
+from open_po.global_batch import GlobalLoss, gather_logps, global_loss
+from open_po.losses import Counts, LossMix
 from open_po.model import trainable_parameters
 from open_po.output import RunFolder
 from open_po.packing import Planner, Sampler
@@ -32,7 +33,7 @@ class StepSize:
     pairs: int
     tokens: int
     response_tokens: int
-    chosen_tokens: int
+    counts: Counts
 
 
 class Trainer:
@@ -44,7 +45,7 @@ class Trainer:
         config: RunConfig,
         runtime: Runtime,
         state: TrainingState,
-        loss: Loss,
+        loss: LossMix,
         planner: Planner,
         sampler: Sampler,
         steps: int,
@@ -90,10 +91,10 @@ class Trainer:
         progress = self.state.progress
         indices = self.sampler.step_pairs(progress.step)
         size = self._size(indices)
-        numerators = self._backward(indices, size)
+        not_finite = self._backward(indices, size.counts)
         limit = self.config.train.max_grad_norm or float("inf")
         grad_norm = float(cast(Tensor, self.runtime.accelerator.clip_grad_norm_(self.parameters, limit)))
-        self._stop_unless_finite(indices, numerators, grad_norm)
+        self._stop_unless_finite(indices, not_finite, grad_norm)
         learning_rate = float(self.state.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.state.schedule.step()
@@ -116,36 +117,63 @@ class Trainer:
             pairs=len(indices),
             tokens=prompts + chosen + rejected,
             response_tokens=chosen + rejected,
-            chosen_tokens=chosen,
+            counts=self.planner.counts(indices),
         )
 
-    def _backward(self, indices: list[int], size: StepSize) -> dict[int, Tensor]:
-        """Gradients of the step's loss: every pack adds its numerators over the step's global count.
+    def _backward(self, indices: list[int], counts: Counts) -> dict[int, Tensor]:
+        """Gradients of the step's loss: every pack adds its losses over the step's global counts.
 
-        Returns the numerator of each of this rank's pairs; nothing here waits for the device.
+        Returns whether each of this rank's pairs has a loss that is not finite; nothing here waits for the device.
         """
         runtime = self.runtime
-        divisor = self.loss.divisor(size.pairs, size.chosen_tokens)
         packs = self.planner.packs(indices, rank=runtime.rank, world_size=runtime.world_size)
+        whole = self._whole_step(indices, packs, counts) if self.loss.batch_coupled else None
         # An epoch's last step may have fewer pairs than ranks; a rank without any still joins, with coefficient 0.
         idle, packs = not packs, packs or [indices[:1]]
-        numerators: dict[int, Tensor] = {}
+        bad: dict[int, Tensor] = {}
         for position, pack in enumerate(packs):
             last = position == len(packs) - 1
             with nullcontext() if last else runtime.accelerator.no_sync(self.model):
-                policy = self.model(self.planner.batch(pack, self.pad))
-                losses = self.loss(policy, lookup(self.reference, pack, policy))
+                policy = self.model(self.planner.batch(pack, self.pad), extras=self.loss.extras)
+                if whole is not None:
+                    value = whole.surrogate(pack, policy)
+                else:
+                    losses = self.loss(policy, lookup(self.reference, pack, policy))
+                    value = losses.value(counts)
                 # The ranks' gradients are averaged, hence the factor of their number.
-                coefficient = 0.0 if idle else runtime.world_size / divisor
-                runtime.accelerator.backward(losses.numerators.sum() * coefficient)
-            if not idle:
-                self.state.window.meter.add(policy, losses, divisor)
-                numerators |= zip(pack, losses.numerators.detach(), strict=True)
-        return numerators
+                runtime.accelerator.backward(value * (0.0 if idle else runtime.world_size))
+            if whole is None and not idle:
+                self.state.window.meter.add(policy, losses, counts)
+                bad |= zip(pack, losses.not_finite(), strict=True)
+        return bad if whole is None else dict(zip(indices, whole.losses.not_finite(), strict=True))
 
-    def _stop_unless_finite(self, indices: list[int], numerators: dict[int, Tensor], grad_norm: float) -> None:
-        finite = torch.stack(list(numerators.values())).isfinite().tolist() if numerators else []
-        bad = [index for index, is_finite in zip(numerators, finite, strict=True) if not is_finite]
+    def _whole_step(self, indices: list[int], packs: list[list[int]], counts: Counts) -> GlobalLoss:
+        """The loss of a step whose pairs depend on one another: one more forward pass over its packs.
+
+        It runs under the random state that the passes with a graph will have, so that dropout is the same in both.
+        """
+        random = RandomState.take()
+        with torch.no_grad():
+            scored = [
+                (pack, self.state.scorer(self.planner.batch(pack, self.pad), extras=self.loss.extras)) for pack in packs
+            ]
+        random.put_back()
+        policy = gather_logps(scored, indices, self.runtime)
+        reference = lookup(self.reference, indices, policy)
+        self.state.update_running_means(self.loss, policy, reference)
+        whole = global_loss(self.loss, indices, policy, reference, counts, self.running_means())
+        if self.runtime.is_main:  # every rank has the whole step now; one counts it
+            self.state.window.meter.add(policy, whole.losses, counts)
+        return whole
+
+    def running_means(self) -> list[Tensor | None]:
+        """The running mean of each part of the loss that keeps one."""
+        means = self.state.progress.running_means
+        return [torch.tensor(mean.mean, device=self.runtime.device) if mean.count else None for mean in means]
+
+    def _stop_unless_finite(self, indices: list[int], not_finite: dict[int, Tensor], grad_norm: float) -> None:
+        flags = torch.stack(list(not_finite.values())).tolist() if not_finite else []
+        bad = [index for index, flag in zip(not_finite, flags, strict=True) if flag]
         if self.runtime.world_size > 1:
             bad = gather_object(bad)
         if not bad and math.isfinite(grad_norm):
@@ -188,7 +216,7 @@ class Trainer:
         if self.held_out is None:
             return
         scorer = self.state.scorer
-        metrics = evaluate(scorer, self.held_out, self.loss, self.runtime, pad=self.pad)
+        metrics = evaluate(scorer, self.held_out, self.loss, self.running_means(), self.runtime, pad=self.pad)
         self.trackers.log({"training_step": self.state.progress.step, **metrics})
         self.runtime.say(f"Held out, step {self.state.progress.step}: {_note(metrics, 'eval/')}")
 

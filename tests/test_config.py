@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 
 from open_po import run
 from open_po.config import FIELDS, LossConfig, RunConfig, load_config, mixture
+from open_po.config.fields import LOSS_PARAMETERS
 from open_po.errors import ConfigError
 from open_po.losses import LOSSES
+
+DPO = "beta, label_smoothing, reference_free, f_divergence_type, f_alpha_divergence_coef"  # what loss_type dpo takes
 
 REPOSITORY = Path(__file__).parent.parent
 REQUIRED = ["--model_name_or_path", "m", "--mixer_list", "a.jsonl", "1.0"]
@@ -301,10 +304,37 @@ def test_wrong_types_on_the_command_line(flags: list[str], message: str) -> None
         ("--eval_mixer_list_splits test", "eval_mixer_list_splits: needs eval_mixer_list, the held-out data"),
         ("--eval_steps 5", "eval_steps: needs eval_mixer_list, the held-out data"),
         ("--loss_type dpp", "loss_type 'dpp' is unknown; did you mean dpo?"),
-        ("--loss_type zzz", "loss_type 'zzz' is unknown; known: dpo, dpo_norm, dpo_gamma, slic_dpo, sft"),
-        ("--gamma 1", "loss_type dpo takes no gamma; it takes beta, label_smoothing"),
-        ("--loss_type sft --beta 1", "loss_type sft takes no beta; it takes no parameters"),
+        ("--loss_type zzz", f"loss_type 'zzz' is unknown; known: {', '.join(LOSSES)}"),
+        ("--gamma 1", f"loss_type dpo takes no gamma; it takes {DPO}"),
+        ("--loss_type sft --beta 1", "loss_type sft takes no beta; it takes convention"),
         ("--beta 0", "loss_type dpo: beta is 0 but must lie in (0, inf)"),
+        (
+            "--loss_type exo_pair --label_smoothing 0",
+            "loss_type exo_pair: label_smoothing is 0 but must lie in (0, 0.5]",
+        ),
+        (
+            "--loss_type robust --label_smoothing 0.5",
+            "loss_type robust: label_smoothing is 0.5 but must lie in [0, 0.5)",
+        ),
+        ("--loss_type ipo --convention men", "loss_type ipo: convention is 'men' but must be one of mean, sum"),
+        ("--loss_type dpo sft --loss_weights 1", "loss_weights: gives 1 weights for 2 losses"),
+        ("--loss_type dpo sft --loss_weights 1 -1", "loss_weights: -1 is not above 0"),
+        ("--loss_type dpo sft --beta 1 2 3", "beta: gives 3 values for 2 losses; null leaves one out"),
+        ("--loss_type dpo sft --beta 1 2", "loss_type sft takes no beta; it takes convention"),
+        ("--loss_type dpo sft --delta 1", f"loss_type dpo takes no delta; it takes {DPO}"),
+        ("--loss_parameters '{width: 1}'", "loss_parameters: width belongs to no loss of your own (MODULE:FUNCTION)"),
+        (
+            "--loss_type no_such_module:f",
+            "loss_type no_such_module:f: cannot be imported (No module named 'no_such_module')",
+        ),
+        (
+            "--loss_type simpo --reference_model_name_or_path r",
+            "reference_model_name_or_path: loss_type simpo uses no reference model",
+        ),
+        (
+            "--loss_type dpo --reference_free --reference_model_name_or_path r",
+            "reference_model_name_or_path: loss_type dpo uses no reference model",
+        ),
         ("--label_smoothing 0.6", "loss_type dpo: label_smoothing is 0.6 but must lie in [0, 0.5]"),
         (
             "--loss_type sft --reference_model_name_or_path r",
@@ -367,7 +397,7 @@ def test_two_loss_problems_and_a_reference_problem_are_all_reported() -> None:
     lines = problems(*REQUIRED, "--gamma", "1", "--beta", "-1", "--reference_model_revision", "x")
     assert lines == [
         "reference_model_revision: needs reference_model_name_or_path",
-        "loss_type dpo takes no gamma; it takes beta, label_smoothing",
+        f"loss_type dpo takes no gamma; it takes {DPO}",
         "loss_type dpo: beta is -1 but must lie in (0, inf)",
     ]
 
@@ -381,7 +411,7 @@ def test_two_loss_problems_and_a_reference_problem_are_all_reported() -> None:
         ("--loss_type --gamma 1", ["loss_type"]),
         ("--push_to_hub perhaps --hf_repo_id a/b", ["push_to_hub"]),
         ("--eval_mixer_list= --eval_steps 1 --eval_mixer_list_splits test", ["eval_mixer_list"]),
-        ("--beta much --gamma 1", ["beta", "loss_type dpo takes no gamma; it takes beta, label_smoothing"]),
+        ("--beta much --gamma 1", ["beta", f"loss_type dpo takes no gamma; it takes {DPO}"]),
     ],
 )
 def test_a_mistyped_field_causes_no_second_complaint(flags: str, mistyped: list[str]) -> None:
@@ -409,29 +439,37 @@ def test_dataset_mixer_is_mixer_list_in_another_form(write: Callable[..., str]) 
 # ---------------------------------------------------------------------------------------------------------- resolving
 
 
-@pytest.mark.parametrize(
-    ("loss_type", "parameters"),
-    [
-        ("dpo", {"beta": 0.1, "label_smoothing": 0.0}),
-        ("dpo_norm", {"beta": 5.0, "label_smoothing": 0.0}),
-        ("dpo_gamma", {"beta": 0.1, "gamma": 0.5, "label_smoothing": 0.0}),
-        ("slic_dpo", {"beta": 0.1, "delta": 1.0}),
-        ("sft", {}),
-    ],
-)
-def test_defaults_by_loss(loss_type: str, parameters: dict[str, float]) -> None:
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_defaults_by_loss(loss_type: str) -> None:
     loss = parse("--loss_type", loss_type).loss
-    assert loss.given() == parameters
-    assert dict(loss.loss().parameters) == parameters
-    assert loss.loss().spec is LOSSES[loss_type]
+    defaults = {name: parameter.default for name, parameter in LOSSES[loss_type].parameters.items()}
+    assert {name: getattr(loss, name) for name in defaults} == defaults
+    unset = {f.name for f in dataclasses.fields(LossConfig)} - set(defaults) - {"loss_type"}
+    assert all(getattr(loss, name) is None for name in unset)
+    (part,) = loss.mix().parts
+    assert (part.spec, part.weight, dict(part.parameters)) == (LOSSES[loss_type], 1.0, defaults)
 
 
 def test_a_given_parameter_keeps_the_others_at_their_defaults() -> None:
-    assert parse("--loss_type", "dpo_gamma", "--gamma", "2").loss.given() == {
-        "beta": 0.1,
-        "gamma": 2.0,
-        "label_smoothing": 0.0,
-    }
+    loss = parse("--loss_type", "dpo_gamma", "--gamma", "2").loss
+    assert (loss.beta, loss.gamma, loss.label_smoothing) == (0.1, 2.0, 0.0)
+
+
+def test_a_mix_gives_each_part_its_own_parameters(write: Callable[..., str]) -> None:
+    path = write(
+        "model_name_or_path: m\nmixer_list: a 1\nloss_type: [dpo_norm, dpo_gamma, sft]\nloss_weights: [1, 0.5, 0.1]\n"
+        "beta: [10, null, null]\ngamma: 2\nlabel_smoothing: 0.1\n"
+    )
+    config = load_config([path])
+    first, second, third = config.loss.mix().parts
+    assert [part.weight for part in (first, second, third)] == [1.0, 0.5, 0.1]
+    assert first.parameters == {"beta": 10.0, "label_smoothing": 0.1}
+    assert {"beta": 0.1, "gamma": 2.0, "label_smoothing": 0.1}.items() <= second.parameters.items()
+    assert third.parameters == {"convention": "token_mean"}
+    assert config.loss.beta == [10.0, 0.1, None]
+    assert load_config([write(config.to_yaml())]) == config
+    flags = "--loss_type dpo_norm dpo_gamma sft --loss_weights 1 0.5 0.1 --beta 10 null null --gamma 2"
+    assert parse(*flags.split(), "--label_smoothing", "0.1").loss == config.loss
 
 
 def test_defaults_that_depend_on_other_fields() -> None:
@@ -588,15 +626,14 @@ def _config_reads(sources: Iterable[Path]) -> set[str]:
 
 def test_every_field_is_read_outside_the_configuration() -> None:
     reads = _config_reads(path for path in (REPOSITORY / "open_po").rglob("*.py") if path.parent.name != "config")
-    assert "loss" in reads  # config.loss.loss(): how the loss's parameters are read, see the next test
-    parameters = {f.name for f in dataclasses.fields(LossConfig)} - {"loss_type"}
+    assert "loss" in reads  # config.loss.mix(): how the loss's fields are read, see the next test
+    parameters = {f.name for f in dataclasses.fields(LossConfig)}
     resolved = {"dataset_mixer"}  # becomes mixer_list, see test_dataset_mixer_is_mixer_list_in_another_form
     assert set(FIELDS) - reads - parameters - resolved == set()
 
 
 def test_loss_parameters_are_those_that_some_loss_takes() -> None:
-    parameters = {f.name for f in dataclasses.fields(LossConfig)} - {"loss_type"}
-    assert parameters == {name for spec in LOSSES.values() for name in spec.parameters}
+    assert set(LOSS_PARAMETERS) == {name for spec in LOSSES.values() for name in spec.parameters}
 
 
 # --------------------------------------------------------------------------------------------------------- shipped use

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from open_po.config.fields import (
     DataConfig,
-    LossConfig,
     ModelConfig,
     OutputConfig,
     ReferenceConfig,
@@ -142,13 +141,12 @@ def _loss_problems(config: RunConfig) -> Iterator[str]:
     if reference.reference_model_revision is not None and reference.reference_model_name_or_path is None:
         yield "reference_model_revision: needs reference_model_name_or_path"
     try:
-        spec = config.loss.loss().spec
+        mix = config.loss.mix()
     except ValueError as error:
-        for line in str(error).splitlines():
-            yield line if line.startswith("loss_type") else f"loss_type {config.loss.loss_type}: {line}"
+        yield from str(error).splitlines()
         return
-    if reference.reference_model_name_or_path is not None and not spec.needs_reference:
-        yield f"reference_model_name_or_path: loss_type {spec.name} uses no reference model"
+    if reference.reference_model_name_or_path is not None and not mix.needs_reference:
+        yield f"reference_model_name_or_path: loss_type {', '.join(config.loss.names)} uses no reference model"
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -166,7 +164,7 @@ def resolve(config: RunConfig) -> RunConfig:
         output = dataclasses.replace(output, output_dir=f"output/{output.exp_name}")
     model, data, output = _expand_home(model), _expand_home(data), _expand_home(output)
     reference = _expand_home(config.reference)
-    loss = LossConfig(loss_type=config.loss.loss_type, **config.loss.loss().parameters)
+    loss = config.loss.resolved()
     return dataclasses.replace(
         config, model=model, data=data, reference=reference, loss=loss, train=train, output=output
     )

@@ -150,7 +150,8 @@ def _read_words(words: _Words, hint: Any) -> Any:
         raise ValueError("no value follows the flag")
     if words == ["null"]:
         return None
-    if _accepts(hint, list):
+    takes_one = any(_accepts(hint, kind) for kind in (str, float, bool))
+    if _accepts(hint, list) and (len(words) > 1 or not takes_one):
         return list(words)
     if len(words) > 1:
         raise ValueError(f"takes one value, got {' '.join(words)}")
@@ -168,8 +169,7 @@ def _convert_one(value: Any, hint: Any) -> Any:
     if origin is Literal:
         return value if value in arguments else None
     if origin is list:
-        items = value.split() if isinstance(value, str) else value
-        return items if isinstance(items, list) and items and all(map(_is_word, items)) else None
+        return _convert_list(value.split() if isinstance(value, str) else value, arguments[0])
     if origin is dict:
         fits = isinstance(value, dict) and value and all(map(_is_word, [*value, *value.values()]))
         return value if fits else None
@@ -183,6 +183,22 @@ def _convert_one(value: Any, hint: Any) -> Any:
         return None
 
 
+def _convert_list(items: Any, hint: Any) -> list[Any] | None:
+    """`items`, at least one, each as the type `hint`; None if they do not fit."""
+    if not isinstance(items, list) or not items:
+        return None
+    converted: list[Any] = []
+    for item in items:
+        if item in (None, "null") and _accepts(hint, type(None)):
+            converted.append(None)
+            continue
+        fitting = [x for kind in _alternatives(hint) if (x := _convert_one(item, kind)) is not None]
+        if not fitting:
+            return None
+        converted.append(fitting[0])
+    return converted
+
+
 def _is_word(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
@@ -194,7 +210,8 @@ def _describe(hint: Any) -> str:
         if typing.get_origin(alternative) is Literal:
             parts.append("one of " + ", ".join(map(str, typing.get_args(alternative))))
         elif typing.get_origin(alternative) is list:
-            parts.append("a list of words")
+            (item, *_) = typing.get_args(alternative)
+            parts.append("a list of words" if _accepts(item, str) else f"a list with {_describe(item)} for each loss")
         elif typing.get_origin(alternative) is dict:
             parts.append("a mapping of names to numbers")
         elif alternative is not type(None):

@@ -1,0 +1,21 @@
+"""Preference losses: tensors in, tensors out; nothing here imports another part of the project."""
+
+from open_po.losses.spec import LOSSES, Extra, Loss, LossMix, LossSpec, MixedLosses, Value, loss_spec, preference_loss
+from open_po.losses.types import Counts, LossOutput, NllTerm, PairLogps, PairLosses
+
+__all__ = [
+    "LOSSES",
+    "Counts",
+    "Extra",
+    "Loss",
+    "LossMix",
+    "LossOutput",
+    "LossSpec",
+    "MixedLosses",
+    "NllTerm",
+    "PairLogps",
+    "PairLosses",
+    "Value",
+    "loss_spec",
+    "preference_loss",
+]
