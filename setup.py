@@ -31,7 +31,6 @@ setup(
         "wandb",
     ],
     extras_require={
-        "deepspeed": ["deepspeed>=0.19.8"],
         "dev": ["mypy", "pytest", "pytest-xdist", "hypothesis", "ruff", "types-PyYAML"],
     },
 )

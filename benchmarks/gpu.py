@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from open_po.data import PreferencePair
 from open_po.losses import Counts, Loss, PairLogps, loss_spec
-from open_po.model import Numerics, Scorer, _apply_liger, checkpoint_gradients
+from open_po.model import Numerics, Scorer, apply_liger, checkpoint_gradients
 from open_po.packing import PackedBatch, pack
 
 
@@ -48,7 +48,7 @@ def make_scorer(setting: Setting, config: LlamaConfig, device: torch.device) -> 
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(device)
     if setting.liger:
-        _apply_liger(model)
+        apply_liger(model)
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     numerics = Numerics(compute_dtype=compute, weights_dtype=torch.float32, use_liger=setting.liger)
     scorer = Scorer(model, numerics, {}).train()

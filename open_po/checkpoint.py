@@ -60,7 +60,7 @@ class RunningMean:
 
 
 @dataclass(kw_only=True)
-class Progress:
+class TrainingProgress:
     """How far training has come; the data order follows from the step alone."""
 
     step: int = 0  # optimizer steps done
@@ -88,9 +88,10 @@ class TrainingState:
     """Everything a resumed run needs besides its configuration, its data and the weights it started from."""
 
     scorer: Scorer
+    started_from: dict[str, str]  # `model_identity` of the weights before the first step
     optimizer: Optimizer
     schedule: LRScheduler
-    progress: Progress
+    progress: TrainingProgress
     window: Window = field(default_factory=Window)
 
     def save(self, folder: Path, config: RunConfig, runtime: Runtime) -> Path:
@@ -110,7 +111,11 @@ class TrainingState:
     def _write(self, target: Path, config: RunConfig, ranks: list[Any]) -> None:
         temporary = target.with_name(f".{target.name}.partial")
         training = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
-        state = {"progress": dataclasses.asdict(self.progress), "config": config.result_fields()}
+        state = {
+            "progress": dataclasses.asdict(self.progress),
+            "config": config.result_fields(),
+            "started_from": self.started_from,
+        }
         try:
             with disk_faults(f"{target}: the checkpoint", "older ones are kept"):
                 temporary.mkdir(parents=True)
@@ -137,7 +142,7 @@ class TrainingState:
         """Take over the state in `checkpoint`. Raises UserError if it is another configuration's or is damaged."""
         try:
             state = json.loads((checkpoint / _STATE).read_text())
-            progress, theirs = Progress(**state["progress"]), dict(state["config"])
+            progress, theirs = TrainingProgress(**state["progress"]), dict(state["config"])
             progress.running_means = [RunningMean(**mean) for mean in state["progress"]["running_means"]]
             weights = load_file(checkpoint / "weights.safetensors")
             training = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
@@ -148,6 +153,11 @@ class TrainingState:
             raise UserError(
                 f"resume_from_checkpoint {checkpoint}: was written under another configuration ({changed}); "
                 "resume with the one it was started with"
+            )
+        if state.get("started_from") != self.started_from:
+            raise UserError(
+                f"resume_from_checkpoint {checkpoint}: the run started from other weights than "
+                f"{config.model.model_name_or_path} holds now; put them back, or start a new run"
             )
         if len(training["ranks"]) != runtime.world_size:
             raise UserError(

@@ -13,6 +13,10 @@ class UserError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str, *, shared: bool = False) -> None:
+        super().__init__(message)
+        self.shared = shared  # raised on every rank alike, so that one of them tells it
+
 
 class ConfigError(UserError):
     """Every problem found in a configuration, reported together; exits with code 2."""

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from open_po.global_batch import gather_logps
-from open_po.losses import LossMix
+from open_po.losses import LossMix, PairLogps
 from open_po.model import Scorer
 from open_po.packing import Planner
-from open_po.reference import ReferenceLogps, lookup
+from open_po.reference import lookup
 from open_po.runtime import Runtime
 from open_po.tracking import Metrics, PreferenceMeter
 
@@ -23,7 +23,7 @@ class HeldOut:
     """Pairs to evaluate on, with their reference log-probs if the loss needs them."""
 
     planner: Planner
-    reference: ReferenceLogps | None
+    reference: PairLogps | None
 
 
 @torch.no_grad()

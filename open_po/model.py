@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -70,7 +71,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The run's tokenizer with its chat template. Raises UserError if it cannot be loaded or has no EOS."""
     name = config.tokenizer_name or config.model_name_or_path
     revision = None if config.tokenizer_name else config.model_revision
-    _refuse_missing_folder(name, "tokenizer_name" if config.tokenizer_name else "model_name_or_path")
+    _refuse_missing_folder(name, "tokenizer_name" if config.tokenizer_name else "model_name_or_path", revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and others for a bad folder
@@ -110,11 +111,13 @@ def load_scorer(
     except Exception as error:  # see load_tokenizer
         raise UserError(f"{name}: no causal language model can be loaded ({_first_line(error)})") from error
     if numerics.use_liger:
-        _apply_liger(model)
+        apply_liger(model)
     return Scorer(cast(nn.Module, model).to(device), numerics, dropout)
 
 
-def _refuse_missing_folder(name: str, field: str) -> None:
+def _refuse_missing_folder(name: str, field: str, revision: str | None) -> None:
+    if revision is not None and Path(name).is_dir():
+        raise UserError(f"{field}: {name} is a folder, which has no revision {revision}; revisions are of Hub models")
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
         raise UserError(f"{field}: {name} is no folder")
@@ -136,7 +139,7 @@ def _switch_off_dropout(config: Any) -> dict[str, float]:
     return rates
 
 
-def _apply_liger(model: PreTrainedModel) -> None:
+def apply_liger(model: PreTrainedModel) -> None:
     """Liger's RMSNorm, RoPE and gated MLPs, for the model types it knows; the head is fused by `logprobs`."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
@@ -169,6 +172,10 @@ def attach_lora(scorer: Scorer, config: ModelConfig) -> None:
         scorer.model = get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(f"lora_target_modules: {_first_line(error)}") from error
+    found = [name for name, module in scorer.model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for target in targets if isinstance(targets, list) else []:
+        if not any(f".{name}".endswith(f".{target}") for name in found):
+            raise UserError(f"lora_target_modules: the model has no module {target} that can get an adapter")
     embeddings = {"head": model.get_output_embeddings()}
     if tied:
         embeddings["embedding tied to the head"] = model.get_input_embeddings()
@@ -240,9 +247,15 @@ class Scorer(nn.Module):
     def _hidden_states(self, batch: PackedBatch) -> Tensor:
         """Last hidden states of layout `rows`: [T, H]. Causal models need no mask for padding on the right."""
         rows = batch.input_ids.view(-1, batch.row_width)
+        # Positions of long and dynamic RoPE depend on the longest row present: such rows go one by one, unpadded.
+        inputs = (
+            [rows[i : i + 1, :length] for i, length in enumerate(batch.row_lengths)]
+            if _rope_depends_on_length(self.base.config)
+            else [rows]
+        )
         with self._autocast():
-            states: Tensor = self.base.base_model(input_ids=rows, use_cache=False).last_hidden_state
-        return states.flatten(0, 1)
+            states = [self.base.base_model(input_ids=ids, use_cache=False).last_hidden_state for ids in inputs]
+        return torch.cat([F.pad(state, (0, 0, 0, batch.row_width - state.shape[1])) for state in states]).flatten(0, 1)
 
     def _autocast(self) -> torch.autocast:
         dtype = self.numerics.compute_dtype
@@ -291,12 +304,20 @@ class Scorer(nn.Module):
                 f"{self.base.name_or_path}: the model's own log-probs are not finite ({expected.item()} nats); its "
                 f"weights are damaged, or too large for {self.numerics.key()['compute_dtype']}"
             )
-        tolerance = 1e-4 if self.numerics.compute_dtype == torch.float32 else 0.1  # nats per token
-        if not (got - expected).abs() <= tolerance * len(short.chosen_ids):
+        # Nats per token. A few tokens' slack: one bfloat16 step of a logit above 32 is 0.25 nats.
+        tolerance = 1e-4 if self.numerics.compute_dtype == torch.float32 else 0.1
+        if not (got - expected).abs() <= tolerance * (len(short.chosen_ids) + 4):
             raise UserError(
                 f"{self.base.config.model_type}: fused log-probs differ from the model's own ({got.item():.4f} against "
                 f"{expected.item():.4f} nats); this architecture is not supported"
             )
+
+
+def _rope_depends_on_length(config: Any) -> bool:
+    """Whether a position's rotation depends on how long its sequence is."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    sections = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]  # by layer type
+    return any(section.get("rope_type", section.get("type")) in ("dynamic", "longrope") for section in sections)
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -315,6 +336,8 @@ def save_model(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, folder: Path,
     if scorer.has_adapters:
         adapted = cast(Any, scorer.model)
         adapted.save_pretrained(folder / "adapter")
+        if dtype == torch.float32:  # a bfloat16 base would round the sum that float32 is asked for
+            adapted.to(dtype=dtype)
         scorer.model = adapted.merge_and_unload()
     model = scorer.base
     for name, rate in scorer.saved_dropout.items():

@@ -74,20 +74,26 @@ class RunFolder:
         self.summary = path / "run_summary.json"
         self.checkpoints = path / "checkpoints"
 
-    def claim(self, config: RunConfig) -> None:
-        """Make the folder this run's. Raises UserError, before anything is changed, if it holds something else."""
+    def claim(self, config: RunConfig) -> bool:
+        """Make the folder this run's; False, with nothing changed, if it holds this very run and that is complete.
+
+        Raises UserError, before anything is changed, if it holds something else.
+        """
         try:
             if self.path.exists():
                 self._refuse_other_run(config)
+                if config.output.resume_from_checkpoint == "auto" and self.recorded().get("status") == "completed":
+                    return False
             self.path.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
             write_atomically(self.config, lambda path: path.write_text(config.to_yaml()))
+            return True
         except OSError as error:
             raise UserError(f"output_dir {self.path}: cannot be written ({error.strerror})") from error
 
     def _refuse_other_run(self, config: RunConfig) -> None:
         held = {item.name for item in self.path.iterdir() if not item.match(f".{self.config.name}.*.partial")}
-        failed_early = held <= {self.config.name, self.summary.name} and self._recorded().get("status") == "failed"
+        failed_early = held <= {self.config.name, self.summary.name} and self.recorded().get("status") == "failed"
         if not held or failed_early:  # a run that failed before it made anything does not stand in the way
             return
         if not self.config.is_file():
@@ -96,6 +102,11 @@ class RunFolder:
             raise UserError(
                 f"output_dir {self.path}: holds another run; choose another folder, or continue that run with "
                 "--resume_from_checkpoint auto"
+            )
+        wanted = config.output.resume_from_checkpoint
+        if wanted != "auto" and self.checkpoints.resolve() not in Path(wanted).resolve().parents:
+            raise UserError(
+                f"output_dir {self.path}: holds another run than resume_from_checkpoint {wanted}; choose another folder"
             )
         try:
             theirs = yaml.safe_load(self.config.read_text())
@@ -116,11 +127,7 @@ class RunFolder:
             else:
                 leftover.unlink(missing_ok=True)
 
-    def is_complete(self) -> bool:
-        """Whether the run that owns the folder has ended well."""
-        return self._recorded().get("status") == "completed"
-
-    def _recorded(self) -> dict[str, Any]:
+    def recorded(self) -> dict[str, Any]:
         """What run_summary.json says; empty if there is none that can be read."""
         try:
             recorded = json.loads(self.summary.read_text())
@@ -139,7 +146,7 @@ class RunFolder:
             if is_main:
                 failure = {"status": "failed", "error": str(error) or type(error).__name__}
                 with suppress(OSError):  # a full disk must not hide the error that is on its way
-                    self.write_summary(self._recorded() | failure)
+                    self.write_summary(self.recorded() | failure)
             raise
 
     @contextmanager
@@ -160,6 +167,10 @@ class RunFolder:
                     item.replace(target)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
+
+    def record(self, **facts: Any) -> None:
+        """Add to run_summary.json."""
+        self.write_summary(self.recorded() | facts)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replace run_summary.json."""

@@ -27,6 +27,7 @@ class PackedBatch:
 
     input_ids: Tensor  # [T] int64
     row_width: int
+    row_lengths: tuple[int, ...]  # tokens of each row, without padding
     score_index: Tensor  # [N] position in T of the hidden state that predicts each scored token
     target_ids: Tensor  # [N] the scored tokens
     response_id: Tensor  # [N] the response, 0..R-1, that each scored token belongs to
@@ -75,6 +76,7 @@ def pack(
     return PackedBatch(
         input_ids=flat,
         row_width=width,
+        row_lengths=tuple(len(pair.prompt_ids) + len(response) for pair, response, _, _ in rows),
         score_index=index,
         target_ids=flat[index + 1],
         response_id=torch.cat(response_id),

@@ -21,13 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from torch import Tensor
 
 from open_po.data import PairDataset
 from open_po.errors import UserError
 from open_po.losses import PairLogps
-from open_po.model import Numerics, Scorer
+from open_po.model import Scorer
 from open_po.output import write_atomically
 from open_po.packing import Planner
 from open_po.runtime import Runtime
@@ -38,27 +36,9 @@ _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "config.json")
 _FLUSH_SECONDS = 60.0  # at most so much of a pass is lost when it is killed
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReferenceLogps:
-    """Reference log-probs of every pair of a data set, by the pair's index."""
-
-    chosen: Tensor  # [P] float32, nats
-    rejected: Tensor  # [P]
-    chosen_tokens: Tensor  # [P]
-    rejected_tokens: Tensor  # [P]
-
-
-def lookup(reference: ReferenceLogps | None, indices: Sequence[int], policy: PairLogps) -> PairLogps | None:
+def lookup(reference: PairLogps | None, indices: Sequence[int], policy: PairLogps) -> PairLogps | None:
     """The reference log-probs of the pairs `indices`, on the device of their policy log-probs; None without any."""
-    if reference is None:
-        return None
-    index, device = torch.tensor(list(indices)), policy.chosen.device
-    return PairLogps(
-        chosen=reference.chosen[index].to(device),
-        rejected=reference.rejected[index].to(device),
-        chosen_tokens=reference.chosen_tokens[index].to(device),
-        rejected_tokens=reference.rejected_tokens[index].to(device),
-    )
+    return None if reference is None else reference.select(indices, policy.chosen.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +100,11 @@ class ReferenceStore:
             ) from error
         self.rows.update(rows)
 
-    def lookup(self, dataset: PairDataset) -> ReferenceLogps:
-        """The rows of every pair of `dataset`, all of which must be here."""
+    def lookup(self, dataset: PairDataset) -> PairLogps:
+        """The rows of every pair of `dataset`, all of which must be here: P is the data set's length."""
         chosen = [self.rows[key] for key in dataset.chosen_keys]
         rejected = [self.rows[key] for key in dataset.rejected_keys]
-        return ReferenceLogps(
+        return PairLogps(
             chosen=torch.tensor([logp for logp, _ in chosen]),
             rejected=torch.tensor([logp for logp, _ in rejected]),
             chosen_tokens=torch.tensor([float(tokens) for _, tokens in chosen]),
@@ -137,30 +117,35 @@ class ReferenceStore:
         return [index for index, pair in keys if not (pair[0] in self.rows and pair[1] in self.rows)]
 
 
-def model_identity(name: str, revision: str | None) -> dict[str, str]:
-    """SHA-256 of the configuration and of each weight file of a model folder or downloaded Hub model, by file name."""
+def model_identity(name: str, revision: str | None, trust_remote_code: bool) -> dict[str, str]:
+    """SHA-256 of a model's configuration, weight files and, if it may run, its own code, by file name.
+
+    `name` is a folder, or a Hub model, which is downloaded if it is not yet. Raises UserError if it cannot be reached.
+    """
     folder = Path(name)
     if not folder.is_dir():
         folder = _downloaded(name, revision)
-    files = sorted({path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)})
+    patterns = [*_WEIGHT_FILES, *(["*.py"] if trust_remote_code else [])]
     identity: dict[str, str] = {}
-    for path in files:
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         with open(path, "rb") as file:
             identity[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return identity
 
 
 def _downloaded(name: str, revision: str | None) -> Path:
-    """The snapshot folder of a Hub model, its weights downloaded if they are not yet."""
+    """The snapshot folder of a Hub model, with the files that transformers would load."""
+    # A Hub pattern's * also matches `/`: these take neither sub-folders nor variants such as model.fp16.safetensors.
+    safe, other = ["model.safetensors", "model-*.safetensors", "*.index.json"], ["pytorch_model*.bin"]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_WEIGHT_FILES)))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise UserError(f"{name}: neither a local folder nor a Hub model that can be reached ({error})") from error
-
-
-def reference_facts(name: str, revision: str | None, numerics: Numerics) -> dict[str, Any]:
-    """What a store's key is made of: which weights, and how they compute. Raises UserError if there are none."""
-    return {"model": model_identity(name, revision), "numerics": numerics.key()}
+        for weights in (safe, other):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=["config.json", "*.py", *weights]))
+            if any(folder.glob(weights[0])) or any(folder.glob(weights[1 % len(weights)])):
+                return folder
+    except Exception as error:  # the client's own errors, or those of the HTTP library it is built on
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name}: neither a local folder nor a Hub model that can be reached ({reason})") from error
+    raise UserError(f"{name}: the Hub repository holds no weights in safetensors or pytorch_model.bin")
 
 
 def fill_store(
@@ -181,7 +166,7 @@ def fill_store(
     packs = planner.packs(missing, rank=runtime.rank, world_size=runtime.world_size)
     if missing:
         label = "Reference log-probs" + (f" (one of {runtime.world_size} ranks)" if runtime.world_size > 1 else "")
-        with Progress(runtime.console, label, total=sum(map(len, packs)), unit="pairs") as progress:
+        with Progress(runtime.console, label, total=sum(map(len, packs)), unit="distinct pairs") as progress:
             runtime.on_all(lambda: _compute(store, scorer, planner, packs, progress, pad))
     if runtime.world_size > 1:
         store.reload()

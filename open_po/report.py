@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "liger-kernel", 
 def versions() -> dict[str, str]:
     """Versions of Python, this package and what its numbers depend on."""
     found = {"python": platform.python_version(), "open_po": __version__}
-    return found | {name: importlib.metadata.version(name) for name in _PACKAGES}
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def evaluations(records: Sequence[Metrics]) -> list[Metrics]:
@@ -53,7 +57,8 @@ def summary_table(summary: dict[str, Any], folder: Path) -> Table:
     ):
         if summary["eval"] is not None and name in summary["eval"]:
             before, after = summary["eval_before"], summary["eval"]
-            table.add_row(label, f"{before[name]:.4f} -> {after[name]:.4f}")
+            start = f"{before[name]:.4f} -> " if before is not None else ""
+            table.add_row(label, f"{start}{after[name]:.4f}")
     table.add_row("peak memory", f"{summary['peak_memory_bytes'] / 1e9:.2f} GB")
     table.add_row("output", str(folder))
     return table
@@ -76,6 +81,8 @@ def plot_curves(records: Sequence[Metrics], path: Path, title: str) -> None:
     train = [{**record, "loss": record["train_loss"]} for record in records if "train_loss" in record]
     held_out = evaluations(records)
     panels = [panel for panel in _PANELS if any(panel[1][0] in record for record in [*train, *held_out])]
+    if not panels:  # resumed at its last step into a new folder
+        return
     rows = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(11, 0.4 + 3.3 * rows), layout="constrained")
     figure.suptitle(title)

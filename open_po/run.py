@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from open_po.checkpoint import Progress, RunningMean, TrainingState, latest_checkpoint, prune
+from open_po.checkpoint import RunningMean, TrainingProgress, TrainingState, latest_checkpoint, prune
 from open_po.config import RunConfig, help_text, load_config
 from open_po.data import PairDataset, load_pairs
 from open_po.data.tokenization import Truncation
@@ -34,9 +34,9 @@ from open_po.model import (
 from open_po.optim import make_optimizer, make_schedule, total_steps
 from open_po.output import RunFolder
 from open_po.packing import Planner, Sampler
-from open_po.reference import PassSummary, ReferenceStore, fill_store, reference_facts
+from open_po.reference import PassSummary, ReferenceStore, fill_store, model_identity
 from open_po.report import evaluations, plot_curves, summary_table, versions
-from open_po.runtime import Runtime
+from open_po.runtime import Runtime, user_line
 from open_po.tracking import (
     JsonlTracker,
     Metrics,
@@ -60,27 +60,23 @@ def main(arguments: Sequence[str]) -> int:
         for problem in error.problems:
             print(f"config error: {problem}", file=sys.stderr)
         return error.exit_code
-    runtime = Runtime.start(config.train.seed)
+    try:
+        runtime = Runtime.start(config.train.seed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     try:
         run(config, runtime)
-        return 0
-    except UserError as error:
-        return _tell(runtime, str(error), error.exit_code)
-    except torch.OutOfMemoryError as error:
-        advice = "lower max_tokens_per_batch, or set gradient_checkpointing"
-        return _tell(runtime, f"out of GPU memory ({str(error).splitlines()[0]}); {advice}", 1)
-    except OSError as error:
-        return _tell(runtime, f"{error.filename or 'a file'}: {error.strerror or error}", 1)
-    except KeyboardInterrupt:
-        return _tell(runtime, "interrupted; checkpoints are kept", 130)
-    finally:
-        runtime.close()
-
-
-def _tell(runtime: Runtime, line: str, exit_code: int) -> int:
-    if runtime.is_main:
-        print(f"error: {line}", file=sys.stderr)
-    return exit_code
+    except (Exception, KeyboardInterrupt) as error:
+        line = user_line(error)
+        if line is None:
+            raise
+        told_by_main = isinstance(error, UserError) and error.shared
+        if runtime.is_main or not told_by_main:
+            print(f"error: {'' if runtime.is_main else f'rank {runtime.rank}: '}{line}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    runtime.close()  # after an error the others may wait in a collective: then only the process's end frees them
+    return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,33 +101,50 @@ class Data:
 def run(config: RunConfig, runtime: Runtime) -> None:
     """The whole job. Raises UserError for whatever a user can cause."""
     folder = RunFolder(Path(config.output.output_dir or ""))
-    numerics = Numerics.choose(config.model, runtime.device, trainable_weights=not config.model.use_lora)
-    runtime.on_main(lambda: folder.claim(config))
-    if config.output.resume_from_checkpoint == "auto" and runtime.on_main(folder.is_complete):
-        runtime.say(f"The run in {folder.path} is complete; nothing to do.")
+    numerics = runtime.on_main(
+        lambda: Numerics.choose(config.model, runtime.device, trainable_weights=not config.model.use_lora)
+    )
+    if not runtime.on_main(lambda: folder.claim(config)):
+        due = config.output.push_to_hub and runtime.on_main(lambda: "uploaded_to" not in folder.recorded())
+        runtime.say(f"The run in {folder.path} is complete{'' if due else '; nothing to do'}.")
+        if due:
+            _upload(folder, _repository(config, runtime), config, runtime)
         return
     with folder.recording_failure(runtime.is_main):
-        _run_in(folder, config, numerics, runtime)
+        # Before training, so that a bad token is found early.
+        repository = _repository(config, runtime) if config.output.push_to_hub else None
+        _train(folder, config, numerics, runtime)
+    if repository is not None:
+        _upload(folder, repository, config, runtime)
 
 
-def _run_in(folder: RunFolder, config: RunConfig, numerics: Numerics, runtime: Runtime) -> None:
-    repository = runtime.on_main(lambda: create_repository(config.output)) if config.output.push_to_hub else None
+def _train(folder: RunFolder, config: RunConfig, numerics: Numerics, runtime: Runtime) -> None:
+    """Everything from the data to the saved model."""
     data = prepare_data(config, runtime)
     needs_reference = config.loss.mix().needs_reference
     reference = separate_reference(config, runtime, data) if needs_reference and _is_separate(config) else None
-    policy = load_policy(config, numerics, runtime, data)
+    policy = runtime.on_all(lambda: load_policy(config, numerics, runtime, data))
+    model = config.model
+    identity = runtime.on_main(
+        lambda: model_identity(model.model_name_or_path, model.model_revision, model.trust_remote_code)
+    )
     if needs_reference and reference is None:
-        model = config.model
-        reference = fill_reference(
-            lambda: policy, model.model_name_or_path, model.model_revision, numerics, config, runtime, data
-        )
-    trainer = make_trainer(config, runtime, data, policy, reference, folder)
+        reference = fill_reference(lambda: policy, identity, numerics, config, runtime, data)
+    trainer = make_trainer(config, runtime, data, policy, identity, reference, folder)
     trainer.train()
     trainer.trackers.close()
     runtime.on_main(lambda: finish(config, runtime, trainer, data, reference))
-    if repository is not None:
-        runtime.on_main(lambda: upload(folder.path, repository, config.output.hf_repo_revision))
-        runtime.say(f"Uploaded to the Hub: {repository}")
+
+
+def _repository(config: RunConfig, runtime: Runtime) -> str:
+    return runtime.on_main(lambda: create_repository(config.output))
+
+
+def _upload(folder: RunFolder, repository: str, config: RunConfig, runtime: Runtime) -> None:
+    """Upload a completed run's model, and note that in its summary."""
+    runtime.on_main(lambda: upload(folder.path, repository, config.output.hf_repo_revision))
+    runtime.on_main(lambda: folder.record(uploaded_to=repository))
+    runtime.say(f"Uploaded to the Hub: {repository}")
 
 
 def prepare_data(config: RunConfig, runtime: Runtime) -> Data:
@@ -196,24 +209,28 @@ def separate_reference(config: RunConfig, runtime: Runtime, data: Data) -> Refer
         data.check(scorer)
         return scorer
 
-    reference = fill_reference(load, name, revision, numerics, config, runtime, data)
+    trust = config.model.trust_remote_code
+    identity = runtime.on_main(lambda: model_identity(name, revision, trust))
+    reference = fill_reference(load, identity, numerics, config, runtime, data)
     release_memory()
     return reference
 
 
 def fill_reference(
     load: Callable[[], Scorer],
-    name: str,
-    revision: str | None,
+    identity: dict[str, str],
     numerics: Numerics,
     config: RunConfig,
     runtime: Runtime,
     data: Data,
 ) -> Reference:
-    """The store of the model `name` with all of `data`'s pairs in it; `load` is called only if some are missing."""
+    """The store of the model `identity` with all of `data`'s pairs in it.
+
+    `load` is called only if some are missing.
+    """
     start = time.monotonic()
     cache_dir = Path(config.reference.reference_cache_dir)
-    facts = runtime.on_main(lambda: reference_facts(name, revision, numerics))
+    facts = {"model": identity, "numerics": numerics.key()}
 
     store: ReferenceStore | None = None
 
@@ -226,7 +243,7 @@ def fill_reference(
     folder, missing = runtime.on_main(count)
     store = store or ReferenceStore(folder)
     if missing:
-        scorer = load()
+        scorer = runtime.on_all(load)
         for part in data.parts:
             fill_store(store, scorer, part, runtime, max_tokens=config.train.max_tokens_per_batch or 0, pad=data.pad)
     reused = sum(map(len, data.parts)) - missing
@@ -262,6 +279,7 @@ def make_trainer(
     runtime: Runtime,
     data: Data,
     scorer: Scorer,
+    identity: dict[str, str],
     reference: Reference | None,
     folder: RunFolder,
 ) -> Trainer:
@@ -277,11 +295,15 @@ def make_trainer(
     optimizer = make_optimizer(trainable_parameters(scorer), train)
     state = TrainingState(
         scorer=scorer,
+        started_from=identity,
         optimizer=optimizer,
         schedule=make_schedule(optimizer, train, steps),
-        progress=Progress(running_means=[RunningMean() for _ in loss.parts]),
+        progress=TrainingProgress(running_means=[RunningMean() for _ in loss.parts]),
     )
     resumed = _resume(config, runtime, state, folder)
+    trackers = Trackers([])
+    # What a tracker refuses is raised on all ranks; the trackers themselves stay with rank 0.
+    runtime.on_main(lambda: trackers.trackers.extend(_make_trackers(config, state.progress, folder, resumed)))
     held_out = None
     if data.held_out is not None:
         held_out = HeldOut(
@@ -309,7 +331,7 @@ def make_trainer(
         held_out=held_out,
         pad=data.pad,
         folder=folder,
-        trackers=_make_trackers(config, runtime, state.progress, folder, resumed),
+        trackers=trackers,
     )
 
 
@@ -321,24 +343,20 @@ def _resume(config: RunConfig, runtime: Runtime, state: TrainingState, folder: R
     if checkpoint is None:
         runtime.say(f"No checkpoint in {folder.checkpoints} yet: starting from the beginning.")
         return False
-    state.restore(checkpoint, config, runtime)
+    runtime.on_all(lambda: state.restore(checkpoint, config, runtime))
     if wanted == "auto":  # a run killed between writing its last checkpoint and pruning would keep one too many
         runtime.on_main(lambda: prune(folder.checkpoints, config.output.keep_last_n_checkpoints))
     runtime.say(f"Resuming from {checkpoint}")
     return True
 
 
-def _make_trackers(
-    config: RunConfig, runtime: Runtime, progress: Progress, folder: RunFolder, resumed: bool
-) -> Trackers:
-    if not runtime.is_main:
-        return Trackers([])
+def _make_trackers(config: RunConfig, progress: TrainingProgress, folder: RunFolder, resumed: bool) -> list[Tracker]:
     trackers: list[Tracker] = [JsonlTracker(folder.metrics, progress.step if resumed else -1)]
     if config.output.with_tracking:
         wandb = WandbTracker(config, folder.path, progress.wandb_run_id)
         progress.wandb_run_id = wandb.run.id
         trackers.append(wandb)
-    return Trackers(trackers)
+    return trackers
 
 
 # ------------------------------------------------------------------------------------------------------------ output
@@ -371,7 +389,7 @@ def _summary(trainer: Trainer, data: Data, reference: Reference | None, held_out
             "response_tokens": done.response_tokens,
         },
         "eval": held_out[-1] if held_out else None,
-        "eval_before": held_out[0] if held_out else None,
+        "eval_before": next((record for record in held_out if record["training_step"] == 0), None),
         "data": {
             "pairs": len(data.train),
             "left_out": {reason: len(origins) for reason, origins in data.train.left_out.items()},

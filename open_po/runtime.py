@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -20,6 +21,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DistributedType,
     InitProcessGroupKwargs,
     broadcast_object_list,
     gather_object,
@@ -30,6 +32,35 @@ from rich.console import Console
 from open_po.errors import UserError
 
 T = TypeVar("T")
+
+
+_ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def user_line(error: BaseException) -> str | None:
+    """The one line that tells a user of an error that is not the code's own; None for one that is."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        reason = str(error).splitlines()[0]
+        return f"out of GPU memory ({reason}); lower max_tokens_per_batch, or set gradient_checkpointing"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or error}"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; checkpoints, if any, are kept"
+    if isinstance(error, RuntimeError) and re.search("closed by peer|reset by peer|Broken pipe", str(error)):
+        return "another process of this run has stopped; its own line says why"
+    return None
+
+
+def _for_all(error: Exception) -> Exception:
+    """`error` as one that every rank can raise."""
+    line = user_line(error)
+    if line is None:
+        return error
+    shared = error if isinstance(error, UserError) else UserError(line)
+    shared.shared = True
+    return shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +84,11 @@ class Runtime:
                 InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # rank 0 may tokenise for hours
             ],
         )
+        if accelerator.distributed_type not in _ENGINES:
+            raise UserError(
+                f"the launcher asks for {accelerator.distributed_type.value}, which is not supported; use torchrun, or "
+                "accelerate launch without an engine"
+            )
         set_seed(seed)
         # A scheduler's SIGTERM ends a run like Ctrl-C: with a line, and a summary that says so.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -63,18 +99,22 @@ class Runtime:
 
     @property
     def device(self) -> torch.device:
+        """The device that models run on."""
         return cast(torch.device, self.accelerator.device)
 
     @property
     def rank(self) -> int:
+        """This process's number among the ranks."""
         return int(self.accelerator.process_index)
 
     @property
     def world_size(self) -> int:
+        """How many ranks there are."""
         return int(self.accelerator.num_processes)
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes and prints."""
         return bool(self.accelerator.is_main_process)
 
     def say(self, line: str) -> None:
@@ -89,26 +129,27 @@ class Runtime:
         if self.is_main:
             try:
                 box[0] = action()
-            except (UserError, OSError) as error:
-                box[0] = error
+            except Exception as error:
+                box[0] = _for_all(error)
         broadcast_object_list(box)
         if isinstance(box[0], Exception):
             raise box[0]
         return box[0]  # type: ignore[return-value]
 
-    def on_all(self, action: Callable[[], object]) -> None:
+    def on_all(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; an error on one is raised on all, so that none waits for another forever."""
         if self.world_size == 1:
-            action()
-            return
-        mine: list[Exception | None] = [None]
+            return action()
+        result: T | None = None
+        failure: Exception | None = None
         try:
-            action()
-        except (UserError, OSError) as error:
-            mine[0] = error
-        for failure in gather_object(mine):
-            if failure is not None:
-                raise failure
+            result = action()
+        except Exception as error:
+            failure = _for_all(error)
+        for theirs in gather_object([failure]):
+            if theirs is not None:
+                raise theirs
+        return cast(T, result)
 
     def gather(self, mine: T) -> list[T]:
         """What every rank has, in the ranks' order."""

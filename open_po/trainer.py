@@ -17,11 +17,11 @@ from open_po.config import RunConfig
 from open_po.errors import UserError
 from open_po.evaluate import HeldOut, evaluate
 from open_po.global_batch import GlobalLoss, gather_logps, global_loss
-from open_po.losses import Counts, LossMix
+from open_po.losses import Counts, LossMix, PairLogps
 from open_po.model import trainable_parameters
 from open_po.output import RunFolder
 from open_po.packing import Planner, Sampler
-from open_po.reference import ReferenceLogps, lookup
+from open_po.reference import lookup
 from open_po.runtime import Runtime
 from open_po.tracking import Metrics, Progress, Trackers, peak_memory_bytes
 
@@ -49,7 +49,7 @@ class Trainer:
         planner: Planner,
         sampler: Sampler,
         steps: int,
-        reference: ReferenceLogps | None,
+        reference: PairLogps | None,
         held_out: HeldOut | None,
         pad: int,
         folder: RunFolder,
@@ -141,7 +141,7 @@ class Trainer:
                     losses = self.loss(policy, lookup(self.reference, pack, policy))
                     value = losses.value(counts)
                 # The ranks' gradients are averaged, hence the factor of their number.
-                runtime.accelerator.backward(value * (0.0 if idle else runtime.world_size))
+                (value * (0.0 if idle else runtime.world_size)).backward()
             if whole is None and not idle:
                 self.state.window.meter.add(policy, losses, counts)
                 bad |= zip(pack, losses.not_finite(), strict=True)
@@ -183,7 +183,8 @@ class Trainer:
         more = len(bad or indices) - 8
         raise UserError(
             f"step {self.state.progress.step + 1}: the {'loss' if bad else 'gradient'} is not finite, stopped before "
-            f"the update; pairs: {named}{f' and {more} more' if more > 0 else ''}; checkpoints are kept"
+            f"the update; pairs: {named}{f' and {more} more' if more > 0 else ''}; checkpoints, if any, are kept",
+            shared=True,
         )
 
     def _count(self, size: StepSize, seconds: float) -> None:

@@ -535,6 +535,8 @@ def test_a_resolved_configuration_with_everything_set_round_trips(write: Callabl
 
 
 NOT_SHAPING = {
+    "gradient_checkpointing",
+    "max_tokens_per_batch",
     "eval_mixer_list",
     "eval_mixer_list_splits",
     "preprocessing_num_workers",

@@ -491,7 +491,7 @@ def test_the_console_shows_the_run(
     shown = capsys.readouterr()
     assert shown.err == ""
     assert "Training data: 8 pairs" in shown.out
-    assert "Reference log-probs: 8 pairs in" in shown.out
+    assert "Reference log-probs: 8 distinct pairs in" in shown.out
     assert "Training: 2 steps in" in shown.out
     assert "Run completed" in shown.out
     assert str(output) in shown.out.replace("\n", "")

@@ -234,3 +234,32 @@ def test_liger_replaces_norms_and_mlps_of_models_it_knows(llama: Path) -> None:
     assert "liger" in norm
     assert "liger" in mlp
     assert "liger" not in head, "the head is fused by open_po itself"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rope"),
+    [
+        ("llama", {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}),
+        (
+            "phi3",
+            {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [4.0, 5.0, 6.0, 7.0],
+                "original_max_position_embeddings": 32,
+            },
+        ),
+    ],
+)
+def test_rope_that_depends_on_length_sees_each_row_alone(
+    architecture: str, rope: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tiny.ARCHITECTURES, architecture, {})
+    tiny.make_model(tmp_path, architecture, rope_parameters=rope, max_position_embeddings=64)
+    scorer = load(tmp_path)
+    with torch.no_grad():
+        expected = scores_one_by_one(load(tmp_path).base, PAIRS, torch.float32)
+    with scorer.as_reference():
+        got = as_matrix(scorer(pack(PAIRS, pad_token_id=2)))
+    assert ((got - expected).abs() <= 1e-5 * expected.abs().clamp(min=1)).all(), (got, expected)

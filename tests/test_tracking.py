@@ -19,7 +19,7 @@ import wandb
 from rich.console import Console
 from wandb.proto import wandb_internal_pb2
 
-from open_po.losses import PairLogps, PairLosses
+from open_po.losses import Counts, MixedLosses, PairLogps, PairLosses
 from open_po.runtime import Runtime
 from open_po.tracking import JsonlTracker, PreferenceMeter, Progress, read_metrics
 from tests import cli
@@ -35,9 +35,10 @@ def pairs_of(chosen: list[float], rejected: list[float], losses: list[float], re
         chosen_tokens=torch.full((len(chosen),), 2.0),
         rejected_tokens=torch.full((len(chosen),), rejected_tokens),
     )
-    return logps, PairLosses(
-        numerators=torch.tensor(losses), chosen_rewards=logps.chosen / 10, rejected_rewards=logps.rejected / 10
+    part = PairLosses(
+        losses=torch.tensor(losses), chosen_rewards=logps.chosen / 10, rejected_rewards=logps.rejected / 10
     )
+    return logps, MixedLosses(["some_loss"], [part], [1.0])
 
 
 @pytest.fixture
@@ -48,8 +49,8 @@ def runtime() -> Runtime:
 def test_the_meter_means_over_pairs_and_sums_losses_over_the_divisor(runtime: Runtime) -> None:
     """By hand: pairs (-10, -30), (-20, -20) and (-60, -40), one win, one tie, one defeat."""
     meter = PreferenceMeter()
-    meter.add(*pairs_of([-10, -20], [-30, -20], [0.5, 1.0]), divisor=3)
-    meter.add(*pairs_of([-60], [-40], [3.0]), divisor=3)
+    meter.add(*pairs_of([-10, -20], [-30, -20], [0.5, 1.0]), counts=Counts(pairs=3, chosen_tokens=0))
+    meter.add(*pairs_of([-60], [-40], [3.0]), counts=Counts(pairs=3, chosen_tokens=0))
     assert meter.means(runtime) == {
         "loss": pytest.approx(1.5),
         "logps/chosen": pytest.approx(-30),
@@ -64,16 +65,16 @@ def test_the_meter_means_over_pairs_and_sums_losses_over_the_divisor(runtime: Ru
 
 def test_the_meter_is_empty_afterwards_and_averages_losses_over_steps(runtime: Runtime) -> None:
     meter = PreferenceMeter()
-    meter.add(*pairs_of([-10], [-30], [1.0]), divisor=1)
+    meter.add(*pairs_of([-10], [-30], [1.0]), counts=Counts(pairs=1, chosen_tokens=0))
     meter.means(runtime)
     for loss in (2.0, 4.0):
-        meter.add(*pairs_of([-1], [-2], [loss]), divisor=1)
+        meter.add(*pairs_of([-1], [-2], [loss]), counts=Counts(pairs=1, chosen_tokens=0))
     assert meter.means(runtime, steps=2)["loss"] == pytest.approx(3.0)
 
 
 def test_the_meter_leaves_out_what_needs_rejected_responses_that_were_not_scored(runtime: Runtime) -> None:
     meter = PreferenceMeter()
-    meter.add(*pairs_of([-10], [0], [1.0], rejected_tokens=0.0), divisor=1)
+    meter.add(*pairs_of([-10], [0], [1.0], rejected_tokens=0.0), counts=Counts(pairs=1, chosen_tokens=0))
     assert set(meter.means(runtime)) == {"loss", "logps/chosen", "rewards/chosen"}
 
 

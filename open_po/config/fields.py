@@ -38,7 +38,9 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "compute precision; auto: bfloat16 on CUDA, else float32. Trained weights are always float32"
     )
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, slower", shapes_result=False
+    )
     use_liger_kernel: bool | None = option(
         None, "Liger's Triton kernels for head, RMSNorm, RoPE and SwiGLU; default: on CUDA"
     )
@@ -202,6 +204,7 @@ class TrainConfig:
         None,
         "tokens of one forward pass, padding included; default 2 x per_device_train_batch_size x max_seq_length. "
         "Changes memory and speed, never a step's value",
+        shapes_result=False,
     )
     optimizer: Literal["adamw", "rmsprop"] = option("adamw", "adamw or rmsprop")
     learning_rate: float = option(5e-7, "peak learning rate")

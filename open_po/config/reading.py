@@ -105,7 +105,8 @@ def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
         problems.append(f"{path}{line}: is not valid YAML ({error.problem})")
         return {}
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a tag such as !!int before other text
+    # ValueError: not UTF-8, or a tag such as !!int before other text. RecursionError: nested too deeply.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         problems.append(f"{path}: is not valid YAML ({' '.join(str(error).split())})")
         return {}
     if content is None:

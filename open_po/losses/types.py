@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 # What a sum of numerators is divided by, counted over a whole optimizer step.
@@ -27,6 +28,12 @@ class PairLogps:
     rejected_log_sum_sq: Tensor | None = None  # [P]
     prompt: Tensor | None = None  # [P] summed log-prob of the prompt's tokens but the first
     prompt_tokens: Tensor | None = None  # [P] how many those are
+
+    def select(self, indices: Sequence[int], device: torch.device) -> PairLogps:
+        """The pairs `indices`, in that order, on `device`."""
+        index = torch.tensor(list(indices))
+        tensors = {name: value[index].to(device) for name, value in vars(self).items() if value is not None}
+        return PairLogps(**tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
