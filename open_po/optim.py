@@ -21,10 +21,15 @@ def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> Optimizer:
-    """AdamW (arXiv 1711.05101), or RMSprop as in the DPO paper's own code. Norms and biases are not decayed."""
+    """AdamW (arXiv 1711.05101), RMSprop as in the DPO paper's own code, or plain SGD.
+
+    Norms and biases are not decayed.
+    """
     parameters = list(parameters)
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=config.learning_rate)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=config.learning_rate)
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

@@ -4,48 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from open_po.config import load_config
 from open_po.packing import Sampler
 from tests import cli, tiny
-
-# ------------------------------------------------------------------------------------------------------- plain trainer
-
-
-@dataclass
-class Scores:
-    """Log-probs of pairs, one tensor per pair, and the responses' token counts."""
-
-    chosen: Tensor
-    rejected: Tensor
-    chosen_tokens: Tensor
-    rejected_tokens: Tensor
-
-
-@dataclass(kw_only=True)
-class Recipe:
-    """A run, both as flags and as the formulas that the plain trainer follows."""
-
-    loss: Callable[[Scores, Scores], tuple[Tensor, Tensor, Tensor]]  # losses, chosen and rejected rewards of each pair
-    flags: dict[str, Any]
-    optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer] = lambda p: torch.optim.AdamW(
-        p, weight_decay=0.0
-    )
-    rate: Callable[[int, int], float] = lambda step, steps: step if step < 1 else (steps - step) / (steps - 1)
-    max_grad_norm: float = 1.0
-    tokens_divide: bool = False  # the losses are summed over the step and divided by its chosen tokens
+from tests.plain import REJECTED, Plain, Recipe, Scores, assert_metrics
 
 
 def dpo(beta: float, *, smoothing: float = 0.0, gamma: float = 0.0, per_token: bool = False) -> Callable[..., Any]:
@@ -104,86 +77,6 @@ RECIPES = {
         max_grad_norm=0.5,
     ),
 }
-
-
-@dataclass
-class Plain:
-    """A trainer without packs, fused kernels or caches: one response at a time."""
-
-    model: PreTrainedModel
-    pairs: list[tuple[list[int], list[int], list[int]]]
-    recipe: Recipe
-    records: list[dict[str, float]] = field(default_factory=list)
-
-    @staticmethod
-    def of(folder: Path, rows: Sequence[dict[str, str]], recipe: Recipe) -> Plain:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        end = [tokenizer.eos_token_id]
-        texts = [[tokenizer(row[name])["input_ids"] for name in ("prompt", "chosen", "rejected")] for row in rows]
-        pairs = [(prompt, chosen + end, rejected + end) for prompt, chosen, rejected in texts]
-        return Plain(AutoModelForCausalLM.from_pretrained(folder).eval(), pairs, recipe)
-
-    def score(self, indices: Sequence[int], *, grad: bool) -> Scores:
-        with torch.set_grad_enabled(grad):
-            chosen = torch.stack([self._logp(self.pairs[i][0], self.pairs[i][1]) for i in indices])
-            rejected = torch.stack([self._logp(self.pairs[i][0], self.pairs[i][2]) for i in indices])
-        counts = [torch.tensor([len(self.pairs[i][side]) for i in indices]) for side in (1, 2)]
-        return Scores(chosen, rejected, *counts)
-
-    def _logp(self, prompt: list[int], response: list[int]) -> Tensor:
-        logits = self.model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        return F.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None]).sum()
-
-    def train(self, steps: list[list[int]], learning_rate: float) -> None:
-        reference = self.score(range(len(self.pairs)), grad=False)
-        parameters = list(self.model.parameters())
-        optimizer = self.recipe.optimizer(parameters)
-        for step, indices in enumerate(steps):
-            rate = learning_rate * self.recipe.rate(step, len(steps))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            metrics, loss = self.metrics(indices, reference, grad=True)
-            optimizer.zero_grad()
-            loss.backward()
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            norm = float(torch.stack([g.square().sum() for g in gradients]).sum().sqrt())
-            for gradient in gradients:
-                gradient *= min(1.0, self.recipe.max_grad_norm / (norm + 1e-6))
-            optimizer.step()
-            self.records.append(metrics | {"grad_norm": norm, "learning_rate": rate})
-
-    def metrics(self, indices: Sequence[int], reference: Scores, *, grad: bool) -> tuple[dict[str, float], Tensor]:
-        """The metrics of the pairs `indices`, and the scalar loss; `reference` holds all pairs."""
-        chosen_tokens = sum(len(self.pairs[i][1]) for i in indices)
-        policy = self.score(indices, grad=grad)
-        some = Scores(reference.chosen[list(indices)], reference.rejected[list(indices)], *(2 * [torch.empty(0)]))
-        losses, chosen, rejected = self.recipe.loss(policy, some)
-        loss = losses.sum() / (chosen_tokens if self.recipe.tokens_divide else len(indices))
-        margins = (chosen - rejected).detach()
-        losses, chosen, rejected = losses.detach(), chosen.detach(), rejected.detach()
-        metrics = {
-            "loss": float(loss.detach()),
-            "logps/chosen": float(policy.chosen.detach().mean()),
-            "logps/rejected": float(policy.rejected.detach().mean()),
-            "rewards/chosen": float(chosen.mean()),
-            "rewards/rejected": float(rejected.mean()),
-            "rewards/average": float((chosen + rejected).mean()) / 2,
-            "rewards/accuracy": float((margins > 0).float().mean()),
-            "rewards/margin": float(margins.mean()),
-            "ties": float((margins.abs() < 1e-4).float().mean()),  # who wins these is a matter of rounding
-        }
-        return metrics, loss
-
-
-REJECTED = ("logps/rejected", "rewards/rejected", "rewards/average", "rewards/accuracy", "rewards/margin")
-
-
-def assert_metrics(got: dict[str, float], expected: dict[str, float]) -> None:
-    """Rewards are differences of log-probs near -100 nats, so float32 leaves them an absolute error."""
-    ties = expected.pop("ties")
-    for name, value in expected.items():
-        slack = ties if name.endswith("accuracy") else 2e-5 if "rewards" in name else 1e-6
-        assert got[name] == pytest.approx(value, rel=1e-5, abs=slack), name
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -206,7 +206,7 @@ class TrainConfig:
         "Changes memory and speed, never a step's value",
         shapes_result=False,
     )
-    optimizer: Literal["adamw", "rmsprop"] = option("adamw", "adamw or rmsprop")
+    optimizer: Literal["adamw", "rmsprop", "sgd"] = option("adamw", "adamw, rmsprop or sgd")
     learning_rate: float = option(5e-7, "peak learning rate")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
         "linear", "linear, cosine, constant or constant_with_warmup"
