@@ -44,7 +44,9 @@ def evaluate(
     training = scorer.training
     scorer.eval()
     packs = planner.packs(range(len(planner.dataset)), rank=runtime.rank, world_size=runtime.world_size)
-    scored = [(indices, scorer(planner.batch(indices, pad), extras=loss.extras)) for indices in packs]
+    scored = [
+        (indices, scorer(planner.batch(indices, pad), extras=loss.extras, ld_alpha=loss.ld_alpha)) for indices in packs
+    ]
     scorer.train(training)
     order = range(len(planner.dataset))
     policy = gather_logps(scored, order, runtime)

@@ -47,16 +47,20 @@ def fused_logprobs(hidden: Tensor, head: Head, targets: Tensor, *, use_liger: bo
     return function(hidden, head, targets)
 
 
-def pair_logps(logprobs: Tensor, batch: PackedBatch, *, log_sum_sq: Tensor | None = None) -> PairLogps:
+def pair_logps(
+    logprobs: Tensor, batch: PackedBatch, *, ld_alpha: float = 1.0, log_sum_sq: Tensor | None = None
+) -> PairLogps:
     """Sum token log-probs [N] per response and look the responses up by pair.
 
-    `log_sum_sq` [N] is summed alike, for the losses that read it.
+    `ld_alpha` is the weight of the tokens of a pair's longer response beyond the length of its shorter one (LD-DPO,
+    arXiv 2409.06411). `log_sum_sq` [N] is summed as it is, for the losses that read it.
     """
 
     def sums(values: Tensor) -> Tensor:
         return values.new_zeros(batch.num_responses).index_add(0, batch.response_id, values)
 
-    logps, tokens = sums(logprobs), sums(torch.ones_like(logprobs))
+    weighted = logprobs if ld_alpha == 1.0 else torch.where(batch.in_tail, ld_alpha * logprobs, logprobs)
+    logps, tokens = sums(weighted), sums(torch.ones_like(logprobs))
     squares = None if log_sum_sq is None else sums(log_sum_sq)
     chosen, rejected = batch.pairs.unbind(1)
     return PairLogps(

@@ -235,14 +235,26 @@ class Scorer(nn.Module):
         softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         return Head(layer.weight, getattr(layer, "bias", None), softcap, scale)
 
-    def forward(self, batch: PackedBatch, *, extras: Collection[Extra] = ()) -> PairLogps:
-        """Log-probs of the pack's pairs, with the optional fields `extras`; the batch moves to the model's device."""
+    def forward(self, batch: PackedBatch, *, extras: Collection[Extra] = (), ld_alpha: float = 1.0) -> PairLogps:
+        """Log-probs of the pack's pairs, with the optional fields `extras`; the batch moves to the model's device.
+
+        `ld_alpha` as in `pair_logps`.
+        """
         batch = batch.to(self.device)
-        hidden = self._hidden_states(batch).index_select(0, batch.score_index).to(self.numerics.compute_dtype)
-        head = self.head()
+        hidden, head = self._scored_states(batch), self.head()
         logprobs = fused_logprobs(hidden, head, batch.target_ids, use_liger=self.numerics.use_liger)
         squares = log_sum_squares(hidden, head) if "log_sum_sq" in extras else None
-        return pair_logps(logprobs, batch, log_sum_sq=squares)
+        return pair_logps(logprobs, batch, ld_alpha=ld_alpha, log_sum_sq=squares)
+
+    def token_logprobs(self, batch: PackedBatch) -> Tensor:
+        """Log-prob of every scored token of the pack: [N]."""
+        batch = batch.to(self.device)
+        hidden = self._scored_states(batch)
+        return fused_logprobs(hidden, self.head(), batch.target_ids, use_liger=self.numerics.use_liger)
+
+    def _scored_states(self, batch: PackedBatch) -> Tensor:
+        """The hidden states that predict scored tokens, in the compute dtype: [N, H]."""
+        return self._hidden_states(batch).index_select(0, batch.score_index).to(self.numerics.compute_dtype)
 
     def _hidden_states(self, batch: PackedBatch) -> Tensor:
         """Last hidden states of layout `rows`: [T, H]. Causal models need no mask for padding on the right."""

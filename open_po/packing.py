@@ -30,7 +30,8 @@ class PackedBatch:
     row_lengths: tuple[int, ...]  # tokens of each row, without padding
     score_index: Tensor  # [N] position in T of the hidden state that predicts each scored token
     target_ids: Tensor  # [N] the scored tokens
-    response_id: Tensor  # [N] the response, 0..R-1, that each scored token belongs to
+    response_id: Tensor  # [N] the response, 0..R-1, that each scored token belongs to; equal ones stand together
+    in_tail: Tensor  # [N] whether the token stands where the pair's other response has ended
     pairs: Tensor  # [P, 2] chosen and rejected response of each pair
     prompts: Tensor | None  # [P] the prompt of each pair as a response of its own, if it is scored
     tokens: int  # prompt and response tokens of all rows, without padding
@@ -63,7 +64,7 @@ def pack(
             rows.append((pair, pair.rejected_ids, 2 * number + 1, None))
     width = max(len(pair.prompt_ids) + len(response) for pair, response, _, _ in rows)
     input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
-    score_index, response_id = [], []
+    score_index, response_id, in_tail = [], [], []
     for row, (pair, response, response_number, prompt_id) in enumerate(rows):
         start, end = len(pair.prompt_ids), len(pair.prompt_ids) + len(response)
         input_ids[row, :end] = torch.tensor(pair.prompt_ids + response)
@@ -72,6 +73,7 @@ def pack(
         score_index.append(row * width + positions - 1)  # each token is predicted by the one before it
         of_prompt = positions < start
         response_id.append(torch.where(of_prompt, -1 if prompt_id is None else prompt_id, response_number))
+        in_tail.append(positions >= start + min(len(pair.chosen_ids), len(pair.rejected_ids)))
     index, flat = torch.cat(score_index), input_ids.flatten()
     return PackedBatch(
         input_ids=flat,
@@ -80,6 +82,7 @@ def pack(
         score_index=index,
         target_ids=flat[index + 1],
         response_id=torch.cat(response_id),
+        in_tail=torch.cat(in_tail),
         pairs=torch.arange(2 * len(pairs)).view(-1, 2),
         prompts=2 * len(pairs) + torch.arange(len(pairs)) if with_prompt else None,
         tokens=sum(len(pair.prompt_ids) + len(response) for pair, response, _, _ in rows),

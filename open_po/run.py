@@ -232,12 +232,13 @@ def fill_reference(
     cache_dir = Path(config.reference.reference_cache_dir)
     facts = {"model": identity, "numerics": numerics.key()}
 
+    by_token = config.loss.mix().ld_alpha != 1.0
     store: ReferenceStore | None = None
 
     def count() -> tuple[Path, int]:
         nonlocal store
         store = ReferenceStore(ReferenceStore.create(cache_dir, facts))
-        return store.folder, sum(len(store.missing(part)) for part in data.parts)
+        return store.folder, sum(len(store.missing(part, by_token=by_token)) for part in data.parts)
 
     # Rank 0 counts and the others read the store afterwards: rows of other ranks and runs may appear at any moment.
     folder, missing = runtime.on_main(count)
@@ -245,7 +246,8 @@ def fill_reference(
     if missing:
         scorer = runtime.on_all(load)
         for part in data.parts:
-            fill_store(store, scorer, part, runtime, max_tokens=config.train.max_tokens_per_batch or 0, pad=data.pad)
+            max_tokens = config.train.max_tokens_per_batch or 0
+            fill_store(store, scorer, part, runtime, by_token=by_token, max_tokens=max_tokens, pad=data.pad)
     reused = sum(map(len, data.parts)) - missing
     if reused:
         runtime.say(f"Reference log-probs: {reused:,} pairs from the cache {store.folder}")
@@ -312,7 +314,7 @@ def make_trainer(
                 max_tokens=train.max_tokens_per_batch or 0,
                 with_prompt="prompt" in loss.extras,
             ),
-            reference=None if reference is None else reference.store.lookup(data.held_out),
+            reference=None if reference is None else reference.store.lookup(data.held_out, loss.ld_alpha),
         )
     return Trainer(
         config=config,
@@ -327,7 +329,7 @@ def make_trainer(
         ),
         sampler=sampler,
         steps=steps,
-        reference=None if reference is None else reference.store.lookup(data.train),
+        reference=None if reference is None else reference.store.lookup(data.train, loss.ld_alpha),
         held_out=held_out,
         pad=data.pad,
         folder=folder,

@@ -134,7 +134,9 @@ class Trainer:
         for position, pack in enumerate(packs):
             last = position == len(packs) - 1
             with nullcontext() if last else runtime.accelerator.no_sync(self.model):
-                policy = self.model(self.planner.batch(pack, self.pad), extras=self.loss.extras)
+                policy = self.model(
+                    self.planner.batch(pack, self.pad), extras=self.loss.extras, ld_alpha=self.loss.ld_alpha
+                )
                 if whole is not None:
                     value = whole.surrogate(pack, policy)
                 else:
@@ -155,7 +157,13 @@ class Trainer:
         random = RandomState.take()
         with torch.no_grad():
             scored = [
-                (pack, self.state.scorer(self.planner.batch(pack, self.pad), extras=self.loss.extras)) for pack in packs
+                (
+                    pack,
+                    self.state.scorer(
+                        self.planner.batch(pack, self.pad), extras=self.loss.extras, ld_alpha=self.loss.ld_alpha
+                    ),
+                )
+                for pack in packs
             ]
         random.put_back()
         policy = gather_logps(scored, indices, self.runtime)

@@ -231,7 +231,7 @@ def test_an_unknown_field_like_no_other() -> None:
         ("exp_name: on", "exp_name: expects text, got True"),
         ("exp_name: ''", "exp_name: expects text, got ''"),
         ("dtype: float16", "dtype: expects one of auto, float32, bfloat16, got 'float16'"),
-        ("optimizer: sgd", "optimizer: expects one of adamw, rmsprop, got 'sgd'"),
+        ("optimizer: lion", "optimizer: expects one of adamw, rmsprop, sgd, got 'lion'"),
         ("eval_mixer_list: {a: 1}", "eval_mixer_list: expects a list of words, got {'a': '1'}"),
         ("eval_mixer_list: []", "eval_mixer_list: expects a list of words, got []"),
         ("eval_mixer_list: [a, yes]", "eval_mixer_list: expects a list of words, got ['a', True]"),
@@ -684,7 +684,7 @@ def _shipped_commands() -> list[tuple[str, str]]:
 def test_shipped_commands_parse(where: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flags are fields; where no variable or placeholder hides a value, the whole is a configuration.
 
-    A page's YAML block that opens with `# NAME.yaml` is the file NAME.yaml of its commands.
+    A page's block that opens with `# NAME.yaml` or `# NAME.py` is that file of its commands.
     """
     words = shlex.split(command)
     assert {word[2:].split("=")[0] for word in words if word.startswith("--")} - {"help"} <= set(FIELDS), where
@@ -692,10 +692,11 @@ def test_shipped_commands_parse(where: str, command: str, tmp_path: Path, monkey
     if not files or re.search(r"\$|CONFIG\.yaml|\.\.\.|[\[<]", command):
         return
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
-    for block in _blocks(REPOSITORY / where, "yaml") if where.endswith(".md") else []:
-        if name := re.match(r"# (\S+\.yaml)\n", block):
+    for block in _blocks(REPOSITORY / where, "(?:yaml|python)") if where.endswith(".md") else []:
+        if name := re.match(r"# (\S+\.(?:yaml|py))\n", block):
             (tmp_path / name[1]).write_text(block)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     load_config(words)
 
 

@@ -390,3 +390,68 @@ def test_coupled_losses_see_the_same_dropout_twice(llama: Path, eight_pairs: Pat
     for mine, theirs in zip(cli.steps(coupled), cli.steps(plain), strict=True):
         assert mine["loss/bco_pair"] == pytest.approx(theirs["train_loss"], rel=1e-5)
         assert math.isclose(mine["grad_norm"], theirs["grad_norm"], rel_tol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------ LD-DPO
+
+
+def ld_dpo(beta: float, alpha: float, rows: list[dict[str, str]], folder: Path) -> tuple[Plain, Formula]:
+    """The plain trainer whose log-probs discount tokens beyond the pair's shorter response."""
+
+    class Discounted(Plain):
+        def score(self, indices: Any, *, grad: bool) -> Scores:
+            scores = super().score(indices, grad=grad)
+            with torch.set_grad_enabled(grad):
+                for side, name in ((1, "chosen"), (2, "rejected")):
+                    values = []
+                    for i in indices:
+                        prompt, response = self.pairs[i][0], self.pairs[i][side]
+                        shorter = min(len(self.pairs[i][1]), len(self.pairs[i][2]))
+                        logits = self.model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+                        own = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+                        values.append(own[:shorter].sum() + alpha * own[shorter:].sum())
+                    setattr(scores, name, torch.stack(values))
+            return scores
+
+    formula = on_ratios(beta, logistic)
+    plain = Plain.of(folder, rows, Recipe(loss=formula, flags={}))
+    return Discounted(plain.model, plain.pairs, plain.recipe), formula
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_ld_alpha_equals_a_plain_trainer(alpha: float, llama: Path, tmp_path: Path) -> None:
+    rows = tiny.text_rows(7, seed=3)
+    data = tiny.write_jsonl(tmp_path / "data.jsonl", rows)
+    fields = {"per_device_train_batch_size": 4, "num_epochs": 2, "learning_rate": LEARNING_RATE}
+    fields |= {"max_tokens_per_batch": 150, "beta": 0.1}
+    output = cli.train(llama, data, tmp_path / "run", ld_alpha=alpha, **fields)
+    plain, _ = ld_dpo(0.1, alpha, rows, llama)
+    sampler = Sampler(num_pairs=7, global_batch=4, seed=42)
+    plain.train([sampler.step_pairs(step) for step in range(4)], learning_rate=LEARNING_RATE)
+    cli.assert_close_weights(cli.weights(output), plain.model.state_dict(), cli.weights(llama))
+    for mine, expected in zip(cli.steps(output), plain.records, strict=True):
+        assert_metrics(mine, {"train_loss" if k == "loss" else k: v for k, v in expected.items()})
+
+
+def test_a_cache_of_sums_is_a_miss_for_ld_alpha_and_one_of_tokens_a_hit_for_all(llama: Path, tmp_path: Path) -> None:
+    data = tiny.write_jsonl(tmp_path / "data.jsonl", tiny.text_rows(5, seed=3))
+
+    def computed(name: str, **fields: Any) -> int:
+        return int(cli.summary(cli.train(llama, data, tmp_path / name, **fields))["reference"]["pairs_computed"])
+
+    assert computed("sums") == 5
+    assert computed("tokens", ld_alpha=0.5) == 5
+    assert computed("other alpha", ld_alpha=0.1) == 0
+    assert computed("sums again", loss_type="dpo_norm") == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"ld_alpha": 1.5}, "ld_alpha: must lie in [0, 1], got 1.5"),
+        ({"ld_alpha": 0.5, "loss_type": "sft"}, "ld_alpha: needs both responses of a pair scored, which sft does not"),
+    ],
+)
+def test_ld_alpha_refusals(flags: dict[str, Any], message: str, tmp_path: Path, capsys: Any) -> None:
+    assert cli.main(cli.arguments(tmp_path, tmp_path, tmp_path / "run", **flags)) == 2
+    assert f"config error: {message}\n" in capsys.readouterr().err

@@ -114,6 +114,11 @@ class LossConfig:
         None, "reverse_kl, forward_kl, js_divergence or alpha_divergence, for losses built on log-ratios"
     )
     f_alpha_divergence_coef: Numbers = option(None, "alpha of alpha_divergence, in (0, 1]; default 0.5")
+    ld_alpha: float | None = option(
+        None,
+        "LD-DPO: weight, 0 to 1, of the longer response's tokens beyond the shorter's length, in every log-prob "
+        "that the loss reads; default 1",
+    )
     loss_parameters: dict[str, str] | None = option(None, "parameters of a loss of your own, NAME: NUMBER")
 
     @property
@@ -139,9 +144,13 @@ class LossConfig:
                 except ValueError as error:
                     lines = str(error).splitlines()
                     problems += [x if x.startswith("loss_type") else f"loss_type {spec.name}: {x}" for x in lines]
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            problems.append(f"ld_alpha: must lie in [0, 1], got {self.ld_alpha:g}")
+        if self.ld_alpha is not None and not all(spec.needs_rejected for spec in specs):
+            problems.append("ld_alpha: needs both responses of a pair scored, which sft does not")
         if problems:
             raise ValueError("\n".join(problems))
-        return LossMix(tuple(parts))
+        return LossMix(tuple(parts), 1.0 if self.ld_alpha is None else self.ld_alpha)
 
     def _given(self, specs: list[LossSpec], problems: list[str]) -> list[dict[str, Value]]:
         """The parameters that were set, by loss."""
@@ -180,7 +189,9 @@ class LossConfig:
 
 
 LOSS_PARAMETERS = tuple(
-    f.name for f in dataclasses.fields(LossConfig) if f.name not in ("loss_type", "loss_weights", "loss_parameters")
+    f.name
+    for f in dataclasses.fields(LossConfig)
+    if f.name not in ("loss_type", "loss_weights", "loss_parameters", "ld_alpha")
 )
 
 

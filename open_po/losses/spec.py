@@ -173,6 +173,7 @@ class LossMix:
     """Losses added up with weights; a single loss is a mix of one."""
 
     parts: tuple[Loss, ...]
+    ld_alpha: float = 1.0  # weight of a longer response's tokens beyond the shorter's length, in all log-probs
 
     @property
     def names(self) -> list[str]:
