@@ -212,6 +212,8 @@ class Scorer(nn.Module):
         self.model = model  # a PreTrainedModel, or a PeftModel around one
         self.numerics = numerics
         self.saved_dropout = saved_dropout  # rates that were switched off, to be saved with the model
+        self.balances_experts = False
+        self.load_balancing: Tensor | None = None  # scalar, of the last forward pass, if the scorer balances experts
 
     @property
     def base(self) -> PreTrainedModel:
@@ -226,6 +228,12 @@ class Scorer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.base.device
+
+    def balance_experts(self) -> None:
+        """From now on compute `load_balancing`. Raises UserError if the model has no experts."""
+        if not getattr(self.base.config, "num_experts_per_tok", None):
+            raise UserError(f"load_balancing_loss: {self.base.config.model_type} is no mixture-of-experts model")
+        self.balances_experts = True
 
     def head(self) -> Head:
         """The output layer, with what the model's configuration says is done to its logits."""
@@ -265,9 +273,30 @@ class Scorer(nn.Module):
             if _rope_depends_on_length(self.base.config)
             else [rows]
         )
+        routers = {"output_router_logits": True} if self.balances_experts else {}
         with self._autocast():
-            states = [self.base.base_model(input_ids=ids, use_cache=False).last_hidden_state for ids in inputs]
+            outputs = [self.base.base_model(input_ids=ids, use_cache=False, **routers) for ids in inputs]
+        if self.balances_experts:
+            self.load_balancing = self._load_balancing([output.router_logits for output in outputs], batch)
+        states = [output.last_hidden_state for output in outputs]
         return torch.cat([F.pad(state, (0, 0, 0, batch.row_width - state.shape[1])) for state in states]).flatten(0, 1)
+
+    def _load_balancing(self, router_logits: list[tuple[Tensor, ...]], batch: PackedBatch) -> Tensor:
+        """transformers' own load balancing loss (arXiv 2101.03961) of the pack's rows, padding left out.
+
+        `router_logits` has the layers' [tokens, experts] of each forward pass.
+        """
+        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+        layers: Any = tuple(torch.cat(parts) for parts in zip(*router_logits, strict=True))
+        lengths = torch.tensor(batch.row_lengths, device=self.device)
+        mask = torch.arange(batch.row_width, device=self.device) < lengths[:, None]
+        if len(router_logits) > 1:  # rows that went one by one have no padding
+            mask = mask[mask][None]
+        config = self.base.config
+        experts = layers[0].shape[-1]
+        loss = load_balancing_loss_func(layers, experts, config.num_experts_per_tok, mask.long())
+        return cast(Tensor, loss)
 
     def _autocast(self) -> torch.autocast:
         dtype = self.numerics.compute_dtype

@@ -269,6 +269,8 @@ def load_policy(config: RunConfig, numerics: Numerics, runtime: Runtime, data: D
         trust_remote_code=model.trust_remote_code,
     )
     data.check(scorer)
+    if config.loss.load_balancing_loss:
+        scorer.balance_experts()
     if model.gradient_checkpointing:
         checkpoint_gradients(scorer)
     if model.use_lora:

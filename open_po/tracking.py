@@ -54,6 +54,10 @@ class PreferenceMeter:
         for name, value in found.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double().sum()
 
+    def add_aux(self, loss: Tensor) -> None:
+        """Add one pack's part of its step's load balancing loss."""
+        self.sums["aux_loss"] = self.sums.get("aux_loss", 0) + loss.detach().double()
+
     def means(self, runtime: Runtime, steps: int = 1) -> Metrics:
         """Metrics over all ranks; losses are means over `steps` steps, the others are means over pairs.
 
@@ -66,7 +70,7 @@ class PreferenceMeter:
                 total[name] += value
         self.sums = {}
         pairs = total["pairs"]
-        metrics = {name: total[name] / steps for name in total if name.startswith("loss")}
+        metrics = {name: total[name] / steps for name in total if name.startswith(("loss", "aux_loss"))}
         metrics |= {name: total[name] / pairs for name in _PAIR_MEANS}
         if total["rejected_pairs"] == pairs:
             metrics |= {name: total[name] / pairs for name in _BOTH_SIDES}

@@ -91,7 +91,7 @@ class Trainer:
         progress = self.state.progress
         indices = self.sampler.step_pairs(progress.step)
         size = self._size(indices)
-        not_finite = self._backward(indices, size.counts)
+        not_finite = self._backward(indices, size)
         limit = self.config.train.max_grad_norm or float("inf")
         grad_norm = float(cast(Tensor, self.runtime.accelerator.clip_grad_norm_(self.parameters, limit)))
         self._stop_unless_finite(indices, not_finite, grad_norm)
@@ -120,12 +120,12 @@ class Trainer:
             counts=self.planner.counts(indices),
         )
 
-    def _backward(self, indices: list[int], counts: Counts) -> dict[int, Tensor]:
+    def _backward(self, indices: list[int], size: StepSize) -> dict[int, Tensor]:
         """Gradients of the step's loss: every pack adds its losses over the step's global counts.
 
         Returns whether each of this rank's pairs has a loss that is not finite; nothing here waits for the device.
         """
-        runtime = self.runtime
+        runtime, counts = self.runtime, size.counts
         packs = self.planner.packs(indices, rank=runtime.rank, world_size=runtime.world_size)
         whole = self._whole_step(indices, packs, counts) if self.loss.batch_coupled else None
         # An epoch's last step may have fewer pairs than ranks; a rank without any still joins, with coefficient 0.
@@ -134,20 +134,29 @@ class Trainer:
         for position, pack in enumerate(packs):
             last = position == len(packs) - 1
             with nullcontext() if last else runtime.accelerator.no_sync(self.model):
-                policy = self.model(
-                    self.planner.batch(pack, self.pad), extras=self.loss.extras, ld_alpha=self.loss.ld_alpha
-                )
+                batch = self.planner.batch(pack, self.pad)
+                policy = self.model(batch, extras=self.loss.extras, ld_alpha=self.loss.ld_alpha)
                 if whole is not None:
                     value = whole.surrogate(pack, policy)
                 else:
                     losses = self.loss(policy, lookup(self.reference, pack, policy))
                     value = losses.value(counts)
+                aux = self._balance(batch.tokens / size.tokens)
+                if aux is not None:
+                    value = value + (self.config.loss.load_balancing_weight or 0.0) * aux
                 # The ranks' gradients are averaged, hence the factor of their number.
                 (value * (0.0 if idle else runtime.world_size)).backward()
+            if aux is not None and not idle:
+                self.state.window.meter.add_aux(aux)
             if whole is None and not idle:
                 self.state.window.meter.add(policy, losses, counts)
                 bad |= zip(pack, losses.not_finite(), strict=True)
         return bad if whole is None else dict(zip(indices, whole.losses.not_finite(), strict=True))
+
+    def _balance(self, share: float) -> Tensor | None:
+        """The load balancing loss of the pack that was just scored, by its share of the step's tokens."""
+        loss = self.state.scorer.load_balancing
+        return None if loss is None else share * loss
 
     def _whole_step(self, indices: list[int], packs: list[list[int]], counts: Counts) -> GlobalLoss:
         """The loss of a step whose pairs depend on one another: one more forward pass over its packs.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -360,8 +361,9 @@ def test_a_divisor_wrong_by_two_is_noticed(
 ) -> None:
     backward = Trainer._backward
 
-    def wrong(self: Trainer, indices: list[int], counts: Any) -> Any:
-        return backward(self, indices, type(counts)(pairs=2 * counts.pairs, chosen_tokens=2 * counts.chosen_tokens))
+    def wrong(self: Trainer, indices: list[int], size: Any) -> Any:
+        counts = replace(size.counts, pairs=2 * size.counts.pairs)
+        return backward(self, indices, replace(size, counts=counts))
 
     one = cli.train(llama, eight_pairs, tmp_path / "one" / "run", **(steps_of("dpo", "sgd") | ONE_BATCH))
     monkeypatch.setattr(Trainer, "_backward", wrong)

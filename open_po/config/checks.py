@@ -44,6 +44,8 @@ def contradictions(config: RunConfig) -> Iterator[str]:
     yield from _data_problems(config.data)
     yield from _loss_problems(config)
     train, output = config.train, config.output
+    if config.loss.load_balancing_weight is not None and not config.loss.load_balancing_loss:
+        yield "load_balancing_weight: needs load_balancing_loss"
     if train.eval_steps is not None and config.data.eval_mixer_list is None:
         yield "eval_steps: needs eval_mixer_list, the held-out data"
     if train.seed >= 2**32:
@@ -77,6 +79,7 @@ _POSITIVE = (
     "keep_last_n_checkpoints",
     "lora_rank",
     "lora_alpha",
+    "load_balancing_weight",
 )
 _NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "seed", "lora_dropout", "warmup_ratio")
 

@@ -119,6 +119,10 @@ class LossConfig:
         "LD-DPO: weight, 0 to 1, of the longer response's tokens beyond the shorter's length, in every log-prob "
         "that the loss reads; default 1",
     )
+    load_balancing_loss: bool = option(
+        False, "mixture-of-experts models: add transformers' load balancing loss, of each pack by its share of tokens"
+    )
+    load_balancing_weight: float | None = option(None, "weight of the load balancing loss; default 0.001")
     loss_parameters: dict[str, str] | None = option(None, "parameters of a loss of your own, NAME: NUMBER")
 
     @property
@@ -185,14 +189,20 @@ class LossConfig:
             by_part = [part.parameters.get(name) for part in mix.parts]
             if any(value is not None for value in by_part):
                 values[name] = by_part[0] if len(by_part) == 1 else by_part
+        if self.load_balancing_loss and self.load_balancing_weight is None:
+            values["load_balancing_weight"] = 0.001
         return dataclasses.replace(self, **values)
 
 
-LOSS_PARAMETERS = tuple(
-    f.name
-    for f in dataclasses.fields(LossConfig)
-    if f.name not in ("loss_type", "loss_weights", "loss_parameters", "ld_alpha")
+_NO_PARAMETERS = (
+    "loss_type",
+    "loss_weights",
+    "loss_parameters",
+    "ld_alpha",
+    "load_balancing_loss",
+    "load_balancing_weight",
 )
+LOSS_PARAMETERS = tuple(f.name for f in dataclasses.fields(LossConfig) if f.name not in _NO_PARAMETERS)
 
 
 def _known_spec(name: str, problems: list[str]) -> LossSpec | None:
