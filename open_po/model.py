@@ -326,6 +326,16 @@ class Scorer(nn.Module):
                 "tokenizer and model do not belong together"
             )
 
+    def check_length(self, longest: int) -> None:
+        """Raises UserError if a row is longer than the model's table of learned positions."""
+        config = self.base.config
+        positions = getattr(config, "max_position_embeddings", None)
+        rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+        if positions is not None and longest > positions and not rotary:
+            raise UserError(
+                f"max_seq_length: the longest row has {longest} tokens, the model {positions} positions; lower it"
+            )
+
     @torch.no_grad()
     def check(self, pair: PreferencePair, pad: int) -> None:
         """Compare the log-probs of one short pair with the model's own forward.
@@ -377,6 +387,7 @@ def save_model(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, folder: Path,
     if scorer.has_adapters:
         adapted = cast(Any, scorer.model)
         adapted.save_pretrained(folder / "adapter")
+        (folder / "adapter" / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
         if dtype == torch.float32:  # a bfloat16 base would round the sum that float32 is asked for
             adapted.to(dtype=dtype)
         scorer.model = adapted.merge_and_unload()

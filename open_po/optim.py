@@ -38,11 +38,16 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> O
 
 
 def make_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
-    """The learning rate over `steps` steps, warm-up included; transformers' own schedules."""
+    """The learning rate over `steps` steps, warm-up included: transformers' own schedules, one step ahead.
+
+    As they stand, their first step is taken at learning rate 0, so a run of one step would train nothing.
+    """
     schedule: LRScheduler = get_scheduler(
         config.lr_scheduler_type,
         optimizer,
         num_warmup_steps=math.ceil(config.warmup_ratio * steps),
-        num_training_steps=steps,
+        num_training_steps=steps + 1,
     )
+    optimizer.step()  # nothing has a gradient yet; without it the schedule warns of a wrong order
+    schedule.step()
     return schedule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -73,18 +74,23 @@ class RunFolder:
         self.curves = path / "training_curves.png"
         self.summary = path / "run_summary.json"
         self.checkpoints = path / "checkpoints"
+        self._held: int | None = None  # the folder, open and locked
 
     def claim(self, config: RunConfig) -> bool:
         """Make the folder this run's; False, with nothing changed, if it holds this very run and that is complete.
 
         Raises UserError, before anything is changed, if it holds something else.
         """
+        wanted = config.output.resume_from_checkpoint
+        if wanted not in (None, "auto") and not Path(wanted).is_dir():
+            raise UserError(f"resume_from_checkpoint {wanted}: is no folder")
         try:
             if self.path.exists():
                 self._refuse_other_run(config)
                 if config.output.resume_from_checkpoint == "auto" and self.recorded().get("status") == "completed":
                     return False
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
             self._remove_leftovers()
             write_atomically(self.config, lambda path: path.write_text(config.to_yaml()))
             return True
@@ -119,6 +125,22 @@ class RunFolder:
                 f"output_dir {self.path}: holds a run of another configuration ({changed}); choose another folder"
             )
 
+    def _lock(self) -> None:
+        """Keep other runs out until this process ends; where the file system has no locks, nothing is kept out."""
+        try:
+            self._held = os.open(self.path, os.O_RDONLY)
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"output_dir {self.path}: another run is writing to it; choose another folder") from error
+        except OSError:
+            pass
+
+    def release(self) -> None:
+        """Let other runs in."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
     def _remove_leftovers(self) -> None:
         """Remove what a killed run was in the middle of writing."""
         for leftover in [*self.path.glob(".*.partial"), *self.checkpoints.glob(".step_*"), self.path / ".staging"]:
@@ -144,7 +166,8 @@ class RunFolder:
             yield
         except BaseException as error:
             if is_main:
-                failure = {"status": "failed", "error": str(error) or type(error).__name__}
+                status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                failure = {"status": status, "error": str(error) or type(error).__name__}
                 with suppress(OSError):  # a full disk must not hide the error that is on its way
                     self.write_summary(self.recorded() | failure)
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = load_config(arguments)
     except ConfigError as error:
-        for problem in error.problems:
+        for problem in error.problems if os.environ.get("RANK", "0") == "0" else ():
             print(f"config error: {problem}", file=sys.stderr)
         return error.exit_code
     try:
@@ -95,6 +96,7 @@ class Data:
     def check(self, scorer: Scorer) -> None:
         """Raises UserError if the model cannot score these pairs, or scores them differently from its own forward."""
         scorer.check_ids(max(part.highest_id for part in self.parts))
+        scorer.check_length(max(part.longest_row for part in self.parts))
         scorer.check(self.train[0], self.pad)
 
 
@@ -104,6 +106,14 @@ def run(config: RunConfig, runtime: Runtime) -> None:
     numerics = runtime.on_main(
         lambda: Numerics.choose(config.model, runtime.device, trainable_weights=not config.model.use_lora)
     )
+    try:
+        _run_in(folder, config, numerics, runtime)
+    finally:
+        folder.release()
+
+
+def _run_in(folder: RunFolder, config: RunConfig, numerics: Numerics, runtime: Runtime) -> None:
+    """The job in a folder that is claimed first."""
     if not runtime.on_main(lambda: folder.claim(config)):
         due = config.output.push_to_hub and runtime.on_main(lambda: "uploaded_to" not in folder.recorded())
         runtime.say(f"The run in {folder.path} is complete{'' if due else '; nothing to do'}.")
@@ -399,6 +409,12 @@ def _summary(trainer: Trainer, data: Data, reference: Reference | None, held_out
             "left_out": {reason: len(origins) for reason, origins in data.train.left_out.items()},
             "truncated_prompts": data.train.truncated_prompts,
             "truncated_responses": data.train.truncated_responses,
+        },
+        "run": {
+            "model_name_or_path": trainer.config.model.model_name_or_path,
+            "loss_type": trainer.config.loss.names,
+            "processes": trainer.runtime.world_size,
+            "device": str(trainer.runtime.device),
         },
         "numerics": trainer.state.scorer.numerics.key(),
         "peak_memory_bytes": peak_memory_bytes(),

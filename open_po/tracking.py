@@ -29,6 +29,11 @@ Metrics = dict[str, float]
 _PLAIN_SECONDS = 10.0  # a console that is no terminal gets one progress line per so many seconds
 
 
+# Rewards closer than this are a tie: log-probs near -1000 nats carry rounding of that size, and a policy that still is
+# its reference would win or lose by it.
+_TIE = 1e-4
+
+
 class PreferenceMeter:
     """Sums the metrics of preference pairs over packs; `means` reduces them over ranks."""
 
@@ -44,7 +49,7 @@ class PreferenceMeter:
             "logps/rejected": policy.rejected,
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
-            "rewards/accuracy": (chosen > rejected).float() + 0.5 * (chosen == rejected).float(),
+            "rewards/accuracy": torch.where((chosen - rejected).abs() < _TIE, 0.5, (chosen > rejected).float()),
             "pairs": torch.ones_like(chosen),
             "rejected_pairs": (policy.rejected_tokens > 0).float(),
         }
@@ -97,6 +102,7 @@ class Progress:
         self.console, self.label, self.total, self.unit, self.done = console, label, total, unit, done
         self._started_at, self._first = time.monotonic(), done
         self._tokens = 0
+        self._note = ""
         self._said = time.monotonic()
         self._live = None
         if console.is_terminal and not console.quiet:
@@ -123,13 +129,16 @@ class Progress:
         if self._live is not None:
             self._live.stop()
         if kind is None:
-            self._print(f"{self.label}: {self.done:,} {self.unit} in {self._elapsed():.1f} s{self._rates()}")
+            self._print(
+                f"{self.label}: {self.done - self._first:,} {self.unit} in {self._elapsed():.1f} s{self._rates()}"
+            )
 
     def advance(self, count: int, *, tokens: int = 0, note: str = "") -> None:
-        """`count` more units are done, with so many tokens; `note` replaces the rates on the line."""
+        """`count` more units are done, with so many tokens; the last `note` stands in place of the rates."""
         self.done += count
         self._tokens += tokens
-        note = note or self._rates().removeprefix(", ")
+        self._note = note or self._note
+        note = self._note or self._rates().removeprefix(", ")
         if self._live is not None:
             self._live.update(self._task, completed=self.done, note=note)
         elif time.monotonic() - self._said > _PLAIN_SECONDS and self.done < self.total:

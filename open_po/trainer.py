@@ -253,4 +253,5 @@ def _note(metrics: Metrics, prefix: str = "") -> str:
         f"{prefix}logps/chosen": "chosen {:.2f}",
         "learning_rate": "lr {:.2e}",
     }
-    return ", ".join(form.format(metrics[name]) for name, form in shown.items() if name in metrics)
+    parts = [form.format(metrics[name]) for name, form in shown.items() if name in metrics]
+    return ", ".join(parts).replace("-0.000,", "0.000,")

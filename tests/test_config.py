@@ -236,8 +236,6 @@ def test_an_unknown_field_like_no_other() -> None:
         ("eval_mixer_list: []", "eval_mixer_list: expects a list of words, got []"),
         ("eval_mixer_list: [a, yes]", "eval_mixer_list: expects a list of words, got ['a', True]"),
         ("eval_mixer_list: [a, [1]]", "eval_mixer_list: expects a list of words, got ['a', ['1']]"),
-        ("dataset_mixer: [a, 1]", "dataset_mixer: expects a mapping of names to numbers, got ['a', '1']"),
-        ("dataset_mixer: {a: [1]}", "dataset_mixer: expects a mapping of names to numbers, got {'a': ['1']}"),
     ],
 )
 def test_wrong_types_in_yaml(yaml_line: str, message: str, write: Callable[..., str]) -> None:

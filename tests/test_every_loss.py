@@ -215,7 +215,7 @@ RECIPES: dict[str, tuple[dict[str, Any], Callable[[], Formula]]] = {
     "kto_pair-graph": ({"convention": "kl_in_graph"}, lambda: kto(0.1, detached=False)),
     "wpo-aligned": ({}, lambda: wpo(0.1, aligned=True)),
     "wpo-clamped": ({"weight_clamp": True}, lambda: wpo(0.1, aligned=True, clamp=True)),
-    "wpo-mean_logp": ({"convention": "mean_logp"}, lambda: wpo(0.1, aligned=False)),
+    "wpo-mean_logp": ({"convention": "mean_logp", "learning_rate": 30.0}, lambda: wpo(0.1, aligned=False)),
     "sft-token": ({}, lambda: likelihood(per_token=True)),
     "sft-sequence": ({"convention": "sequence_sum"}, lambda: likelihood(per_token=False)),
     "robust": (
@@ -252,11 +252,15 @@ RECIPES: dict[str, tuple[dict[str, Any], Callable[[], Formula]]] = {
     ),
 }
 COUPLED = ("kto_pair-detached", "kto_pair-graph", "bco_pair-running", "aot", "aot_unpaired", "mix-coupled")
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 0.1  # of SGD: AdamW's first step is the sign of the gradient, rounding included, where that is tiny
+
+
+def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=LEARNING_RATE)
 
 
 def fields_of(name: str) -> dict[str, Any]:
-    return {"loss_type": name.split("-")[0], "learning_rate": LEARNING_RATE} | RECIPES[name][0]
+    return {"loss_type": name.split("-")[0], "optimizer": "sgd", "learning_rate": LEARNING_RATE} | RECIPES[name][0]
 
 
 def test_every_loss_has_a_recipe() -> None:
@@ -267,7 +271,7 @@ def test_every_loss_has_a_recipe() -> None:
 def test_a_run_equals_a_plain_trainer(name: str, llama: Path, tmp_path: Path) -> None:
     """Weights, losses, log-probs and rewards over two epochs of 7 pairs in steps of 4, and of the held-out pairs."""
     rows, held_out = tiny.text_rows(7, seed=3), tiny.text_rows(5, seed=4)
-    recipe = Recipe(loss=RECIPES[name][1](), flags={})
+    recipe = Recipe(loss=RECIPES[name][1](), flags={}, optimizer=sgd)
     output = cli.train(
         llama,
         tiny.write_jsonl(tmp_path / "data.jsonl", rows),
@@ -281,7 +285,7 @@ def test_a_run_equals_a_plain_trainer(name: str, llama: Path, tmp_path: Path) ->
     )
     plain, before = Plain.of(llama, rows, recipe), Plain.of(llama, held_out, recipe)
     sampler = Sampler(num_pairs=7, global_batch=4, seed=42)
-    plain.train([sampler.step_pairs(step) for step in range(4)], learning_rate=LEARNING_RATE)
+    plain.train([sampler.step_pairs(step) for step in range(4)], learning_rate=fields_of(name)["learning_rate"])
     cli.assert_close_weights(cli.weights(output), plain.model.state_dict(), cli.weights(llama))
     for mine, expected in zip(cli.steps(output), plain.records, strict=True):
         if name.startswith("sft"):
@@ -310,8 +314,8 @@ def eight_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def steps_of(name: str, optimizer: str) -> dict[str, Any]:
-    """Three steps, the first of which is no longer at learning rate 0."""
-    rate = {"adamw": 1e-3, "sgd": 1e-3}[optimizer]
+    """Three steps of the same size."""
+    rate = {"adamw": 1e-3, "sgd": fields_of(name)["learning_rate"]}[optimizer]
     more = {"num_epochs": 3, "optimizer": optimizer, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
     return fields_of(name) | more | {"learning_rate": rate, "preprocessing_num_workers": 1}
 
@@ -416,7 +420,7 @@ def ld_dpo(beta: float, alpha: float, rows: list[dict[str, str]], folder: Path) 
             return scores
 
     formula = on_ratios(beta, logistic)
-    plain = Plain.of(folder, rows, Recipe(loss=formula, flags={}))
+    plain = Plain.of(folder, rows, Recipe(loss=formula, flags={}, optimizer=sgd))
     return Discounted(plain.model, plain.pairs, plain.recipe), formula
 
 
@@ -424,7 +428,7 @@ def ld_dpo(beta: float, alpha: float, rows: list[dict[str, str]], folder: Path) 
 def test_ld_alpha_equals_a_plain_trainer(alpha: float, llama: Path, tmp_path: Path) -> None:
     rows = tiny.text_rows(7, seed=3)
     data = tiny.write_jsonl(tmp_path / "data.jsonl", rows)
-    fields = {"per_device_train_batch_size": 4, "num_epochs": 2, "learning_rate": LEARNING_RATE}
+    fields = {"per_device_train_batch_size": 4, "num_epochs": 2, "learning_rate": LEARNING_RATE, "optimizer": "sgd"}
     fields |= {"max_tokens_per_batch": 150, "beta": 0.1}
     output = cli.train(llama, data, tmp_path / "run", ld_alpha=alpha, **fields)
     plain, _ = ld_dpo(0.1, alpha, rows, llama)

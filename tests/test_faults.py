@@ -380,7 +380,7 @@ def test_ctrl_c_keeps_the_checkpoints(
     assert cli.forked(words, interrupt_at_step(4)) == 130
     assert cli.only_error(capfd.readouterr().err) == "error: interrupted; checkpoints, if any, are kept"
     assert cli.checkpoints(tmp_path / "run") == ["step_000002"]
-    assert cli.summary(tmp_path / "run") == {"status": "failed", "error": "KeyboardInterrupt"}
+    assert cli.summary(tmp_path / "run") == {"status": "interrupted", "error": "KeyboardInterrupt"}
     assert resumes_to(expected, words)
 
 

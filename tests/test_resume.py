@@ -290,7 +290,7 @@ def test_a_folder_that_is_no_checkpoint_is_told_in_one_line(
     whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = whole("adamw").words(tmp_path / "run", resume_from_checkpoint=tmp_path / "nowhere")
-    assert f"resume_from_checkpoint {tmp_path}/nowhere: is no whole checkpoint" in cli.failure(capsys, words)
+    assert f"resume_from_checkpoint {tmp_path}/nowhere: is no folder" in cli.failure(capsys, words)
 
 
 @pytest.mark.parametrize("content", ["", "[", '"text"', '{"status": "comp'])

@@ -68,8 +68,8 @@ class DataConfig:
     max_seq_length: int = option(2048, "longest prompt + response, in tokens; longer responses lose their newest")
     max_prompt_length: int | None = option(
         None,
-        "longest prompt, in tokens; longer ones lose their oldest. "
-        "Default: max_seq_length // 2, for pairs that do not fit max_seq_length",
+        "longest prompt, in tokens; longer ones lose their oldest. Default: what the longer response leaves of "
+        "max_seq_length, and at least half of it",
     )
     preprocessing_num_workers: int | None = option(
         None, "processes that tokenise; default: the CPUs at hand", shapes_result=False
@@ -223,7 +223,8 @@ class TrainConfig:
     )
     max_tokens_per_batch: int | None = option(
         None,
-        "tokens of one forward pass, padding included; default 2 x per_device_train_batch_size x max_seq_length. "
+        "tokens of one forward pass, padding included (a pair that needs more goes alone); default "
+        "2 x per_device_train_batch_size x max_seq_length. "
         "Changes memory and speed, never a step's value",
         shapes_result=False,
     )

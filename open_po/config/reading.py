@@ -82,8 +82,9 @@ def _read_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]
     problems: list[str] = []
     position = 0
     while position < len(arguments) and not arguments[position].startswith("--"):
-        values |= _read_yaml(Path(arguments[position]), problems)
+        values = _layered(values, _read_yaml(Path(arguments[position]), problems))
         position += 1
+    flags: dict[str, Any] = {}
     while position < len(arguments):
         name, equals, inline = arguments[position][2:].partition("=")
         position += 1
@@ -91,8 +92,15 @@ def _read_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]
         while position < len(arguments) and not arguments[position].startswith("--"):
             words.append(arguments[position])
             position += 1
-        values[name] = words
-    return values, problems
+        flags[name] = words
+    return _layered(values, flags), problems
+
+
+def _layered(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """`values` with those of a later file, or the flags, over them. Training data is replaced in whichever form."""
+    forms = {"mixer_list", "dataset_mixer"}
+    replaced = forms if forms & set(later) else set()
+    return {name: value for name, value in values.items() if name not in replaced} | later
 
 
 def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:

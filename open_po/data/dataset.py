@@ -53,6 +53,11 @@ class PairDataset:
         row = self.rows[int(index)]
         return PreferencePair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest prompt with one of its responses."""
+        return int((self.prompt_lengths + np.maximum(self.chosen_lengths, self.rejected_lengths)).max())
+
     def describe(self) -> list[str]:
         """Lines for the console: how many pairs, how long, and every row that was left out, by reason."""
         tokens = int(2 * self.prompt_lengths.sum() + self.chosen_lengths.sum() + self.rejected_lengths.sum())

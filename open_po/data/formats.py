@@ -19,7 +19,17 @@ from typing import Any
 
 Message = dict[str, str]
 
-_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+}
+# Chat templates tend to leave out messages of roles that they do not know, without a word.
+_KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
 _HH_ANSWER = "\n\nAssistant:"
 
 
@@ -127,7 +137,10 @@ def _message(item: Any, name: str) -> Message:
     content = item.get("content") if item.get("content") is not None else item.get("value")
     if not isinstance(role, str) or not isinstance(content, str):
         raise RowError(f"field {name} has a message without text in role and content (or from and value)")
-    return {"role": _ROLES.get(role, role), "content": content}
+    role = _ROLES.get(role.lower(), role.lower())
+    if role not in _KNOWN_ROLES:
+        raise RowError(f"field {name} has a message of the unknown role {role!r}; known: {', '.join(_KNOWN_ROLES)}")
+    return {"role": role, "content": content}
 
 
 def _kind(value: Any) -> str:
