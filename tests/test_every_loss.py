@@ -215,7 +215,7 @@ RECIPES: dict[str, tuple[dict[str, Any], Callable[[], Formula]]] = {
     "kto_pair-graph": ({"convention": "kl_in_graph"}, lambda: kto(0.1, detached=False)),
     "wpo-aligned": ({}, lambda: wpo(0.1, aligned=True)),
     "wpo-clamped": ({"weight_clamp": True}, lambda: wpo(0.1, aligned=True, clamp=True)),
-    "wpo-mean_logp": ({"convention": "mean_logp", "learning_rate": 30.0}, lambda: wpo(0.1, aligned=False)),
+    "wpo-mean_logp": ({"convention": "mean_logp", "learning_rate": 1e4}, lambda: wpo(0.1, aligned=False)),
     "sft-token": ({}, lambda: likelihood(per_token=True)),
     "sft-sequence": ({"convention": "sequence_sum"}, lambda: likelihood(per_token=False)),
     "robust": (
