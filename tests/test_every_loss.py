@@ -323,7 +323,7 @@ def steps_of(name: str, optimizer: str) -> dict[str, Any]:
 def assert_same_steps(one: Path, other: Path, start: Path) -> None:
     cli.assert_close_weights(cli.weights(other), cli.weights(one), cli.weights(start))
     for mine, theirs in zip(cli.steps(other), cli.steps(one), strict=True):
-        assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5, abs=1e-6)
+        assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=3e-5, abs=1e-6)
 
 
 def cuts(name: str, optimizer: str, llama: Path, data: Path, folder: Path) -> None:
