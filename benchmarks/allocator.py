@@ -1,4 +1,4 @@
-"""What glibc's allocator settings of `open_po.runtime` change in CPU training speed and memory.
+"""What glibc's allocator settings change in CPU training speed and memory.
 
     python benchmarks/allocator.py [--rounds 3] [--out benchmarks/results/allocator.md]
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -18,6 +19,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+SETTINGS = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "68719476736",
+    "MALLOC_TOP_PAD_": "268435456",
+}
 PAIRS, VOCABULARY = 48, 16_384
 
 
@@ -50,15 +56,15 @@ def build(folder: Path) -> None:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def train(folder: Path, keep_freed_memory: bool) -> dict[str, Any]:
+def train(folder: Path, tuned: bool) -> dict[str, Any]:
     """Train one epoch in a fresh process; its run summary and its steps' chosen log-probs."""
     with tempfile.TemporaryDirectory() as output:
         arguments = f"""--model_name_or_path {folder} --mixer_list {folder}/pairs.jsonl 1.0
             --output_dir {output}/run --reference_cache_dir {folder}/cache --per_device_train_batch_size 4
             --gradient_accumulation_steps 2 --max_seq_length 512 --max_tokens_per_batch 2048""".split()
-        patch = "" if keep_freed_memory else "runtime._keep_freed_memory = lambda: None;"
-        code = f"import sys; from open_po import run, runtime; {patch} sys.exit(run.main(sys.argv[1:]))"
-        subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+        environment = os.environ | (SETTINGS if tuned else {})
+        command = [sys.executable, "dpo_tune_cache.py", *arguments]
+        subprocess.run(command, check=True, capture_output=True, env=environment)
         summary: dict[str, Any] = json.loads(Path(output, "run", "run_summary.json").read_text())
         lines = Path(output, "run", "metrics.jsonl").read_text().splitlines()
         summary["logps"] = [json.loads(line)["logps/chosen"] for line in lines]
@@ -75,7 +81,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build(folder)
-        expected = train(folder, keep_freed_memory=True)["logps"]  # also fills the reference cache
+        expected = train(folder, tuned=True)["logps"]  # also fills the reference cache
         for _ in range(arguments.rounds):
             for side in (True, False):
                 summary = train(folder, side)
@@ -84,7 +90,7 @@ def main() -> None:
                 memory[side].append(summary["peak_memory_bytes"] / 1e9)
     ratios = [mine / other for mine, other in zip(rates[True], rates[False], strict=True)]
     lines = ["| allocator | pairs/s, median (min to max) | peak memory, GB |", "|---|---|---|"]
-    for side, label in ((True, "open_po's settings"), (False, "glibc's defaults")):
+    for side, label in ((True, "keeps freed memory"), (False, "glibc's defaults")):
         low, high = min(rates[side]), max(rates[side])
         rate = f"{statistics.median(rates[side]):.2f} ({low:.2f} to {high:.2f})"
         lines.append(f"| {label} | {rate} | {statistics.median(memory[side]):.2f} |")

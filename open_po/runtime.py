@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import re
@@ -74,8 +73,6 @@ class Runtime:
     def start(seed: int) -> Runtime:
         """Join the other ranks, if any, seed every generator and quieten the libraries."""
         _quieten_libraries()
-        if not torch.cuda.is_available():
-            _keep_freed_memory()
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision="no",  # the model casts by itself, alike in training, evaluation and the reference pass
@@ -171,15 +168,3 @@ def _quieten_libraries() -> None:
     datasets.logging.set_verbosity(logging.CRITICAL)
     if not sys.stderr.isatty() or int(os.environ.get("RANK", "0")) > 0:
         datasets.disable_progress_bars()
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc to reuse freed tiles instead of returning each to the kernel (docs/decisions.md has the figures)."""
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-        libc.mallopt(m_top_pad, 256 * 2**20)
-    except (OSError, AttributeError):
-        pass  # not glibc: nothing to tune
