@@ -368,7 +368,11 @@ def interrupt_at_step(number: int) -> Callable[[], object]:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self)
 
-    return lambda: setattr(Trainer, "train_step", interrupted)
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        Trainer.train_step = interrupted  # type: ignore[method-assign]
+
+    return prepare
 
 
 def test_ctrl_c_keeps_the_checkpoints(
