@@ -1,4 +1,4 @@
-"""Training steps on one GPU: pairs/s, share of the card's matmul rate, peak memory; Liger's kernels on and off.
+"""Training steps on one GPU: pairs/s, share of the card's matmul rate, peak memory, by layout and kernels.
 
     python benchmarks/gpu.py [--tiny] [--out benchmarks/results/gpu_CARD.md]
 
@@ -10,9 +10,10 @@ log-probs agree with the others' to 1%. `--tiny` runs the same code on a small m
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,18 +22,29 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from open_po.data import PreferencePair
 from open_po.losses import Counts, Loss, PairLogps, loss_spec
 from open_po.model import Numerics, Scorer, apply_liger, checkpoint_gradients
-from open_po.packing import PackedBatch, pack
+from open_po.packing import Layout, PackedBatch, pack
 
 
 @dataclass(frozen=True)
 class Setting:
     """One row of the table."""
 
+    layout: Layout
     liger: bool
     checkpointing: bool
 
     def __str__(self) -> str:
-        return f"{'Liger' if self.liger else 'torch'}{', checkpointing' if self.checkpointing else ''}"
+        kernels = "Liger" if self.liger else "torch"
+        return f"{self.layout}, {kernels}{', checkpointing' if self.checkpointing else ''}"
+
+
+SETTINGS = (
+    Setting("shared", True, False),
+    Setting("shared", True, True),
+    Setting("shared", False, False),
+    Setting("unshared", True, False),
+    Setting("rows", True, False),
+)
 
 
 def make_pairs(count: int, prompt: int, response: int, vocabulary: int) -> list[PreferencePair]:
@@ -46,7 +58,7 @@ def make_pairs(count: int, prompt: int, response: int, vocabulary: int) -> list[
 
 def make_scorer(setting: Setting, config: LlamaConfig, device: torch.device) -> Scorer:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(device)
+    model = LlamaForCausalLM(copy.deepcopy(config)).to(device)  # a layout changes its attention
     if setting.liger:
         apply_liger(model)
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -54,6 +66,7 @@ def make_scorer(setting: Setting, config: LlamaConfig, device: torch.device) -> 
     scorer = Scorer(model, numerics, {}).train()
     if setting.checkpointing:
         checkpoint_gradients(scorer)
+    scorer.use_layout(setting.layout)
     return scorer
 
 
@@ -93,10 +106,10 @@ def synchronise(device: torch.device) -> None:
 
 
 def useful_flops(config: LlamaConfig, scorer: Scorer, pairs: list[PreferencePair]) -> float:
-    """6 x body parameters x tokens read + 6 x head parameters x scored tokens; recomputation not counted."""
+    """6 x body parameters x distinct tokens + 6 x head parameters x scored tokens; attention and recomputation not."""
     head = config.vocab_size * config.hidden_size
     body = sum(p.numel() for p in scorer.parameters()) - 2 * head
-    read = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
+    read = sum(len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
     scored = sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
     return 6.0 * body * read + 6.0 * head * scored
 
@@ -105,7 +118,7 @@ def measure(setting: Setting, config: LlamaConfig, pairs: list[PreferencePair], 
     """[seconds per step, FLOP/s, peak bytes, summed chosen log-probs] of one setting in one round."""
     scorer = make_scorer(setting, config, device)
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-6)
-    batch = pack(pairs, pad_token_id=0)
+    batch = pack(pairs, layout=setting.layout, pad_token_id=0)
     logps = train_step(scorer, optimizer, batch)  # also compiles the kernels
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -140,9 +153,9 @@ def main() -> None:
     )
     pairs = make_pairs(4, *((16, 16) if arguments.tiny else (1024, 1024)), vocabulary)
     rate = matmul_rate(device, 256 if arguments.tiny else 8192)
-    settings = [Setting(liger, ckpt) for liger in (True, False) for ckpt in (False, True)]
+    settings = SETTINGS
     if device.type == "cpu":
-        settings = [setting for setting in settings if not setting.liger]
+        settings = tuple(dict.fromkeys(replace(setting, liger=False) for setting in SETTINGS))
     results: dict[Setting, list[list[float]]] = {setting: [] for setting in settings}
     for _ in range(3):
         for setting in settings:

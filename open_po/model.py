@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from open_po.attention import ATTENTION_NAME, Segments
 from open_po.config import ModelConfig
-from open_po.data import PreferencePair
 from open_po.data.chat_templates import chat_template
-from open_po.errors import UserError
+from open_po.errors import UserError, first_line
 from open_po.logprobs import LOGPROB_VERSION, Head, fused_logprobs, log_sum_squares, pair_logps
 from open_po.losses import Extra, PairLogps
-from open_po.packing import PackedBatch, pack
+from open_po.packing import Layout, PackedBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,6 @@ class Numerics:
         return {
             "compute_dtype": str(self.compute_dtype).removeprefix("torch."),
             "weights_dtype": str(self.weights_dtype).removeprefix("torch."),
-            "layout": "rows",
             "kernels": "liger" if self.use_liger else "torch",
             "logprob_version": LOGPROB_VERSION,
         }
@@ -75,7 +74,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and others for a bad folder
-        raise UserError(f"{name}: no tokenizer can be loaded ({_first_line(error)})") from error
+        raise UserError(f"{name}: no tokenizer can be loaded ({first_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{name}: the tokenizer has no EOS token, so answers would never end; set eos_token in its "
@@ -109,7 +108,7 @@ def load_scorer(
             trust_remote_code=trust_remote_code,
         )
     except Exception as error:  # see load_tokenizer
-        raise UserError(f"{name}: no causal language model can be loaded ({_first_line(error)})") from error
+        raise UserError(f"{name}: no causal language model can be loaded ({first_line(error)})") from error
     if numerics.use_liger:
         apply_liger(model)
     return Scorer(cast(nn.Module, model).to(device), numerics, dropout)
@@ -121,10 +120,6 @@ def _refuse_missing_folder(name: str, field: str, revision: str | None) -> None:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
         raise UserError(f"{field}: {name} is no folder")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _switch_off_dropout(config: Any) -> dict[str, float]:
@@ -171,7 +166,7 @@ def attach_lora(scorer: Scorer, config: ModelConfig) -> None:
     try:
         scorer.model = get_peft_model(model, lora)
     except ValueError as error:
-        raise UserError(f"lora_target_modules: {_first_line(error)}") from error
+        raise UserError(f"lora_target_modules: {first_line(error)}") from error
     found = [name for name, module in scorer.model.named_modules() if isinstance(module, BaseTunerLayer)]
     for target in targets if isinstance(targets, list) else []:
         if not any(f".{name}".endswith(f".{target}") for name in found):
@@ -189,7 +184,7 @@ def checkpoint_gradients(scorer: Scorer) -> None:
     try:
         scorer.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:
-        raise UserError(f"gradient_checkpointing: {_first_line(error)}") from error
+        raise UserError(f"gradient_checkpointing: {first_line(error)}") from error
 
 
 def release_memory() -> None:
@@ -212,6 +207,10 @@ class Scorer(nn.Module):
         self.model = model  # a PreTrainedModel, or a PeftModel around one
         self.numerics = numerics
         self.saved_dropout = saved_dropout  # rates that were switched off, to be saved with the model
+        self.layout: Layout = "rows"  # of the packs it takes; see use_layout
+        # Whether rows must be computed alone and unpadded, because the longest row of a batch changes the others.
+        self.row_by_row = rope_limit(self.base.config) is not None
+        self._own_attention: str = self.base.config._attn_implementation
         self.balances_experts = False
         self.load_balancing: Tensor | None = None  # scalar, of the last forward pass, if the scorer balances experts
 
@@ -228,6 +227,11 @@ class Scorer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.base.device
+
+    def use_layout(self, layout: Layout) -> None:
+        """Take packs in `layout` from now on: with attention over segments, or in rows with the model's own."""
+        self.base.set_attn_implementation(self._own_attention if layout == "rows" else ATTENTION_NAME)
+        self.layout = layout
 
     def balance_experts(self) -> None:
         """From now on compute `load_balancing`. Raises UserError if the model has no experts."""
@@ -265,40 +269,56 @@ class Scorer(nn.Module):
         return self._hidden_states(batch).index_select(0, batch.score_index).to(self.numerics.compute_dtype)
 
     def _hidden_states(self, batch: PackedBatch) -> Tensor:
-        """Last hidden states of layout `rows`: [T, H]. Causal models need no mask for padding on the right."""
-        rows = batch.input_ids.view(-1, batch.row_width)
-        # Positions of long and dynamic RoPE depend on the longest row present: such rows go one by one, unpadded.
-        inputs = (
-            [rows[i : i + 1, :length] for i, length in enumerate(batch.row_lengths)]
-            if _rope_depends_on_length(self.base.config)
-            else [rows]
-        )
-        routers = {"output_router_logits": True} if self.balances_experts else {}
-        with self._autocast():
-            outputs = [self.base.base_model(input_ids=ids, use_cache=False, **routers) for ids in inputs]
+        """Last hidden states of a pack: [T, H]. Raises ValueError if it is laid out otherwise than `layout`."""
+        if batch.layout != self.layout:
+            raise ValueError(f"a pack in layout {batch.layout} for a scorer that takes {self.layout}")
+        inputs: list[dict[str, Any]]
+        if batch.layout == "rows":
+            # Causal models need no mask for padding on the right.
+            rows = batch.input_ids.view(len(batch.row_lengths), -1)
+            inputs = [{"input_ids": rows}]
+            if self.row_by_row:
+                inputs = [{"input_ids": rows[i : i + 1, :length]} for i, length in enumerate(batch.row_lengths)]
+        else:
+            segments = Segments(batch.segments, self.device)
+            tokens, positions = batch.input_ids[None], batch.position_ids[None]
+            inputs = [{"input_ids": tokens, "position_ids": positions, "segments": segments}]
+        if self.balances_experts:
+            inputs = [call | {"output_router_logits": True} for call in inputs]
+        outputs = []
+        for call in inputs:
+            if self.row_by_row:
+                _forget_longer_rows(self.base)
+            with self.autocast():
+                outputs.append(self.base.base_model(**call, use_cache=False))
         if self.balances_experts:
             self.load_balancing = self._load_balancing([output.router_logits for output in outputs], batch)
         states = [output.last_hidden_state for output in outputs]
-        return torch.cat([F.pad(state, (0, 0, 0, batch.row_width - state.shape[1])) for state in states]).flatten(0, 1)
+        if len(states) > 1:
+            width = len(batch.input_ids) // len(states)
+            states = [F.pad(state, (0, 0, 0, width - state.shape[1])) for state in states]
+        return (states[0] if len(states) == 1 else torch.cat(states)).flatten(0, 1)
 
     def _load_balancing(self, router_logits: list[tuple[Tensor, ...]], batch: PackedBatch) -> Tensor:
-        """transformers' own load balancing loss (arXiv 2101.03961) of the pack's rows, padding left out.
+        """transformers' own load balancing loss (arXiv 2101.03961) of the pairs' rows, as if every prompt was computed
+        with each response.
 
         `router_logits` has the layers' [tokens, experts] of each forward pass.
         """
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
         layers: Any = tuple(torch.cat(parts) for parts in zip(*router_logits, strict=True))
-        lengths = torch.tensor(batch.row_lengths, device=self.device)
-        mask = torch.arange(batch.row_width, device=self.device) < lengths[:, None]
+        weights = batch.token_weights.view(max(1, len(batch.row_lengths)), -1)
         if len(router_logits) > 1:  # rows that went one by one have no padding
-            mask = mask[mask][None]
+            lengths = torch.tensor(batch.row_lengths, device=self.device)
+            weights = weights[torch.arange(weights.shape[1], device=self.device) < lengths[:, None]][None]
         config = self.base.config
         experts = layers[0].shape[-1]
-        loss = load_balancing_loss_func(layers, experts, config.num_experts_per_tok, mask.long())
+        loss = load_balancing_loss_func(layers, experts, config.num_experts_per_tok, weights)
         return cast(Tensor, loss)
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """The context that the model computes in."""
         dtype = self.numerics.compute_dtype
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
@@ -336,39 +356,28 @@ class Scorer(nn.Module):
                 f"max_seq_length: the longest row has {longest} tokens, the model {positions} positions; lower it"
             )
 
-    @torch.no_grad()
-    def check(self, pair: PreferencePair, pad: int) -> None:
-        """Compare the log-probs of one short pair with the model's own forward.
 
-        Raises UserError if they differ: the model then does something to its logits that `head` does not know.
-        """
-        short = PreferencePair(pair.prompt_ids[-32:], pair.chosen_ids[:32], pair.rejected_ids[:32])
-        with self.as_reference():
-            got = self(pack([short], pad_token_id=pad)).chosen[0]
-            row = torch.tensor([short.prompt_ids + short.chosen_ids], device=self.device)
-            with self._autocast():
-                logits = self.base(input_ids=row, use_cache=False).logits[0, len(short.prompt_ids) - 1 : -1]
-        logprobs = logits.float().log_softmax(-1)
-        expected = logprobs.gather(1, row[0, len(short.prompt_ids) :, None]).sum()
-        if not expected.isfinite():
-            raise UserError(
-                f"{self.base.name_or_path}: the model's own log-probs are not finite ({expected.item()} nats); its "
-                f"weights are damaged, or too large for {self.numerics.key()['compute_dtype']}"
-            )
-        # Nats per token. A few tokens' slack: one bfloat16 step of a logit above 32 is 0.25 nats.
-        tolerance = 1e-4 if self.numerics.compute_dtype == torch.float32 else 0.1
-        if not (got - expected).abs() <= tolerance * (len(short.chosen_ids) + 4):
-            raise UserError(
-                f"{self.base.config.model_type}: fused log-probs differ from the model's own ({got.item():.4f} against "
-                f"{expected.item():.4f} nats); this architecture is not supported"
-            )
-
-
-def _rope_depends_on_length(config: Any) -> bool:
-    """Whether a position's rotation depends on how long its sequence is."""
+def rope_limit(config: Any) -> int | None:
+    """The longest row whose rotations do not depend on its length; None if no row's do (dynamic and long RoPE do)."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     sections = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]  # by layer type
-    return any(section.get("rope_type", section.get("type")) in ("dynamic", "longrope") for section in sections)
+    limits = [
+        section.get("original_max_position_embeddings") or config.max_position_embeddings
+        for section in sections
+        if section.get("rope_type", section.get("type")) in ("dynamic", "longrope")
+    ]
+    return min(limits, default=None)
+
+
+def _forget_longer_rows(model: PreTrainedModel) -> None:
+    """Reset dynamic RoPE, which goes on using the frequencies of the longest row that it has seen."""
+    for module in model.modules():
+        if not hasattr(module, "max_seq_len_cached"):
+            continue
+        for name in [name for name in dir(module) if name.endswith("max_seq_len_cached")]:
+            setattr(module, name, module.original_max_seq_len)
+        for name in [name for name in dir(module) if name.endswith("original_inv_freq")]:
+            getattr(module, name.replace("original_inv_freq", "inv_freq")).copy_(getattr(module, name))
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -26,12 +26,11 @@ from torch import Tensor
 
 from open_po.data import PairDataset
 from open_po.errors import UserError
-from open_po.logprobs import pair_logps
 from open_po.losses import PairLogps
-from open_po.model import Scorer
+from open_po.model import Scorer, release_memory
 from open_po.output import write_atomically
-from open_po.packing import PackedBatch, Planner
-from open_po.runtime import Runtime
+from open_po.packing import Load, PackedBatch, Response, ResponsePlanner, Unit
+from open_po.runtime import Runtime, is_out_of_memory
 from open_po.tracking import Progress
 
 _SCHEMA = pa.schema(
@@ -71,8 +70,9 @@ class PassSummary:
     """What a reference pass did; the `reference` entry of run_summary.json."""
 
     seconds: float
-    pairs_computed: int
+    pairs_computed: int  # with a response that was not stored
     pairs_reused: int
+    packing: dict[str, float] | None  # of the first rank's packs, see `Load.shares`; None if there were none
 
 
 class ReferenceStore:
@@ -147,14 +147,14 @@ class ReferenceStore:
         tokens = [torch.tensor([float(pair[side].tokens) for pair in pairs]) for side in (0, 1)]
         return PairLogps(chosen=sides[0], rejected=sides[1], chosen_tokens=tokens[0], rejected_tokens=tokens[1])
 
-    def missing(self, dataset: PairDataset, *, by_token: bool) -> list[int]:
-        """Indices of the pairs with a response that is not stored, or not `by_token`."""
+    def missing(self, dataset: PairDataset, *, by_token: bool) -> list[Response]:
+        """The responses that are not stored, or not `by_token`; equal ones as often as they occur."""
 
-        def has(key: bytes) -> bool:
-            return key in self.rows and not (by_token and self.rows[key].token_logps is None)
+        def lacks(key: bytes) -> bool:
+            return key not in self.rows or (by_token and self.rows[key].token_logps is None)
 
-        keys = enumerate(zip(dataset.chosen_keys, dataset.rejected_keys, strict=True))
-        return [index for index, pair in keys if not (has(pair[0]) and has(pair[1]))]
+        sides = (dataset.chosen_keys, dataset.rejected_keys)
+        return [Response(pair, side) for pair in range(len(dataset)) for side in (0, 1) if lacks(sides[side][pair])]
 
 
 def model_identity(name: str, revision: str | None, trust_remote_code: bool) -> dict[str, str]:
@@ -197,69 +197,102 @@ def fill_store(
     by_token: bool,
     max_tokens: int,
     pad: int,
-) -> None:
-    """Compute what `store` lacks of `dataset`, shared among the ranks, and read it back.
+) -> Load:
+    """Compute what `store` lacks of `dataset`, each distinct response once, shared among the ranks; read it back.
 
-    Raises UserError naming the pair if a log-prob is not finite; it is never stored.
+    Returns what this rank's packs computed. Raises UserError naming the pair if a log-prob is not finite; it is
+    never stored.
     """
-
-    def missing_once() -> list[int]:
-        pairs = {
-            (dataset.chosen_keys[i], dataset.rejected_keys[i]): i for i in store.missing(dataset, by_token=by_token)
-        }
-        return list(pairs.values())  # equal pairs once
-
     # Rank 0 says what is missing: another rank's reading may already hold rows that a faster rank has just written.
-    missing = runtime.on_main(missing_once)
-    planner = Planner(dataset=dataset, max_tokens=max_tokens)
-    packs = planner.packs(missing, rank=runtime.rank, world_size=runtime.world_size)
+    missing = runtime.on_main(lambda: store.missing(dataset, by_token=by_token))
+    planner = ResponsePlanner(dataset=dataset, layout=scorer.layout)
+    units = planner.units(missing, rank=runtime.rank, world_size=runtime.world_size)
+    work = Pass(store, scorer, planner, runtime, by_token=by_token, max_tokens=max_tokens, pad=pad)
     if missing:
         label = "Reference log-probs" + (f" (one of {runtime.world_size} ranks)" if runtime.world_size > 1 else "")
-        with Progress(runtime.console, label, total=sum(map(len, packs)), unit="distinct pairs") as progress:
-            runtime.on_all(lambda: _compute(store, scorer, planner, packs, progress, pad, by_token))
+        total = sum(len(unit.items) for unit in units)
+        with Progress(runtime.console, label, total=total, unit="distinct responses") as progress:
+            runtime.on_all(lambda: work.run(units, progress))
     if runtime.world_size > 1:
         store.reload()
+    return work.load
 
 
-def _compute(
-    store: ReferenceStore,
-    scorer: Scorer,
-    planner: Planner,
-    packs: list[list[int]],
-    progress: Progress,
-    pad: int,
-    by_token: bool,
-) -> None:
-    fresh: dict[bytes, Row] = {}
-    flushed = time.monotonic()
-    try:
-        with scorer.as_reference():
-            for indices in packs:
-                batch = planner.batch(indices, pad)
-                fresh |= _rows(scorer.token_logprobs(batch), batch, indices, planner.dataset, by_token)
-                progress.advance(len(indices), tokens=batch.tokens)
-                if time.monotonic() - flushed > _FLUSH_SECONDS:
-                    store.append(fresh)
-                    fresh, flushed = {}, time.monotonic()
-    finally:
-        store.append(fresh)
+class Pass:
+    """One rank's forward passes over the responses that a store lacks."""
 
+    def __init__(
+        self,
+        store: ReferenceStore,
+        scorer: Scorer,
+        planner: ResponsePlanner,
+        runtime: Runtime,
+        *,
+        by_token: bool,
+        max_tokens: int,
+        pad: int,
+    ) -> None:
+        self.store, self.scorer, self.planner, self.runtime = store, scorer, planner, runtime
+        self.by_token, self.max_tokens, self.pad = by_token, max_tokens, pad
+        self.load = Load()
+        self._fresh: dict[bytes, Row] = {}
+        self._flushed = time.monotonic()
 
-def _rows(
-    token_logps: Tensor, batch: PackedBatch, indices: Sequence[int], dataset: PairDataset, by_token: bool
-) -> dict[bytes, Row]:
-    """The rows of a pack: `token_logps` [N], cut into its responses."""
-    logps = pair_logps(token_logps, batch.to(token_logps.device))
-    of_tokens = [part.tolist() for part in token_logps.split(batch.response_id.bincount().tolist())]
-    rows: dict[bytes, Row] = {}
-    sides = (("chosen", dataset.chosen_keys, logps.chosen), ("rejected", dataset.rejected_keys, logps.rejected))
-    for side, (name, keys, sums) in enumerate(sides):
-        for position, (index, logp) in enumerate(zip(indices, sums.tolist(), strict=True)):
-            if not abs(logp) < float("inf"):
+    def run(self, units: Sequence[Unit[Response]], progress: Progress) -> None:
+        """Compute and store `units`, the longest first. When memory runs out the token budget is halved."""
+        try:
+            with self.scorer.as_reference():
+                while units:
+                    units = self._until_memory_ends(units, progress)
+        finally:
+            self._flush()
+
+    def _until_memory_ends(self, units: Sequence[Unit[Response]], progress: Progress) -> list[Unit[Response]]:
+        """Compute `units` pack by pack; returns those that are left when memory ends, to be cut smaller."""
+        packs = self.planner.packs(units, self.max_tokens)
+        for number, pack in enumerate(packs):
+            load = self.planner.load(pack, self.max_tokens)
+            if not self._compute(pack):
+                self.max_tokens = min(self.max_tokens, load.computed) // 2
+                release_memory()
+                self.runtime.say(f"Reference log-probs: out of memory, on with {self.max_tokens:,} tokens at a time")
+                return [unit for rest in packs[number:] for unit in rest]
+            self.load += load
+            progress.advance(sum(len(unit.items) for unit in pack), tokens=load.computed)
+            if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+                self._flush()
+        return []
+
+    def _compute(self, pack: Sequence[Unit[Response]]) -> bool:
+        """Score a pack. False if memory does not suffice, but may for a smaller one."""
+        responses = [response for unit in pack for response in unit.items]
+        try:
+            batch = self.planner.batch(pack, self.pad)
+            token_logps = self.scorer.token_logprobs(batch)
+            self._fresh |= self._rows(token_logps, batch, responses)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or len(responses) == 1:
+                raise
+            return False
+        return True
+
+    def _rows(self, token_logps: Tensor, batch: PackedBatch, responses: Sequence[Response]) -> dict[bytes, Row]:
+        """The rows of a pack: `token_logps` [N], cut into its responses."""
+        dataset = self.planner.dataset
+        zeros = token_logps.new_zeros(batch.num_responses)
+        sums = zeros.index_add(0, batch.response_id.to(token_logps.device), token_logps).tolist()
+        rows: dict[bytes, Row] = {}
+        parts = token_logps.split(batch.response_tokens.tolist())
+        for response, logp, part in zip(responses, sums, parts, strict=True):
+            name, keys = (("chosen", dataset.chosen_keys), ("rejected", dataset.rejected_keys))[response.side]
+            if not math.isfinite(logp):
                 raise UserError(
-                    f"{dataset.origins[index]}: the reference model's log-prob of the {name} response is {logp}; "
-                    "check the reference model, or use dtype float32"
+                    f"{dataset.origins[response.pair]}: the reference model's log-prob of the {name} response is "
+                    f"{logp}; check the reference model, or use dtype float32"
                 )
-            tokens = of_tokens[2 * position + side]
-            rows[keys[index]] = Row(logp, len(tokens), tokens if by_token else None)
-    return rows
+            rows[keys[response.pair]] = Row(logp, len(part), part.tolist() if self.by_token else None)
+        return rows
+
+    def _flush(self) -> None:
+        self.store.append(self._fresh)
+        self._fresh, self._flushed = {}, time.monotonic()

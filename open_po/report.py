@@ -37,6 +37,14 @@ def evaluations(records: Sequence[Metrics]) -> list[Metrics]:
     ]
 
 
+def packing_line(shares: dict[str, float]) -> str:
+    """`Load.shares` in words."""
+    return (
+        f"{shares['packs']:,} packs, {shares['fill']:.0%} full; {shares['prompt_tokens_saved']:.0%} of prompt tokens "
+        f"saved, {shares['padding_avoided']:.0%} padding avoided"
+    )
+
+
 def summary_table(summary: dict[str, Any], folder: Path) -> Table:
     """The run's summary as a table for the console."""
     table = Table(title=f"Run {summary['status']}", title_justify="left", show_header=False)
@@ -49,6 +57,7 @@ def summary_table(summary: dict[str, Any], folder: Path) -> Table:
     rate = train["pairs"] / train["seconds"] if train["seconds"] else 0.0
     table.add_row("training", f"{train['steps']:,} steps, {train['pairs']:,} pairs, {train['seconds']:.1f} s")
     table.add_row("throughput", f"{rate:,.1f} pairs/s, {train['tokens']:,} tokens, {train['response_tokens']:,} scored")
+    table.add_row("packing", packing_line(train["packing"]))
     for name, label in (
         ("loss", "held-out loss"),
         ("rewards/accuracy", "held-out reward accuracy"),

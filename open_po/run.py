@@ -20,6 +20,7 @@ from open_po.data.tokenization import Truncation
 from open_po.errors import ConfigError, UserError
 from open_po.evaluate import HeldOut
 from open_po.hub import create_repository, upload
+from open_po.layout import Sharing, choose_layout
 from open_po.model import (
     Numerics,
     Scorer,
@@ -34,9 +35,9 @@ from open_po.model import (
 )
 from open_po.optim import make_optimizer, make_schedule, total_steps
 from open_po.output import RunFolder
-from open_po.packing import Planner, Sampler
+from open_po.packing import Layout, Load, Planner, Sampler
 from open_po.reference import PassSummary, ReferenceStore, fill_store, model_identity
-from open_po.report import evaluations, plot_curves, summary_table, versions
+from open_po.report import evaluations, packing_line, plot_curves, summary_table, versions
 from open_po.runtime import Runtime, user_line
 from open_po.tracking import (
     JsonlTracker,
@@ -93,11 +94,17 @@ class Data:
     def parts(self) -> list[PairDataset]:
         return [self.train] if self.held_out is None else [self.train, self.held_out]
 
-    def check(self, scorer: Scorer) -> None:
-        """Raises UserError if the model cannot score these pairs, or scores them differently from its own forward."""
+    def prepare(self, scorer: Scorer, sharing: Sharing) -> str:
+        """Set the scorer to the best layout that it takes; returns a line about it.
+
+        Raises UserError if the model cannot score these pairs, or scores them differently from its own forward.
+        """
+        longest = max(part.longest_row for part in self.parts)
         scorer.check_ids(max(part.highest_id for part in self.parts))
-        scorer.check_length(max(part.longest_row for part in self.parts))
-        scorer.check(self.train[0], self.pad)
+        scorer.check_length(longest)
+        samples = [self.train[index] for index in range(min(2, len(self.train)))]
+        samples += [part[index] for part in self.parts for index in [part.longest_pair] if part.longest_row == longest]
+        return choose_layout(scorer, samples, sharing, longest=longest, pad=self.pad).describe()
 
 
 def run(config: RunConfig, runtime: Runtime) -> None:
@@ -133,7 +140,7 @@ def _train(folder: RunFolder, config: RunConfig, numerics: Numerics, runtime: Ru
     data = prepare_data(config, runtime)
     needs_reference = config.loss.mix().needs_reference
     reference = separate_reference(config, runtime, data) if needs_reference and _is_separate(config) else None
-    policy = runtime.on_all(lambda: load_policy(config, numerics, runtime, data))
+    policy = _load_alike(lambda: load_policy(config, numerics, runtime, data), runtime)
     model = config.model
     identity = runtime.on_main(
         lambda: model_identity(model.model_name_or_path, model.model_revision, model.trust_remote_code)
@@ -216,7 +223,7 @@ def separate_reference(config: RunConfig, runtime: Runtime, data: Data) -> Refer
 
     def load() -> Scorer:
         scorer = load_scorer(name, revision, numerics, runtime.device, trust_remote_code=config.model.trust_remote_code)
-        data.check(scorer)
+        runtime.say(f"Reference model: {data.prepare(scorer, config.model.prompt_sharing)}")
         return scorer
 
     trust = config.model.trust_remote_code
@@ -248,21 +255,34 @@ def fill_reference(
     def count() -> tuple[Path, int]:
         nonlocal store
         store = ReferenceStore(ReferenceStore.create(cache_dir, facts))
-        return store.folder, sum(len(store.missing(part, by_token=by_token)) for part in data.parts)
+        return store.folder, sum(len({r.pair for r in store.missing(part, by_token=by_token)}) for part in data.parts)
 
     # Rank 0 counts and the others read the store afterwards: rows of other ranks and runs may appear at any moment.
     folder, missing = runtime.on_main(count)
     store = store or ReferenceStore(folder)
+    done = Load()
     if missing:
-        scorer = runtime.on_all(load)
+        scorer = _load_alike(load, runtime)
         for part in data.parts:
-            max_tokens = config.train.max_tokens_per_batch or 0
-            fill_store(store, scorer, part, runtime, by_token=by_token, max_tokens=max_tokens, pad=data.pad)
+            max_tokens = config.reference.reference_max_tokens_per_batch or 0
+            done += fill_store(store, scorer, part, runtime, by_token=by_token, max_tokens=max_tokens, pad=data.pad)
     reused = sum(map(len, data.parts)) - missing
     if reused:
         runtime.say(f"Reference log-probs: {reused:,} pairs from the cache {store.folder}")
     seconds = time.monotonic() - start
-    return Reference(store=store, summary=PassSummary(seconds=seconds, pairs_computed=missing, pairs_reused=reused))
+    packing = done.shares() if done.packs else None
+    if packing is not None:
+        runtime.say(f"Reference packing: {packing_line(packing)}")
+    summary = PassSummary(seconds=seconds, pairs_computed=missing, pairs_reused=reused, packing=packing)
+    return Reference(store=store, summary=summary)
+
+
+def _load_alike(load: Callable[[], Scorer], runtime: Runtime) -> Scorer:
+    """A model on every rank, all with the same layout, since each plans for all."""
+    scorer = runtime.on_all(load)
+    order: tuple[Layout, ...] = ("shared", "unshared", "rows")
+    scorer.use_layout(max(runtime.gather(scorer.layout), key=order.index))
+    return scorer
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -278,7 +298,7 @@ def load_policy(config: RunConfig, numerics: Numerics, runtime: Runtime, data: D
         runtime.device,
         trust_remote_code=model.trust_remote_code,
     )
-    data.check(scorer)
+    runtime.say(f"Policy: {data.prepare(scorer, model.prompt_sharing)}")
     if config.loss.load_balancing_loss:
         scorer.balance_experts()
     if model.gradient_checkpointing:
@@ -304,6 +324,7 @@ def make_trainer(
         num_pairs=len(data.train),
         global_batch=train.per_device_train_batch_size * train.gradient_accumulation_steps * runtime.world_size,
         seed=train.seed,
+        prompt_numbers=data.train.prompt_numbers if train.group_pairs_by_prompt else None,
     )
     steps = total_steps(train, sampler.steps_per_epoch)
     optimizer = make_optimizer(trainable_parameters(scorer), train)
@@ -323,6 +344,7 @@ def make_trainer(
         held_out = HeldOut(
             planner=Planner(
                 dataset=data.held_out,
+                layout=scorer.layout,
                 max_tokens=train.max_tokens_per_batch or 0,
                 with_prompt="prompt" in loss.extras,
             ),
@@ -335,6 +357,7 @@ def make_trainer(
         loss=loss,
         planner=Planner(
             dataset=data.train,
+            layout=scorer.layout,
             max_tokens=train.max_tokens_per_batch or 0,
             with_rejected=loss.needs_rejected,
             with_prompt="prompt" in loss.extras,
@@ -401,6 +424,8 @@ def _summary(trainer: Trainer, data: Data, reference: Reference | None, held_out
             "pairs": done.pairs,
             "tokens": done.tokens,
             "response_tokens": done.response_tokens,
+            "layout": trainer.state.scorer.layout,
+            "packing": done.load.shares(),
         },
         "eval": held_out[-1] if held_out else None,
         "eval_before": next((record for record in held_out if record["training_step"] == 0), None),

@@ -28,7 +28,7 @@ from accelerate.utils import (
 )
 from rich.console import Console
 
-from open_po.errors import UserError
+from open_po.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -40,9 +40,8 @@ def user_line(error: BaseException) -> str | None:
     """The one line that tells a user of an error that is not the code's own; None for one that is."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        reason = str(error).splitlines()[0]
-        return f"out of GPU memory ({reason}); lower max_tokens_per_batch, or set gradient_checkpointing"
+    if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        return f"out of memory ({first_line(error)}); lower max_tokens_per_batch, or set gradient_checkpointing"
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or error}"
     if isinstance(error, KeyboardInterrupt):
@@ -50,6 +49,11 @@ def user_line(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and re.search("closed by peer|reset by peer|Broken pipe", str(error)):
         return "another process of this run has stopped; its own line says why"
     return None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or this machine, had no memory left for a tensor."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _for_all(error: Exception) -> Exception:

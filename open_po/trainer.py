@@ -129,6 +129,7 @@ class Trainer:
         packs = self.planner.packs(indices, rank=runtime.rank, world_size=runtime.world_size)
         whole = self._whole_step(indices, packs, counts) if self.loss.batch_coupled else None
         # An epoch's last step may have fewer pairs than ranks; a rank without any still joins, with coefficient 0.
+        self.state.progress.load += self.planner.load(packs)
         idle, packs = not packs, packs or [indices[:1]]
         bad: dict[int, Tensor] = {}
         for position, pack in enumerate(packs):

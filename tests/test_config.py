@@ -473,6 +473,9 @@ def test_a_mix_gives_each_part_its_own_parameters(write: Callable[..., str]) -> 
 def test_defaults_that_depend_on_other_fields() -> None:
     config = parse("--per_device_train_batch_size", "3", "--max_seq_length", "100", "--exp_name", "x")
     assert config.train.max_tokens_per_batch == 600
+    assert config.reference.reference_max_tokens_per_batch == 2400
+    assert parse("--max_tokens_per_batch", "7").reference.reference_max_tokens_per_batch == 28
+    assert (config.model.prompt_sharing, config.train.group_pairs_by_prompt) == ("auto", False)
     assert config.output.output_dir == "output/x"
     assert config.model.lora_rank is config.model.lora_alpha is config.model.lora_target_modules is None
     lora = parse("--use_lora", "--lora_rank", "8").model
@@ -498,6 +501,9 @@ _fields = st.fixed_dictionaries(
         "max_train_samples": st.none() | _positive,
         "max_seq_length": st.integers(2, 10**6),
         "max_tokens_per_batch": st.none() | _positive,
+        "reference_max_tokens_per_batch": st.none() | _positive,
+        "prompt_sharing": st.sampled_from(["auto", "on", "off"]),
+        "group_pairs_by_prompt": st.booleans(),
         "loss_type": st.sampled_from(sorted(LOSSES)),
         "learning_rate": _rate,
         "weight_decay": _rate,
@@ -534,11 +540,13 @@ def test_a_resolved_configuration_with_everything_set_round_trips(write: Callabl
 
 NOT_SHAPING = {
     "gradient_checkpointing",
+    "prompt_sharing",
     "max_tokens_per_batch",
     "eval_mixer_list",
     "eval_mixer_list_splits",
     "preprocessing_num_workers",
     "reference_cache_dir",
+    "reference_max_tokens_per_batch",
     "eval_steps",
     "logging_steps",
     "exp_name",

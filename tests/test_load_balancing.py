@@ -21,22 +21,15 @@ MOE = {
 }
 
 
-def make(folder: Path, architecture: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setitem(tiny.ARCHITECTURES, architecture, MOE[architecture])
-    return tiny.make_model_folder(folder, architecture)
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("architecture", MOE)
-def test_a_pack_equals_transformers(
-    architecture: str, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Value and gradients of the rows with their mask, in the model's own forward."""
-    folder = make(tmp_path, architecture, monkeypatch)
-    batch = pack(PAIRS, pad_token_id=2)
+def test_a_pack_equals_transformers(architecture: str, checkpointing: bool, tmp_path: Path) -> None:
+    """Value and gradients of the rows with their mask, in the model's own forward. `test_layouts` has other layouts."""
+    folder = tiny.make_model_folder(tmp_path, architecture, **MOE[architecture])
+    batch = pack(PAIRS, layout="rows", pad_token_id=2)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    mask = (torch.arange(batch.row_width) < torch.tensor(batch.row_lengths)[:, None]).long()
-    ids = batch.input_ids.view(-1, batch.row_width)
+    ids = batch.input_ids.view(len(batch.row_lengths), -1)
+    mask = (torch.arange(ids.shape[1]) < torch.tensor(batch.row_lengths)[:, None]).long()
     expected = plain(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
     expected.backward()
     scorer = load(folder).train()
@@ -56,9 +49,9 @@ def test_a_pack_equals_transformers(
     assert compared > 4
 
 
-def test_it_is_trained_and_logged_by_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_trained_and_logged_by_its_share(tmp_path: Path) -> None:
     """A first SGD step moves the router by the weighted gradient of the packs' losses, each by its share of tokens."""
-    folder = make(tmp_path / "model", "mixtral", monkeypatch)
+    folder = tiny.make_model_folder(tmp_path / "model", "mixtral", **MOE["mixtral"])
     data = tiny.write_jsonl(tmp_path / "data.jsonl", tiny.text_rows(1, seed=3))
     fields: dict[str, Any] = {"optimizer": "sgd", "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
     fields |= {"max_grad_norm": 0, "learning_rate": 0.5, "loss_type": "dpo"}
@@ -80,7 +73,7 @@ def test_it_is_trained_and_logged_by_its_share(tmp_path: Path, monkeypatch: pyte
     ids = torch.tensor([ids + [2] * (width - len(ids)) for ids in rows])
     mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows])
     aux = plain(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
-    assert record["aux_loss"] == pytest.approx(float(aux), rel=1e-5)
+    assert record["aux_loss"] == pytest.approx(aux.item(), rel=1e-5)
     aux.backward()
     name = next(name for name, p in plain.named_parameters() if p.shape == (4, 32))
     moved = cli.weights(balanced)[_saved(name, balanced)] - cli.weights(without)[_saved(name, without)]

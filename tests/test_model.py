@@ -16,6 +16,7 @@ from open_po import logprobs
 from open_po.config import ModelConfig
 from open_po.data import PreferencePair
 from open_po.errors import UserError
+from open_po.layout import choose_layout
 from open_po.losses import PairLogps
 from open_po.model import Numerics, Scorer, checkpoint_gradients, load_scorer, load_tokenizer, pad_token_id
 from open_po.packing import pack
@@ -69,7 +70,7 @@ def test_scores_and_gradients_equal_transformers(
 
     expected = scores_one_by_one(plain, PAIRS, torch.float32)
     (expected * weights).sum().backward()
-    logps = scorer(pack(PAIRS, pad_token_id=2))
+    logps = scorer(pack(PAIRS, layout="rows", pad_token_id=2))
     got = as_matrix(logps)
     (got * weights).sum().backward()
 
@@ -92,7 +93,7 @@ def test_bfloat16_scores_stay_within_a_percent(architecture: str, tmp_path: Path
     scorer = load(tmp_path, Numerics(compute_dtype=torch.bfloat16, weights_dtype=torch.float32, use_liger=False))
     exact = scores_one_by_one(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), PAIRS, torch.float32)
     with scorer.as_reference():
-        got = as_matrix(scorer(pack(PAIRS, pad_token_id=2)))
+        got = as_matrix(scorer(pack(PAIRS, layout="rows", pad_token_id=2)))
     assert got.dtype == torch.float32
     assert ((got - exact).abs() <= 1e-2 * exact.abs().clamp(min=1)).all()
 
@@ -101,7 +102,7 @@ def test_bfloat16_compute_moves_float32_weights_at_a_tiny_learning_rate(llama: P
     scorer = load(llama, Numerics(compute_dtype=torch.bfloat16, weights_dtype=torch.float32, use_liger=False))
     before = [parameter.detach().clone() for parameter in scorer.parameters()]
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-7, weight_decay=0.0)
-    (-scorer(pack(PAIRS, pad_token_id=2)).chosen.sum()).backward()
+    (-scorer(pack(PAIRS, layout="rows", pad_token_id=2)).chosen.sum()).backward()
     optimizer.step()
     for old, new in zip(before, scorer.parameters(), strict=True):
         moved = (new.detach() - old)[new.grad.abs() > 1e-4]
@@ -112,9 +113,9 @@ def test_bfloat16_compute_moves_float32_weights_at_a_tiny_learning_rate(llama: P
 def test_padding_and_neighbours_do_not_change_a_score(llama: Path) -> None:
     scorer = load(llama)
     with scorer.as_reference():
-        together = as_matrix(scorer(pack(PAIRS, pad_token_id=2)))
-        other_padding = as_matrix(scorer(pack(PAIRS, pad_token_id=77)))
-        alone = torch.cat([as_matrix(scorer(pack([pair], pad_token_id=2))) for pair in PAIRS])
+        together = as_matrix(scorer(pack(PAIRS, layout="rows", pad_token_id=2)))
+        other_padding = as_matrix(scorer(pack(PAIRS, layout="rows", pad_token_id=77)))
+        alone = torch.cat([as_matrix(scorer(pack([pair], layout="rows", pad_token_id=2))) for pair in PAIRS])
     torch.testing.assert_close(together, other_padding, rtol=0, atol=0)
     torch.testing.assert_close(together, alone)
 
@@ -122,8 +123,8 @@ def test_padding_and_neighbours_do_not_change_a_score(llama: Path) -> None:
 def test_unscored_rejected_responses_have_no_tokens(llama: Path) -> None:
     scorer = load(llama)
     with scorer.as_reference():
-        both = scorer(pack(PAIRS, pad_token_id=2))
-        chosen_only = scorer(pack(PAIRS, pad_token_id=2, with_rejected=False))
+        both = scorer(pack(PAIRS, layout="rows", pad_token_id=2))
+        chosen_only = scorer(pack(PAIRS, layout="rows", pad_token_id=2, with_rejected=False))
     torch.testing.assert_close(chosen_only.chosen, both.chosen)
     assert chosen_only.rejected.tolist() == chosen_only.rejected_tokens.tolist() == [0, 0, 0]
 
@@ -131,7 +132,7 @@ def test_unscored_rejected_responses_have_no_tokens(llama: Path) -> None:
 def test_dropout_is_off_in_training(tmp_path: Path) -> None:
     tiny.make_model(tmp_path, "gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
     scorer = load(tmp_path).train()
-    first, second = (as_matrix(scorer(pack(PAIRS, pad_token_id=2))) for _ in range(2))
+    first, second = (as_matrix(scorer(pack(PAIRS, layout="rows", pad_token_id=2))) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert scorer.saved_dropout.items() >= {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}.items()
 
@@ -140,18 +141,16 @@ def test_dropout_is_off_in_training(tmp_path: Path) -> None:
     ("architecture", "settings"), [("cohere", {"logit_scale": 0.3}), ("granite", {"logits_scaling": 4.0})]
 )
 def test_scaled_logits(architecture: str, settings: dict[str, float], tmp_path: Path) -> None:
-    tiny.ARCHITECTURES.setdefault(architecture, {})
     tiny.make_model(tmp_path, architecture, **settings)
     scorer = load(tmp_path)
     expected = scores_one_by_one(scorer.base, PAIRS, torch.float32)
     with scorer.as_reference():
-        torch.testing.assert_close(as_matrix(scorer(pack(PAIRS, pad_token_id=2))), expected)
-    del tiny.ARCHITECTURES[architecture]
+        torch.testing.assert_close(as_matrix(scorer(pack(PAIRS, layout="rows", pad_token_id=2))), expected)
 
 
 def test_the_check_at_start_refuses_a_head_it_does_not_know(llama: Path) -> None:
     scorer = load(llama)
-    scorer.check(PAIRS[0], pad=2)
+    choose_layout(scorer, PAIRS, "auto", longest=84, pad=2)
     forward = scorer.base.forward
 
     def doubled(*args: object, **kwargs: object) -> object:
@@ -161,7 +160,7 @@ def test_the_check_at_start_refuses_a_head_it_does_not_know(llama: Path) -> None
 
     scorer.base.forward = doubled
     with pytest.raises(UserError, match="fused log-probs differ from the model's own"):
-        scorer.check(PAIRS[0], pad=2)
+        choose_layout(scorer, PAIRS, "auto", longest=84, pad=2)
 
 
 def test_the_check_at_start_refuses_ids_beyond_the_vocabulary(llama: Path) -> None:
@@ -201,7 +200,7 @@ plain, scorer = load(Path(sys.argv[1])), load(Path(sys.argv[1]))
 expected = scores_one_by_one(plain.base, PAIRS, torch.float32)
 expected.sum().backward()
 scorer.numerics = replace(scorer.numerics, use_liger=True)
-got = as_matrix(scorer(pack(PAIRS, pad_token_id=2)))
+got = as_matrix(scorer(pack(PAIRS, layout="rows", pad_token_id=2)))
 assert ((got - expected).abs() <= 1e-5 * expected.abs().clamp(min=1)).all(), (got, expected)
 got.sum().backward()
 theirs = dict(plain.base.named_parameters())
@@ -234,32 +233,3 @@ def test_liger_replaces_norms_and_mlps_of_models_it_knows(llama: Path) -> None:
     assert "liger" in norm
     assert "liger" in mlp
     assert "liger" not in head, "the head is fused by open_po itself"
-
-
-@pytest.mark.parametrize(
-    ("architecture", "rope"),
-    [
-        ("llama", {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}),
-        (
-            "phi3",
-            {
-                "rope_type": "longrope",
-                "rope_theta": 10000.0,
-                "short_factor": [1.0, 1.1, 1.2, 1.3],
-                "long_factor": [4.0, 5.0, 6.0, 7.0],
-                "original_max_position_embeddings": 32,
-            },
-        ),
-    ],
-)
-def test_rope_that_depends_on_length_sees_each_row_alone(
-    architecture: str, rope: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(tiny.ARCHITECTURES, architecture, {})
-    tiny.make_model(tmp_path, architecture, rope_parameters=rope, max_position_embeddings=64)
-    scorer = load(tmp_path)
-    with torch.no_grad():
-        expected = scores_one_by_one(load(tmp_path).base, PAIRS, torch.float32)
-    with scorer.as_reference():
-        got = as_matrix(scorer(pack(PAIRS, pad_token_id=2)))
-    assert ((got - expected).abs() <= 1e-5 * expected.abs().clamp(min=1)).all(), (got, expected)

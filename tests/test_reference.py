@@ -96,7 +96,8 @@ def test_values_are_those_of_transformers_one_response_at_a_time(
 
 def test_another_loss_finds_everything_in_the_cache(llama: Path, pairs_file: Path, tmp_path: Path) -> None:
     first = cli.train(llama, pairs_file, tmp_path / "first", max_train_steps=1)
-    assert cli.summary(first)["reference"] | {"seconds": 0} == {"seconds": 0, "pairs_computed": 24, "pairs_reused": 0}
+    done = cli.summary(first)["reference"]
+    assert (done["pairs_computed"], done["pairs_reused"], done["packing"]["packs"]) == (24, 0, 1)
     before = cli.files(tmp_path / "reference")
     values = stored(tmp_path / "reference")
     others = {
@@ -105,10 +106,12 @@ def test_another_loss_finds_everything_in_the_cache(llama: Path, pairs_file: Pat
         "batch": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_tokens_per_batch": 77},
         "optimizer": {"optimizer": "rmsprop", "learning_rate": 1e-4, "gradient_checkpointing": True},
         "subset": {"mixer_list": [pairs_file, "0.5"]},
+        "layout": {"prompt_sharing": "off", "reference_max_tokens_per_batch": 200, "group_pairs_by_prompt": True},
     }
     for name, fields in others.items():
         again = cli.summary(cli.train(llama, pairs_file, tmp_path / name, max_train_steps=1, **fields))["reference"]
         assert (again["pairs_computed"], again["pairs_reused"]) == (0, 12 if name == "subset" else 24), name
+        assert again["packing"] is None, name
     assert cli.files(tmp_path / "reference") == before
     assert stored(tmp_path / "reference") == values
 

@@ -57,6 +57,88 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
 }
+_TWO_KINDS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+_ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 64}
+# What takes shared prompts, with settings that make attention hard; `model_type` where it is not the name.
+SHARING: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama_yarn": {"model_type": "llama", "rope_parameters": {"rope_type": "yarn", "factor": 4.0, **_ROPE}},
+    "llama3_rope": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            **_ROPE,
+        },
+    },
+    "llama_dynamic_short": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    },
+    "qwen3": {"head_dim": 8},
+    "mistral": {"sliding_window": 8},
+    "gemma2": {
+        "head_dim": 8,
+        "final_logit_softcapping": 5.0,
+        "attn_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 5,
+        **_TWO_KINDS,
+    },
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 5, **_TWO_KINDS},
+    "olmo2": {},
+    "olmo3": _TWO_KINDS,
+    "phi": {"num_key_value_heads": 4, "partial_rotary_factor": 0.5},
+    "phi3": {},
+    "glm4": {"head_dim": 8, "partial_rotary_factor": 0.5},
+    "gpt_neox": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "mixtral": {"num_local_experts": 4},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, **_TWO_KINDS},
+    "deepseek_v3": {  # keys have more dimensions than values
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 16,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+    },
+}
+# What runs in rows, with its own attention or none.
+ROWS_ONLY: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 4},
+    "qwen3_next": {
+        "head_dim": 8,
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "bloom": {"n_head": 4, "n_layer": 2},
+    "falcon": {},
+    "mpt": {"n_heads": 4, "n_layers": 2, "d_model": 32, "max_seq_len": 256},
+    "stablelm": {},
+    "llama_dynamic": {
+        "model_type": "llama",
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    },
+}
 
 
 def make_tokenizer(folder: Path, **settings: Any) -> PreTrainedTokenizerFast:
@@ -82,12 +164,15 @@ def make_model(
 ) -> PreTrainedModel:
     """A small random model with weights large enough for log-probs that differ, saved in `folder`."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(architecture, **(_SMALL | ARCHITECTURES[architecture] | settings))
+    settings = _SMALL | ARCHITECTURES.get(architecture, {}) | settings
+    config = AutoConfig.for_model(settings.pop("model_type", architecture), **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(std=0.15)
+            elif name.endswith(("bias", "sinks")):
+                parameter.normal_(std=0.2)
     if model.get_output_embeddings().bias is not None:
         torch.nn.init.normal_(model.get_output_embeddings().bias, std=0.5)
     if folder is not None:

@@ -44,6 +44,12 @@ class ModelConfig:
     use_liger_kernel: bool | None = option(
         None, "Liger's Triton kernels for head, RMSNorm, RoPE and SwiGLU; default: on CUDA"
     )
+    prompt_sharing: Literal["auto", "on", "off"] = option(
+        "auto",
+        "compute a prompt once for all its responses; auto: if the model's scores stay those of its own forward, which "
+        "is checked at the start; on: or stop",
+        shapes_result=False,
+    )
     use_lora: bool = option(False, "train LoRA adapters instead of all weights")
     lora_rank: int | None = option(None, "LoRA rank; default 64")
     lora_alpha: float | None = option(None, "LoRA alpha; default 16")
@@ -84,6 +90,12 @@ class ReferenceConfig:
     reference_model_revision: str | None = option(None, "Hub branch, tag or commit of the reference model")
     reference_cache_dir: str = option(
         "~/.cache/open_po/reference", "where reference log-probs are kept", shapes_result=False
+    )
+    reference_max_tokens_per_batch: int | None = option(
+        None,
+        "tokens of one forward pass of the reference, which keeps no activations; default 4 x max_tokens_per_batch. "
+        "If memory runs out it is halved and the pass goes on",
+        shapes_result=False,
     )
 
 
@@ -223,10 +235,14 @@ class TrainConfig:
     )
     max_tokens_per_batch: int | None = option(
         None,
-        "tokens of one forward pass, padding included (a pair that needs more goes alone); default "
+        "tokens of one forward pass, shared prompts counted once, padding included (a pair that needs more goes "
+        "alone); default "
         "2 x per_device_train_batch_size x max_seq_length. "
         "Changes memory and speed, never a step's value",
         shapes_result=False,
+    )
+    group_pairs_by_prompt: bool = option(
+        False, "draw whole prompts: a step holds all pairs of its prompts, and computes each response once"
     )
     optimizer: Literal["adamw", "rmsprop", "sgd"] = option("adamw", "adamw, rmsprop or sgd")
     learning_rate: float = option(5e-7, "peak learning rate")

@@ -23,7 +23,7 @@ from open_po.data.tokenization import LeftOut, PreferencePair, Truncation, respo
 from open_po.errors import UserError
 
 # Part of the name under which tokenised rows are kept: raise it when the same row gives other ids than before.
-_TOKENISATION_VERSION = 2
+_TOKENISATION_VERSION = 3
 _ROWS_PER_WORKER = 500  # below, starting another process costs more than it saves
 
 
@@ -31,7 +31,7 @@ _ROWS_PER_WORKER = 500  # below, starting another process costs more than it sav
 class PairDataset:
     """Tokenised pairs by index, their lengths, and what was left out.
 
-    Lengths are arrays [P] of token counts.
+    Lengths are arrays [P] of token counts. Numbers name equal prompts, and equal responses to equal prompts.
     """
 
     rows: Dataset  # with prompt_ids, chosen_ids, rejected_ids
@@ -41,6 +41,8 @@ class PairDataset:
     rejected_lengths: NDArray[np.int64]
     chosen_keys: Sequence[bytes]  # `response_key` of each pair's responses
     rejected_keys: Sequence[bytes]
+    prompt_numbers: NDArray[np.int64]  # [P]
+    response_numbers: NDArray[np.int64]  # [P, 2], chosen and rejected
     highest_id: int  # of all tokens
     left_out: Mapping[str, Sequence[str]]  # origins of the rows that cannot train, by reason
     truncated_prompts: int
@@ -54,9 +56,19 @@ class PairDataset:
         return PreferencePair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
 
     @property
+    def longest_pair(self) -> int:
+        """Index of the pair with the longest row."""
+        return int(self._row_lengths.argmax())
+
+    @property
     def longest_row(self) -> int:
         """Tokens of the longest prompt with one of its responses."""
-        return int((self.prompt_lengths + np.maximum(self.chosen_lengths, self.rejected_lengths)).max())
+        return int(self._row_lengths.max())
+
+    @property
+    def _row_lengths(self) -> NDArray[np.int64]:
+        longer: NDArray[np.int64] = self.prompt_lengths + np.maximum(self.chosen_lengths, self.rejected_lengths)
+        return longer
 
     def describe(self) -> list[str]:
         """Lines for the console: how many pairs, how long, and every row that was left out, by reason."""
@@ -100,19 +112,28 @@ def load_pairs(
     trainable = rows.select(kept)
     columns = trainable.with_format("numpy", columns=["lengths", "cut"])[:]
     lengths, cut = columns["lengths"].astype(np.int64), columns["cut"].astype(bool)
+    chosen_keys, rejected_keys = trainable["chosen_key"][:], trainable["rejected_key"][:]
     return PairDataset(
         rows=trainable.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]),
         origins=[origins[index] for index in kept],
         prompt_lengths=lengths[:, 0],
         chosen_lengths=lengths[:, 1],
         rejected_lengths=lengths[:, 2],
-        chosen_keys=trainable["chosen_key"][:],
-        rejected_keys=trainable["rejected_key"][:],
+        chosen_keys=chosen_keys,
+        rejected_keys=rejected_keys,
+        prompt_numbers=_numbers(trainable["prompt_key"][:]),
+        response_numbers=_numbers([*chosen_keys, *rejected_keys]).reshape(2, -1).T,
         highest_id=max(trainable["highest_id"][:]),
         left_out=left_out,
         truncated_prompts=int(cut[:, 0].sum()),
         truncated_responses=int(cut[:, 1].sum()),
     )
+
+
+def _numbers(keys: Sequence[bytes]) -> NDArray[np.int64]:
+    """Small numbers, equal where the keys are."""
+    found: dict[bytes, int] = {}
+    return np.fromiter((found.setdefault(key, len(found)) for key in keys), dtype=np.int64, count=len(keys))
 
 
 def _stop_at_errors(errors: Sequence[str], origins: Sequence[str]) -> None:
@@ -148,6 +169,7 @@ _FEATURES = datasets.Features(
         "prompt_ids": datasets.List(datasets.Value("int32")),
         "chosen_ids": datasets.List(datasets.Value("int32")),
         "rejected_ids": datasets.List(datasets.Value("int32")),
+        "prompt_key": datasets.Value("binary"),
         "chosen_key": datasets.Value("binary"),
         "rejected_key": datasets.Value("binary"),
         "lengths": datasets.List(datasets.Value("int64"), length=3),
@@ -175,6 +197,7 @@ def _tokenise_row(
         "prompt_ids": parts[0],
         "chosen_ids": parts[1],
         "rejected_ids": parts[2],
+        "prompt_key": response_key(parts[0], []),
         "chosen_key": response_key(parts[0], parts[1]),
         "rejected_key": response_key(parts[0], parts[2]),
         "lengths": [len(part) for part in parts],

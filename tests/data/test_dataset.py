@@ -107,6 +107,29 @@ def test_keys_are_equal_where_prompt_and_response_are(
     assert len(set(keys)) == 5
 
 
+def test_numbers_are_equal_where_prompts_and_responses_to_them_are(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[..., str]
+) -> None:
+    """Over all parts of a mixture, and after rows were left out."""
+    first = [row("q1:", "a", "b"), row("q1:", "b", "c"), row("q2:", "a", "a"), row("q2:", "a", "b")]
+    second = [row("q1:", "c", "a"), row("q3:", "a", "b")]
+    names = [write(first, "first.jsonl"), write(second, "second.jsonl")]
+    pairs = load_pairs([names[0], "1.0", names[1], "1.0"], ["train"], tokenizer, FREE)
+    assert pairs.prompt_numbers.tolist() == [0, 0, 1, 0, 2]
+    assert (pairs.response_numbers.shape, pairs.response_numbers.dtype) == ((5, 2), np.int64)
+    numbers = pairs.response_numbers.flatten().tolist()
+    ids = [(p.prompt_ids, r) for p in tokens(pairs) for r in (p.chosen_ids, p.rejected_ids)]
+    assert [[a == b for b in ids] for a in ids] == [[a == b for b in numbers] for a in numbers]
+    assert len(set(numbers)) == 7
+
+
+def test_the_longest_pair_has_the_longest_row(tokenizer: PreTrainedTokenizerFast, write: Callable[..., str]) -> None:
+    rows = [row("q" * 20, "a", "b"), row("q", "a" * 30, "b"), row("q" * 15, "a", "b" * 25), row("qq", "a", "b" * 31)]
+    pairs = load(write(rows), tokenizer)
+    assert pairs.longest_pair == 2
+    assert pairs.longest_row == len(tokens(pairs)[2].prompt_ids) + len(tokens(pairs)[2].rejected_ids)
+
+
 def test_a_mixture_is_its_parts_in_order(tokenizer: PreTrainedTokenizerFast, write: Callable[..., str]) -> None:
     rows = tiny.text_rows(20)
     first, second = write(rows[:12], "first.jsonl"), write(rows[12:], "second.jsonl")

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from open_po.attention import Segments, _by_flash, _by_sdpa
+from open_po.layout import choose_layout
 from open_po.logprobs import Head, fused_logprobs
-from open_po.model import Numerics, Scorer, load_scorer
-from open_po.packing import pack
+from open_po.model import Numerics, Scorer, checkpoint_gradients, load_scorer
+from open_po.packing import Segment, pack
 from open_po.run import main
 from tests import tiny
 from tests.test_logprobs import gradients, make, naive_logprobs
@@ -22,6 +24,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+LAYOUTS_ON_CUDA = ("llama", "qwen3", "gemma2", "olmo2", "phi", "gpt_neox", "gpt2")
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -54,7 +59,7 @@ def test_liger_models_equal_transformers(architecture: str, tmp_path: Path) -> N
     expected = scores_one_by_one(plain, PAIRS, torch.float32)
     expected.sum().backward()
     scorer = on_gpu(tmp_path, Numerics(compute_dtype=torch.float32, weights_dtype=torch.float32, use_liger=True))
-    got: Tensor = as_matrix(scorer(pack(PAIRS, pad_token_id=2)))
+    got: Tensor = as_matrix(scorer(pack(PAIRS, layout="rows", pad_token_id=2)))
     got.sum().backward()
     assert ((got.cpu() - expected).abs() <= 1e-4 * expected.abs().clamp(min=1)).all()
     theirs = dict(plain.named_parameters())
@@ -63,12 +68,72 @@ def test_liger_models_equal_transformers(architecture: str, tmp_path: Path) -> N
         assert (parameter.grad.cpu() - reference).abs().max() <= 1e-4 * reference.abs().max().clamp(min=1e-3), name
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("liger", [False, True], ids=["torch", "liger"])
+@pytest.mark.parametrize("architecture", LAYOUTS_ON_CUDA)
+def test_shared_prompts_in_bfloat16_equal_transformers_one_by_one(
+    architecture: str, liger: bool, checkpointing: bool, tmp_path: Path
+) -> None:
+    """FlashAttention over segments of different lengths (windows, fewer key heads), and products for the soft-cap."""
+    tiny.make_model(tmp_path, architecture)
+    numerics = Numerics(compute_dtype=torch.bfloat16, weights_dtype=torch.float32, use_liger=liger)
+    scorer = on_gpu(tmp_path, numerics)
+    if checkpointing:
+        checkpoint_gradients(scorer)
+    choice = choose_layout(scorer, PAIRS, "on", longest=84, pad=2)
+    assert choice.layout == "shared"
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    expected = scores_one_by_one(plain, PAIRS, torch.float32)
+    expected.sum().backward()
+    got = as_matrix(scorer(pack(PAIRS, layout="shared", pad_token_id=2)))
+    got.sum().backward()
+    assert ((got.cpu() - expected).abs() <= 2e-2 * expected.abs().clamp(min=1)).all()
+    theirs = dict(plain.named_parameters())
+    for name, parameter in scorer.base.named_parameters():
+        reference = theirs[name].grad
+        assert (parameter.grad.cpu() - reference).norm() <= 0.1 * reference.norm().clamp(min=1e-2), name
+
+
+def test_flash_attention_equals_sdpa_of_each_segment() -> None:
+    """In bfloat16 on random segments, with a window and with fewer key heads; values and gradients."""
+    ranges = (Segment(0, 200, 0, 0), Segment(200, 270, 0, 150), Segment(270, 271, 0, 150), Segment(271, 400, 271, 271))
+    segments = Segments(ranges, torch.device("cuda"))
+    for heads, window in ((4, None), (2, None), (2, 64)):
+        inputs = [torch.randn(1, n, 400, 64, device="cuda", dtype=torch.bfloat16) for n in (4, heads, heads)]
+        results = []
+        for kernel in (_by_flash, _by_sdpa):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            out = kernel(*leaves, segments, None, window)
+            out.float().square().sum().backward()
+            results.append([out, *(leaf.grad for leaf in leaves)])
+        for mine, theirs in zip(*results, strict=True):
+            assert (mine.float() - theirs.float()).norm() <= 2e-2 * theirs.float().norm()
+
+
+def test_the_reference_pass_halves_its_budget_when_the_card_is_full(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.make_model_folder(tmp_path / "model")
+    data = tiny.write_jsonl(tmp_path / "pairs.jsonl", tiny.text_rows(4000))
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(400e6 / total)
+    try:
+        arguments = f"""--model_name_or_path {folder} --mixer_list {data} 1.0 --reference_cache_dir {tmp_path / "cache"}
+            --output_dir {tmp_path / "out"} --reference_max_tokens_per_batch 1000000 --max_train_steps 1""".split()
+        assert main(arguments) == 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory, on with" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "run_summary.json").read_text())
+    assert summary["reference"]["pairs_computed"] == 4000
+
+
 def test_bfloat16_training_moves_weights_at_a_tiny_learning_rate(tmp_path: Path) -> None:
     folder = tiny.make_model_folder(tmp_path / "model")
     scorer = on_gpu(folder, Numerics(compute_dtype=torch.bfloat16, weights_dtype=torch.float32, use_liger=True))
     before = [parameter.detach().clone() for parameter in scorer.parameters()]
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-7, weight_decay=0.0)
-    (-scorer(pack(PAIRS, pad_token_id=2)).chosen.sum()).backward()
+    (-scorer(pack(PAIRS, layout="rows", pad_token_id=2)).chosen.sum()).backward()
     optimizer.step()
     for old, new in zip(before, scorer.parameters(), strict=True):
         moved = (new.detach() - old)[new.grad.abs() > 1e-4]

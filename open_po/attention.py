@@ -1,0 +1,271 @@
+"""Attention over packs: tokens see their own response and its prompt, and nothing else.
+
+`transformers` calls `packed_attention` in place of its own attention, with what a model's forward was given as
+`segments`. Three kernels give the same values: FlashAttention over segments of different lengths (CUDA, half
+precision), `scaled_dot_product_attention` for each segment, and plain matrix products for what both lack.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+
+from open_po.packing import Segment
+
+ATTENTION_NAME = "open_po_packed"
+_FLASH_HEAD_DIM = 256  # the largest that FlashAttention takes
+_FLASH_MULTIPLE = 8
+_FLASH_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # since torch 2.12
+
+_calls: list[nn.Module] | None = None  # see count_calls
+
+
+class MissingSegments(RuntimeError):
+    """The model did not hand `segments` down to its attention."""
+
+
+class Segments:
+    """A pack's segments and what the kernels need of them, made once for all layers.
+
+    The segments lie end to end and cover the pack. Letters in shapes: T tokens, S segments, K keys, which are the
+    segments' prefixes and own tokens, end to end.
+    """
+
+    def __init__(self, ranges: Sequence[Segment], device: torch.device) -> None:
+        self.ranges = ranges
+        self.device = device
+        self.query_lengths = [segment.end - segment.start for segment in ranges]
+        # Keys are cut wherever a prefix or a segment begins or ends; a segment's keys are some of these pieces.
+        cuts = sorted({end for segment in ranges for end in segment})
+        pieces = list(pairwise(cuts))
+        self.piece_lengths = [end - start for start, end in pieces]
+        self.pieces_of = [
+            [
+                number
+                for number, (start, end) in enumerate(pieces)
+                if (start >= segment.prefix_start and end <= segment.prefix_end)
+                or (start >= segment.start and end <= segment.end)
+            ]
+            for segment in ranges
+        ]
+        self._masks: dict[tuple[int, int, int], Tensor] = {}
+        self._flash: FlashIndex | None = None
+
+    def mask(self, segment: Segment, window: int | None) -> Tensor:
+        """[queries, keys] of a segment, true where a query sees a key."""
+        prefix, own = segment.prefix_end - segment.prefix_start, segment.end - segment.start
+        window = prefix + own if window is None else min(window, prefix + own)
+        key = (prefix, own, window)
+        if key not in self._masks:
+            ahead = torch.arange(prefix, prefix + own, device=self.device)[:, None] - torch.arange(
+                prefix + own, device=self.device
+            )
+            self._masks[key] = (ahead >= 0) & (ahead < window)
+        return self._masks[key]
+
+    def flash(self) -> FlashIndex:
+        """What FlashAttention needs."""
+        if self._flash is None:
+            self._flash = FlashIndex.of(self.ranges, self.device)
+        return self._flash
+
+
+@dataclass(frozen=True)
+class FlashIndex:
+    """Keys of every segment laid end to end; FlashAttention aligns the causal diagonal to a segment's end."""
+
+    key_index: Tensor | None  # [K] tokens that are keys; None if they are all tokens in order
+    ends_q: Tensor  # [S + 1] int32, queries before each segment
+    ends_k: Tensor  # [S + 1] int32, keys before each segment
+    max_q: int
+    max_k: int
+
+    @staticmethod
+    def of(ranges: Sequence[Segment], device: torch.device) -> FlashIndex:
+        """The index of segments that lie end to end."""
+        queries = torch.tensor([0, *(segment.end - segment.start for segment in ranges)])
+        prefixes = torch.tensor([0, *(segment.prefix_end - segment.prefix_start for segment in ranges)])
+        keys = queries + prefixes
+        index = None
+        if prefixes.any():
+            parts = [
+                torch.arange(start, end)
+                for segment in ranges
+                for start, end in ((segment.prefix_start, segment.prefix_end), (segment.start, segment.end))
+            ]
+            index = torch.cat(parts).to(device)
+        ends_q, ends_k = (lengths.cumsum(0).to(device, torch.int32) for lengths in (queries, keys))
+        return FlashIndex(index, ends_q, ends_k, int(queries.max()), int(keys.max()))
+
+
+@contextmanager
+def count_calls() -> Iterator[list[nn.Module]]:
+    """Collect the modules that call `packed_attention` inside the block, in order."""
+    global _calls
+    _calls = []
+    try:
+        yield _calls
+    finally:
+        _calls = None
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    segments: Segments | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention as `transformers` asks for it: `query` [1, heads, T, D], `key` and `value` [1, kv heads, T, D].
+
+    Returns [1, T, heads, D]. A query sees keys at most `sliding_window` - 1 positions before it; scores are capped
+    at `softcap`; `s_aux` [heads] are scores of a key without a value (gpt-oss). Raises MissingSegments.
+    """
+    if segments is None:
+        raise MissingSegments(f"{type(module).__name__} gives its attention no segments")
+    if _calls is not None:
+        _calls.append(module)
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):  # a rotation in float32 has undone the projections' autocast
+        query, key, value = (x.to(torch.get_autocast_dtype(device_type)) for x in (query, key, value))
+    if softcap is not None or s_aux is not None:
+        out = _by_products(query, key, value, segments, scaling, sliding_window, softcap, s_aux)
+    elif _flash_takes(query, value):
+        out = _by_flash(query, key, value, segments, scaling, sliding_window)
+    else:
+        out = _by_sdpa(query, key, value, segments, scaling, sliding_window)
+    return out, None
+
+
+AttentionInterface.register(ATTENTION_NAME, packed_attention)
+
+
+def _flash_takes(query: Tensor, value: Tensor) -> bool:
+    head_dim = query.shape[-1]
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and head_dim == value.shape[-1]
+        and head_dim <= _FLASH_HEAD_DIM
+        and head_dim % _FLASH_MULTIPLE == 0
+    )
+
+
+def _by_flash(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None
+) -> Tensor:
+    index = segments.flash()
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    if index.key_index is not None:
+        key, value = key.index_select(0, index.key_index), value.index_select(0, index.key_index)
+    gqa: dict[str, Any] = {}
+    if _FLASH_HAS_GQA:
+        gqa = {"enable_gqa": query.shape[1] != key.shape[1]}
+    else:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    out = varlen_attn(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        index.ends_q,
+        index.ends_k,
+        index.max_q,
+        index.max_k,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),  # keys before a query, and after it
+        **gqa,
+    )
+    return cast(Tensor, out)[None]
+
+
+def _by_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None
+) -> Tensor:
+    parts = []
+    for segment, q, k, v in _by_segment(query, key, value, segments):
+        plain = segment.prefix_start == segment.prefix_end and (window is None or window >= q.shape[2])
+        mask = None if plain else segments.mask(segment, window)
+        part = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=plain, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        parts.append(part.transpose(1, 2))
+    return torch.cat(parts, 1)
+
+
+def _by_products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Scores of one segment at a time, made again in the backward pass, so that never more of them exist."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    parts = []
+    for segment, q, k, v in _by_segment(query, key, value, segments):
+        mask = segments.mask(segment, window)
+        part = checkpoint(_attend, q, k, v, mask, scaling, softcap, s_aux, use_reentrant=False)
+        parts.append(part.transpose(1, 2))
+    return torch.cat(parts, 1)
+
+
+def _by_segment(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments
+) -> Iterator[tuple[Segment, Tensor, Tensor, Tensor]]:
+    """Each segment's queries, and the keys and values of its prefix and itself.
+
+    Everything is cut once, by `split`: its backward pass joins the gradients, while a slice's would fill a tensor of
+    the pack's size for every segment.
+    """
+    queries = query.split(segments.query_lengths, 2)
+    keys, values = key.split(segments.piece_lengths, 2), value.split(segments.piece_lengths, 2)
+    for segment, own, pieces in zip(segments.ranges, queries, segments.pieces_of, strict=True):
+        yield segment, own, _join(keys, pieces), _join(values, pieces)
+
+
+def _join(parts: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
+    return parts[numbers[0]] if len(numbers) == 1 else torch.cat([parts[number] for number in numbers], 2)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """softmax(softcap(query @ key.T)) @ value of one segment, the softmax in float32."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.float().masked_fill(~mask, float("-inf"))
+    if s_aux is not None:
+        sinks = s_aux.float().view(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)
+        scores = torch.cat([scores, sinks], -1)
+    shares = scores.softmax(-1)[..., : key.shape[2]]
+    return shares.to(value.dtype) @ value

@@ -1,0 +1,228 @@
+"""The tensors of one forward pass: prompts and responses laid end to end, and where their scored tokens stand.
+
+Letters in shapes: P pairs, R responses, T packed tokens, N scored tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from open_po.data import PreferencePair
+
+# How responses find their prompt. `shared`: [prompt | response | response ...], every prompt once. `unshared`: each
+# response behind a prompt of its own, nothing padded. `rows`: the same as rows of one width, padded on the right, for
+# models that must run with their own attention.
+Layout = Literal["shared", "unshared", "rows"]
+
+
+class Group(NamedTuple):
+    """One prompt and different responses to it, as token ids."""
+
+    prompt_ids: Sequence[int]
+    responses: Sequence[Sequence[int]]
+
+
+class Segment(NamedTuple):
+    """Tokens `start` to `end` of a pack, which see one another causally and all of `prefix_start` to `prefix_end`.
+
+    The prefix stands right before them in position, so that prefix and tokens together are one sequence.
+    """
+
+    start: int
+    end: int
+    prefix_start: int
+    prefix_end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """Groups laid out for one forward pass. Every response begins at position `len(prompt)`, wherever it stands."""
+
+    layout: Layout
+    input_ids: Tensor  # [T] int64
+    position_ids: Tensor  # [T]
+    segments: tuple[Segment, ...]  # what sees what; none in `rows`, whose rows are a batch to the model
+    row_lengths: tuple[int, ...]  # `rows`: tokens of each row without padding, which stands behind them
+    score_index: Tensor  # [N] position in T of the hidden state that predicts each scored token
+    target_ids: Tensor  # [N] the scored tokens
+    response_id: Tensor  # [N] the response, 0..R-1, that each scored token belongs to
+    response_start: Tensor  # [R] where in N a response's tokens begin; they stand together, in order
+    response_tokens: Tensor  # [R] how many they are
+    pairs: Tensor  # [P, 2] chosen and rejected response of each pair
+    prompts: Tensor | None  # [P] the prompt of each pair as a response of its own, if it is scored
+    token_weights: Tensor  # [T] in how many responses of the pairs a token takes part; 0 for padding
+
+    @property
+    def num_responses(self) -> int:
+        """R, responses without tokens included."""
+        return len(self.response_tokens)
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and response tokens of the pairs, the prompt counted with each response: the same in any layout."""
+        return int(self.token_weights.sum())
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch with its tensors on `device`."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return replace(self, **moved)
+
+
+def pack(
+    pairs: Sequence[PreferencePair],
+    *,
+    layout: Layout,
+    pad_token_id: int,
+    with_rejected: bool = True,
+    with_prompt: bool = False,
+) -> PackedBatch:
+    """Lay pairs out. Pairs of one prompt become one group, a response that several of them share is there once.
+
+    Without `with_rejected` the rejected responses are left unscored: 0 tokens, sum 0. `with_prompt` scores each
+    prompt's tokens but the first as well.
+    """
+    groups, index = group_pairs(pairs, with_rejected=with_rejected)
+    return _lay_out(groups, index, layout, pad_token_id, with_prompt)
+
+
+def pack_responses(groups: Sequence[Group], *, layout: Layout, pad_token_id: int) -> PackedBatch:
+    """Lay responses out that are scored on their own, without pairs: response r is the r-th of all groups."""
+    return _lay_out(groups, [], layout, pad_token_id, with_prompt=False)
+
+
+class PairIndex(NamedTuple):
+    """A pair's group and responses; responses are counted over all groups, -1 is none."""
+
+    group: int
+    chosen: int
+    rejected: int
+
+
+def group_pairs(pairs: Sequence[PreferencePair], *, with_rejected: bool = True) -> tuple[list[Group], list[PairIndex]]:
+    """Distinct prompts with their distinct responses, in order of appearance, and where each pair finds its own."""
+    found: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
+    places: list[tuple[tuple[int, ...], int, int]] = []
+    for pair in pairs:
+        prompt = tuple(pair.prompt_ids)
+        responses = found.setdefault(prompt, {})
+        chosen = responses.setdefault(tuple(pair.chosen_ids), len(responses))
+        rejected = responses.setdefault(tuple(pair.rejected_ids), len(responses)) if with_rejected else -1
+        places.append((prompt, chosen, rejected))
+    number = {prompt: position for position, prompt in enumerate(found)}
+    before = np.cumsum([0, *(len(responses) for responses in found.values())]).tolist()
+    index = [
+        PairIndex(number[p], before[number[p]] + chosen, -1 if rejected < 0 else before[number[p]] + rejected)
+        for p, chosen, rejected in places
+    ]
+    return [Group(prompt, list(responses)) for prompt, responses in found.items()], index
+
+
+class _Place(NamedTuple):
+    """Where in a pack a prompt and one response to it begin."""
+
+    prompt: int
+    response: int
+
+
+def _lay_out(
+    groups: Sequence[Group], index: Sequence[PairIndex], layout: Layout, pad_token_id: int, with_prompt: bool
+) -> PackedBatch:
+    width = max(len(group.prompt_ids) + len(response) for group in groups for response in group.responses)
+    places, segments, ends = _places(groups, layout, width)
+    total = len(ends) * width if layout == "rows" else ends[-1]
+    input_ids = np.full(total, pad_token_id, dtype=np.int64)
+    position_ids = np.zeros(total, dtype=np.int64)
+    weights = np.zeros(total, dtype=np.int64)
+    uses = np.bincount([r for pair in index for r in pair[1:] if r >= 0], minlength=len(places))
+    for place, (group, response), used in zip(places, _responses(groups), uses, strict=True):
+        prompt = slice(place.prompt, place.prompt + len(group.prompt_ids))
+        answer = slice(place.response, place.response + len(response))
+        input_ids[prompt], input_ids[answer] = group.prompt_ids, response
+        position_ids[prompt] = np.arange(len(group.prompt_ids))
+        position_ids[answer] = len(group.prompt_ids) + np.arange(len(response))
+        weights[prompt] += used
+        weights[answer] += used
+    scored = [
+        _response_scores(place, group, response)
+        for place, (group, response) in zip(places, _responses(groups), strict=True)
+    ]
+    prompts, unscored = None, len(scored)
+    if with_prompt:
+        first = np.cumsum([0, *(len(group.responses) for group in groups)])
+        scored += [_prompt_scores(places[first[g]], group) for g, group in enumerate(groups)]
+        prompts = torch.tensor([unscored + pair.group for pair in index])
+        unscored = len(scored)
+    if any(pair.rejected < 0 for pair in index):  # a response without tokens, for the pairs that lack one
+        scored.append((np.arange(0), np.arange(0)))
+    counts = np.array([len(where) for where, _ in scored])
+    targets = np.concatenate([target for _, target in scored])
+    return PackedBatch(
+        layout=layout,
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        segments=tuple(segments),
+        row_lengths=tuple(ends) if layout == "rows" else (),
+        score_index=torch.from_numpy(np.concatenate([where for where, _ in scored])),
+        target_ids=torch.from_numpy(input_ids[targets]),
+        response_id=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
+        response_start=torch.from_numpy(np.cumsum(counts) - counts),
+        response_tokens=torch.from_numpy(counts),
+        pairs=torch.tensor([[p.chosen, p.rejected if p.rejected >= 0 else unscored] for p in index]).view(-1, 2),
+        prompts=prompts,
+        token_weights=torch.from_numpy(weights),
+    )
+
+
+def _responses(groups: Sequence[Group]) -> Iterator[tuple[Group, Sequence[int]]]:
+    """Every response with its group, in the order in which responses are counted."""
+    for group in groups:
+        for response in group.responses:
+            yield group, response
+
+
+def _places(groups: Sequence[Group], layout: Layout, width: int) -> tuple[list[_Place], list[Segment], list[int]]:
+    """Where each response stands, the segments, and the end of each (`rows`: the length of each row)."""
+    places: list[_Place] = []
+    segments: list[Segment] = []
+    ends: list[int] = []
+    end = 0
+    for group in groups:
+        prompt = end
+        for number, response in enumerate(group.responses):
+            shares = layout == "shared" and number > 0
+            prompt = len(ends) * width if layout == "rows" else prompt if shares else end
+            start = end if shares else prompt + len(group.prompt_ids)
+            end = start + len(response)
+            places.append(_Place(prompt, start))
+            ends.append(end - prompt if layout == "rows" else end)
+            if layout != "rows":
+                segments.append(
+                    Segment(start, end, prompt, prompt + len(group.prompt_ids))
+                    if shares
+                    else Segment(prompt, end, prompt, prompt)
+                )
+    return places, segments, ends
+
+
+def _response_scores(
+    place: _Place, group: Group, response: Sequence[int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions whose hidden states predict a response's tokens, and the positions of these tokens."""
+    tokens = place.response + np.arange(len(response))
+    predictors = tokens - 1
+    predictors[0] = place.prompt + len(group.prompt_ids) - 1  # the prompt's end predicts every response's first token
+    return predictors, tokens
+
+
+def _prompt_scores(place: _Place, group: Group) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The same for a prompt's tokens; its first is predicted by nothing."""
+    tokens = place.prompt + np.arange(1, len(group.prompt_ids))
+    return tokens - 1, tokens

@@ -1,0 +1,276 @@
+"""Cutting pairs, or the responses of a reference pass, into packs of at most a budget of tokens.
+
+All plans are deterministic, and every rank knows every rank's share.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Generic, NamedTuple, TypeVar
+
+from open_po.data import PairDataset
+from open_po.losses import Counts
+from open_po.packing.batch import Group, Layout, PackedBatch, pack, pack_responses
+
+Item = TypeVar("Item")  # a pair's index, or a response
+
+
+class Response(NamedTuple):
+    """One response of a data set: side 0 is a pair's chosen one, 1 its rejected one."""
+
+    pair: int
+    side: int
+
+
+@dataclass(frozen=True)
+class Unit(Generic[Item]):
+    """What belongs to one prompt, and so in one pack; lengths in tokens."""
+
+    items: tuple[Item, ...]
+    prompt: int
+    responses: tuple[int, ...]  # of each distinct one
+
+    @property
+    def row(self) -> int:
+        """Tokens of the prompt with its longest response."""
+        return self.prompt + max(self.responses)
+
+    def tokens(self, layout: Layout) -> int:
+        """Tokens to compute, without padding."""
+        return self.prompt * (1 if layout == "shared" else len(self.responses)) + sum(self.responses)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What packs compute, and what the same pairs cost otherwise; in tokens."""
+
+    packs: int = 0
+    budget: int = 0  # what the packs had room for
+    computed: int = 0  # through the model, padding included
+    padding: int = 0  # part of `computed`
+    prompts_repeated: int = 0  # prompt tokens, were each prompt computed with each response of each pair
+    prompts_computed: int = 0
+    padding_otherwise: int = 0  # padding, were each pack a batch of rows of one width
+
+    def __add__(self, other: Load) -> Load:
+        return Load(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Load)))
+
+    def shares(self) -> dict[str, float]:
+        """How many packs, and from 0 to 1: how full they are, and what sharing prompts and not padding save."""
+        repeated = self.computed - self.padding + self.prompts_repeated - self.prompts_computed
+        otherwise = repeated + self.padding_otherwise
+        return {
+            "packs": self.packs,
+            "fill": self.computed / max(self.budget, 1),
+            "prompt_tokens_saved": (self.prompts_repeated - self.prompts_computed) / max(self.prompts_repeated, 1),
+            "padding_avoided": (self.padding_otherwise - self.padding) / max(otherwise, 1),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planner:
+    """Cuts a step's pairs into packs of at most `max_tokens` tokens, padding included.
+
+    Pairs of one prompt share a pack. Those that need more than the budget together are cut pair by pair, and a pair
+    that needs more goes alone.
+    """
+
+    dataset: PairDataset
+    max_tokens: int
+    layout: Layout
+    with_rejected: bool = True
+    with_prompt: bool = False
+
+    def counts(self, indices: Sequence[int]) -> Counts:
+        """What the losses of a step on the pairs `indices` are divided by."""
+        data = self.dataset
+        index = list(indices)
+        chosen, prompts = int(data.chosen_lengths[index].sum()), int(data.prompt_lengths[index].sum())
+        # A prompt's first token is predicted by nothing.
+        return Counts(pairs=len(index), chosen_tokens=chosen, prompt_and_chosen_tokens=chosen + prompts - len(index))
+
+    def packs(self, indices: Sequence[int], *, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+        """This rank's packs of the pairs `indices`, balanced. Empty if there are fewer prompts than ranks."""
+        by_prompt = _by_key(sorted(indices), lambda index: int(self.dataset.prompt_numbers[index]))
+        units = [unit for items in by_prompt for unit in _split(items, self._unit, self.layout, self.max_tokens)]
+        share = _shares(units, self.layout, world_size)[rank]
+        cut = _rows(share, self.max_tokens) if self.layout == "rows" else _balanced(share, self.layout, self.max_tokens)
+        return [[index for unit in units for index in unit.items] for units in cut]
+
+    def load(self, packs: Iterable[Sequence[int]]) -> Load:
+        """What `packs` compute."""
+        return sum((self._load(indices) for indices in packs), Load())
+
+    def _load(self, indices: Sequence[int]) -> Load:
+        by_prompt = _by_key(indices, lambda index: int(self.dataset.prompt_numbers[index]))
+        units = [self._unit(items) for items in by_prompt]
+        sides = 2 if self.with_rejected else 1
+        return _load(units, self.layout, self.max_tokens, sides * sum(unit.prompt * len(unit.items) for unit in units))
+
+    def batch(self, indices: Sequence[int], pad_token_id: int) -> PackedBatch:
+        """The tensors of one pack."""
+        return pack(
+            [self.dataset[index] for index in indices],
+            layout=self.layout,
+            pad_token_id=pad_token_id,
+            with_rejected=self.with_rejected,
+            with_prompt=self.with_prompt,
+        )
+
+    def _unit(self, pairs: Sequence[int]) -> Unit[int]:
+        data, lengths = self.dataset, {}
+        for index in pairs:
+            chosen, rejected = data.response_numbers[index].tolist()
+            lengths[chosen] = int(data.chosen_lengths[index])
+            if self.with_rejected:
+                lengths[rejected] = int(data.rejected_lengths[index])
+        return Unit(tuple(pairs), int(data.prompt_lengths[pairs[0]]), tuple(lengths.values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponsePlanner:
+    """Cuts responses, each distinct one once and those of one prompt together, into packs; the longest come first."""
+
+    dataset: PairDataset
+    layout: Layout
+
+    def units(self, responses: Iterable[Response], *, rank: int = 0, world_size: int = 1) -> list[Unit[Response]]:
+        """This rank's prompts with the distinct ones of `responses`."""
+        numbers = self.dataset.response_numbers
+        distinct = {int(numbers[response]): response for response in responses}
+        by_prompt = _by_key(distinct.values(), lambda response: int(self.dataset.prompt_numbers[response.pair]))
+        return _shares([self._unit(items) for items in by_prompt], self.layout, world_size)[rank]
+
+    def packs(self, units: Iterable[Unit[Response]], max_tokens: int) -> list[list[Unit[Response]]]:
+        """Packs of at most `max_tokens`, longest rows first; a prompt above that is cut by response."""
+        parts = (part for unit in units for part in _split(unit.items, self._unit, self.layout, max_tokens))
+        return _rows(parts, max_tokens) if self.layout == "rows" else _filled(parts, self.layout, max_tokens)
+
+    def load(self, units: Sequence[Unit[Response]], max_tokens: int) -> Load:
+        """What a pack computes."""
+        repeated = sum(unit.prompt * len(unit.responses) for unit in units)
+        return _load(units, self.layout, max_tokens, repeated)
+
+    def batch(self, units: Sequence[Unit[Response]], pad_token_id: int) -> PackedBatch:
+        """The tensors of one pack; its responses are those of the units, in their order."""
+        groups = []
+        for unit in units:
+            pairs = [self.dataset[response.pair] for response in unit.items]
+            responses = [
+                pair.rejected_ids if response.side else pair.chosen_ids
+                for pair, response in zip(pairs, unit.items, strict=True)
+            ]
+            groups.append(Group(pairs[0].prompt_ids, responses))
+        return pack_responses(groups, layout=self.layout, pad_token_id=pad_token_id)
+
+    def _unit(self, responses: Sequence[Response]) -> Unit[Response]:
+        data = self.dataset
+        sides = (data.chosen_lengths, data.rejected_lengths)
+        lengths = tuple(int(sides[response.side][response.pair]) for response in responses)
+        return Unit(tuple(responses), int(data.prompt_lengths[responses[0].pair]), lengths)
+
+
+def _by_key(items: Iterable[Item], key: Callable[[Item], int]) -> list[list[Item]]:
+    """`items` with equal keys together, in order of appearance."""
+    found: dict[int, list[Item]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return list(found.values())
+
+
+def _split(
+    items: Sequence[Item], make: Callable[[Sequence[Item]], Unit[Item]], layout: Layout, max_tokens: int
+) -> list[Unit[Item]]:
+    """One prompt's items as one unit, or as several that fit in the budget as far as they can."""
+    whole = make(items)
+    if len(items) == 1 or _size([whole], layout) <= max_tokens:
+        return [whole]
+    parts: list[list[Item]] = [[]]
+    for item in items:
+        if parts[-1] and _size([make([*parts[-1], item])], layout) > max_tokens:
+            parts.append([])
+        parts[-1].append(item)
+    return [make(part) for part in parts]
+
+
+def _size(units: Sequence[Unit[Item]], layout: Layout) -> int:
+    """Tokens of a pack, padding included."""
+    if layout == "rows":
+        return max(unit.row for unit in units) * sum(len(unit.responses) for unit in units)
+    return sum(unit.tokens(layout) for unit in units)
+
+
+def _load(units: Sequence[Unit[Item]], layout: Layout, max_tokens: int, prompts_repeated: int) -> Load:
+    rows = sum(len(unit.responses) for unit in units)
+    unshared = sum(unit.tokens("unshared") for unit in units)
+    padding = max(unit.row for unit in units) * rows - unshared
+    computed = _size(units, layout)
+    return Load(
+        packs=1,
+        budget=max(max_tokens, computed),
+        computed=computed,
+        padding=padding if layout == "rows" else 0,
+        prompts_repeated=prompts_repeated,
+        prompts_computed=sum(unit.tokens(layout) - sum(unit.responses) for unit in units),
+        padding_otherwise=padding,
+    )
+
+
+def _longest_first(units: Iterable[Unit[Item]], size: Callable[[Unit[Item]], int]) -> list[Unit[Item]]:
+    return sorted(units, key=lambda unit: (-size(unit), unit.items))
+
+
+def _shares(units: Sequence[Unit[Item]], layout: Layout, world_size: int) -> list[list[Unit[Item]]]:
+    """Each rank's units: the longest first, to whoever has the fewest tokens so far."""
+    return _spread(_longest_first(units, lambda unit: unit.tokens(layout)), layout, world_size)
+
+
+def _spread(longest_first: Iterable[Unit[Item]], layout: Layout, bins: int) -> list[list[Unit[Item]]]:
+    shares: list[list[Unit[Item]]] = [[] for _ in range(bins)]
+    loads = [(0, number) for number in range(bins)]
+    for unit in longest_first:
+        load, number = loads[0]
+        shares[number].append(unit)
+        heapq.heapreplace(loads, (load + unit.tokens(layout), number))
+    return shares
+
+
+def _balanced(units: Iterable[Unit[Item]], layout: Layout, max_tokens: int) -> list[list[Unit[Item]]]:
+    """As few packs as hold the units, all of about the same size: full ones and a small rest would be slower."""
+    longest_first = _longest_first(units, lambda unit: unit.tokens(layout))
+    total = sum(unit.tokens(layout) for unit in longest_first)
+    bins = min(-(-total // max_tokens), len(longest_first))
+    while True:
+        packs = _spread(longest_first, layout, bins)
+        if bins == len(longest_first) or all(len(p) == 1 or _size(p, layout) <= max_tokens for p in packs):
+            return packs
+        bins = min(bins + 1 + bins // 20, len(longest_first))
+
+
+def _filled(units: Iterable[Unit[Item]], layout: Layout, max_tokens: int) -> list[list[Unit[Item]]]:
+    """Packs filled one after the other, longest rows first, so that memory runs out at the start or never."""
+    packs: list[list[Unit[Item]]] = []
+    room = 0
+    for unit in _longest_first(units, lambda unit: unit.row):
+        tokens = unit.tokens(layout)
+        if not packs or tokens > room:
+            packs.append([])
+            room = max_tokens
+        packs[-1].append(unit)
+        room -= tokens
+    return packs
+
+
+def _rows(units: Iterable[Unit[Item]], max_tokens: int) -> list[list[Unit[Item]]]:
+    """Packs of rows of like length, so that little is padded."""
+    packs: list[list[Unit[Item]]] = []
+    width = rows = 0
+    for unit in _longest_first(units, lambda unit: unit.row):
+        rows += len(unit.responses)
+        if not packs or rows * width > max_tokens:
+            packs.append([])
+            width, rows = unit.row, len(unit.responses)
+        packs[-1].append(unit)
+    return packs
