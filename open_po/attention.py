@@ -26,7 +26,10 @@ from open_po.packing import Segment
 ATTENTION_NAME = "open_po_packed"
 _FLASH_HEAD_DIM = 256  # the largest that FlashAttention takes
 _FLASH_MULTIPLE = 8
+_FLASH_CAPABILITY = (8, 0)  # Ampere
 _FLASH_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # since torch 2.12
+
+_QUERY_BLOCK = 1024  # queries whose scores plain matrix products hold at a time
 
 _calls: list[nn.Module] | None = None  # see count_calls
 
@@ -48,15 +51,10 @@ class Segments:
         self.query_lengths = [segment.end - segment.start for segment in ranges]
         # Keys are cut wherever a prefix or a segment begins or ends; a segment's keys are some of these pieces.
         cuts = sorted({end for segment in ranges for end in segment})
-        pieces = list(pairwise(cuts))
-        self.piece_lengths = [end - start for start, end in pieces]
+        self.piece_lengths = [end - start for start, end in pairwise(cuts)]
+        at = {cut: number for number, cut in enumerate(cuts)}
         self.pieces_of = [
-            [
-                number
-                for number, (start, end) in enumerate(pieces)
-                if (start >= segment.prefix_start and end <= segment.prefix_end)
-                or (start >= segment.start and end <= segment.end)
-            ]
+            [*range(at[segment.prefix_start], at[segment.prefix_end]), *range(at[segment.start], at[segment.end])]
             for segment in ranges
         ]
         self._masks: dict[tuple[int, int, int], Tensor] = {}
@@ -166,6 +164,7 @@ def _flash_takes(query: Tensor, value: Tensor) -> bool:
         and head_dim == value.shape[-1]
         and head_dim <= _FLASH_HEAD_DIM
         and head_dim % _FLASH_MULTIPLE == 0
+        and torch.cuda.get_device_capability(query.device) >= _FLASH_CAPABILITY
     )
 
 
@@ -220,13 +219,19 @@ def _by_products(
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> Tensor:
-    """Scores of one segment at a time, made again in the backward pass, so that never more of them exist."""
+    """Scores of a block of one segment's queries at a time, made again in the backward pass.
+
+    So that never more than [heads, block, keys] of them exist.
+    """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     parts = []
     for segment, q, k, v in _by_segment(query, key, value, segments):
         mask = segments.mask(segment, window)
-        part = checkpoint(_attend, q, k, v, mask, scaling, softcap, s_aux, use_reentrant=False)
-        parts.append(part.transpose(1, 2))
+        for block, seen in zip(q.split(_QUERY_BLOCK, 2), mask.split(_QUERY_BLOCK), strict=True):
+            part = checkpoint(
+                _attend, block, k, v, seen, scaling, softcap, s_aux, use_reentrant=False, preserve_rng_state=False
+            )
+            parts.append(part.transpose(1, 2))
     return torch.cat(parts, 1)
 
 

@@ -283,7 +283,8 @@ class Scorer(nn.Module):
             segments = Segments(batch.segments, self.device)
             tokens, positions = batch.input_ids[None], batch.position_ids[None]
             inputs = [{"input_ids": tokens, "position_ids": positions, "segments": segments}]
-        if self.balances_experts:
+        balances = self.balances_experts and torch.is_grad_enabled()
+        if balances:
             inputs = [call | {"output_router_logits": True} for call in inputs]
         outputs = []
         for call in inputs:
@@ -291,7 +292,7 @@ class Scorer(nn.Module):
                 _forget_longer_rows(self.base)
             with self.autocast():
                 outputs.append(self.base.base_model(**call, use_cache=False))
-        if self.balances_experts:
+        if balances:
             self.load_balancing = self._load_balancing([output.router_logits for output in outputs], batch)
         states = [output.last_hidden_state for output in outputs]
         if len(states) > 1:
@@ -377,7 +378,8 @@ def _forget_longer_rows(model: PreTrainedModel) -> None:
         for name in [name for name in dir(module) if name.endswith("max_seq_len_cached")]:
             setattr(module, name, module.original_max_seq_len)
         for name in [name for name in dir(module) if name.endswith("original_inv_freq")]:
-            getattr(module, name.replace("original_inv_freq", "inv_freq")).copy_(getattr(module, name))
+            # A copy: what is there may be the buffer of the long frequencies itself.
+            setattr(module, name.replace("original_inv_freq", "inv_freq"), getattr(module, name).clone())
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

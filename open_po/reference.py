@@ -1,9 +1,9 @@
 """Reference log-probs: computed once per response and model, kept on disk, looked up by pair.
 
 A store is a folder `CACHE_DIR/KEY`. The key is the hash of `manifest.json` beside the rows: the content of the model's
-files and the numerics it ran with. Rows are Parquet files of (`response_key`, summed log-prob in nats, scored tokens),
-one row per response, each file complete from the moment it has its name. Nothing about the data set, the loss, beta,
-packing, ranks or seed is in the key.
+files and the numerics it ran with. Rows are Parquet files of (`response_key`, summed log-prob in nats, scored tokens,
+log-prob of each token or null), one row per response, each file complete from the moment it has its name. Nothing about
+the data set, the loss, beta, packing, ranks or seed is in the key.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from open_po.data import PairDataset
-from open_po.errors import UserError
+from open_po.errors import UserError, first_line
 from open_po.losses import PairLogps
 from open_po.model import Scorer, release_memory
 from open_po.output import write_atomically
@@ -266,13 +266,19 @@ class Pass:
     def _compute(self, pack: Sequence[Unit[Response]]) -> bool:
         """Score a pack. False if memory does not suffice, but may for a smaller one."""
         responses = [response for unit in pack for response in unit.items]
+        batch = self.planner.batch(pack, self.pad)
         try:
-            batch = self.planner.batch(pack, self.pad)
             token_logps = self.scorer.token_logprobs(batch)
             self._fresh |= self._rows(token_logps, batch, responses)
         except RuntimeError as error:
-            if not is_out_of_memory(error) or len(responses) == 1:
+            if not is_out_of_memory(error):
                 raise
+            if len(responses) == 1:
+                tokens, origin = len(batch.input_ids), self.planner.dataset.origins[responses[0].pair]
+                raise UserError(
+                    f"{origin}: out of memory in the reference pass, with one response of {tokens:,} tokens, its "
+                    f"prompt included ({first_line(error)}); lower max_seq_length"
+                ) from error
             return False
         return True
 

@@ -8,19 +8,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from open_po.checkpoint import RunningMean, TrainingProgress, TrainingState, latest_checkpoint, prune
-from open_po.config import RunConfig, help_text, load_config
+from open_po.config import RunConfig, Sharing, help_text, load_config
 from open_po.data import PairDataset, load_pairs
 from open_po.data.tokenization import Truncation
 from open_po.errors import ConfigError, UserError
 from open_po.evaluate import HeldOut
 from open_po.hub import create_repository, upload
-from open_po.layout import Sharing, choose_layout
+from open_po.layout import choose_layout
 from open_po.model import (
     Numerics,
     Scorer,
@@ -94,8 +94,8 @@ class Data:
     def parts(self) -> list[PairDataset]:
         return [self.train] if self.held_out is None else [self.train, self.held_out]
 
-    def prepare(self, scorer: Scorer, sharing: Sharing) -> str:
-        """Set the scorer to the best layout that it takes; returns a line about it.
+    def prepare(self, scorer: Scorer, sharing: Sharing, name: str, runtime: Runtime) -> None:
+        """Set the scorer to the best layout that it takes, and say which.
 
         Raises UserError if the model cannot score these pairs, or scores them differently from its own forward.
         """
@@ -104,7 +104,8 @@ class Data:
         scorer.check_length(longest)
         samples = [self.train[index] for index in range(min(2, len(self.train)))]
         samples += [part[index] for part in self.parts for index in [part.longest_pair] if part.longest_row == longest]
-        return choose_layout(scorer, samples, sharing, longest=longest, pad=self.pad).describe()
+        choice = choose_layout(scorer, samples, sharing, longest=longest, pad=self.pad)
+        runtime.say(f"{name}: {choice.describe()}")
 
 
 def run(config: RunConfig, runtime: Runtime) -> None:
@@ -223,7 +224,7 @@ def separate_reference(config: RunConfig, runtime: Runtime, data: Data) -> Refer
 
     def load() -> Scorer:
         scorer = load_scorer(name, revision, numerics, runtime.device, trust_remote_code=config.model.trust_remote_code)
-        runtime.say(f"Reference model: {data.prepare(scorer, config.model.prompt_sharing)}")
+        data.prepare(scorer, config.model.prompt_sharing, "Reference model", runtime)
         return scorer
 
     trust = config.model.trust_remote_code
@@ -261,10 +262,11 @@ def fill_reference(
     folder, missing = runtime.on_main(count)
     store = store or ReferenceStore(folder)
     done = Load()
+    usual = (4 if runtime.device.type == "cuda" else 1) * (config.train.max_tokens_per_batch or 0)
+    max_tokens = config.reference.reference_max_tokens_per_batch or usual
     if missing:
         scorer = _load_alike(load, runtime)
         for part in data.parts:
-            max_tokens = config.reference.reference_max_tokens_per_batch or 0
             done += fill_store(store, scorer, part, runtime, by_token=by_token, max_tokens=max_tokens, pad=data.pad)
     reused = sum(map(len, data.parts)) - missing
     if reused:
@@ -280,8 +282,10 @@ def fill_reference(
 def _load_alike(load: Callable[[], Scorer], runtime: Runtime) -> Scorer:
     """A model on every rank, all with the same layout, since each plans for all."""
     scorer = runtime.on_all(load)
-    order: tuple[Layout, ...] = ("shared", "unshared", "rows")
-    scorer.use_layout(max(runtime.gather(scorer.layout), key=order.index))
+    layouts = runtime.gather(scorer.layout)
+    scorer.use_layout(max(layouts, key=get_args(Layout).index))
+    if len(set(layouts)) > 1:
+        runtime.say(f"The ranks found different layouts ({', '.join(layouts)}); all take {scorer.layout}")
     return scorer
 
 
@@ -298,7 +302,7 @@ def load_policy(config: RunConfig, numerics: Numerics, runtime: Runtime, data: D
         runtime.device,
         trust_remote_code=model.trust_remote_code,
     )
-    runtime.say(f"Policy: {data.prepare(scorer, model.prompt_sharing)}")
+    data.prepare(scorer, model.prompt_sharing, "Policy", runtime)
     if config.loss.load_balancing_loss:
         scorer.balance_experts()
     if model.gradient_checkpointing:

@@ -53,7 +53,8 @@ def user_line(error: BaseException) -> str | None:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or this machine, had no memory left for a tensor."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    said = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def _for_all(error: Exception) -> Exception:

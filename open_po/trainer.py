@@ -20,7 +20,7 @@ from open_po.global_batch import GlobalLoss, gather_logps, global_loss
 from open_po.losses import Counts, LossMix, PairLogps
 from open_po.model import trainable_parameters
 from open_po.output import RunFolder
-from open_po.packing import Planner, Sampler
+from open_po.packing import PackedBatch, Planner, Sampler
 from open_po.reference import lookup
 from open_po.runtime import Runtime
 from open_po.tracking import Metrics, Progress, Trackers, peak_memory_bytes
@@ -128,8 +128,8 @@ class Trainer:
         runtime, counts = self.runtime, size.counts
         packs = self.planner.packs(indices, rank=runtime.rank, world_size=runtime.world_size)
         whole = self._whole_step(indices, packs, counts) if self.loss.batch_coupled else None
-        # An epoch's last step may have fewer pairs than ranks; a rank without any still joins, with coefficient 0.
         self.state.progress.load += self.planner.load(packs)
+        # A step may have fewer prompts than ranks; a rank without any still joins, with coefficient 0.
         idle, packs = not packs, packs or [indices[:1]]
         bad: dict[int, Tensor] = {}
         for position, pack in enumerate(packs):
@@ -142,7 +142,7 @@ class Trainer:
                 else:
                     losses = self.loss(policy, lookup(self.reference, pack, policy))
                     value = losses.value(counts)
-                aux = self._balance(batch.tokens / size.tokens)
+                aux = self._balance(batch, size)
                 if aux is not None:
                     value = value + (self.config.loss.load_balancing_weight or 0.0) * aux
                 # The ranks' gradients are averaged, hence the factor of their number.
@@ -154,10 +154,10 @@ class Trainer:
                 bad |= zip(pack, losses.not_finite(), strict=True)
         return bad if whole is None else dict(zip(indices, whole.losses.not_finite(), strict=True))
 
-    def _balance(self, share: float) -> Tensor | None:
+    def _balance(self, batch: PackedBatch, size: StepSize) -> Tensor | None:
         """The load balancing loss of the pack that was just scored, by its share of the step's tokens."""
         loss = self.state.scorer.load_balancing
-        return None if loss is None else share * loss
+        return None if loss is None else batch.tokens / size.tokens * loss
 
     def _whole_step(self, indices: list[int], packs: list[list[int]], counts: Counts) -> GlobalLoss:
         """The loss of a step whose pairs depend on one another: one more forward pass over its packs.

@@ -268,8 +268,11 @@ def tensor_like(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, width
         (tensor_like(width=64), tensor_like(width=128), False),
     ],
 )
-def test_what_flash_attention_takes(query: Any, value: Any, takes: bool) -> None:
+def test_what_flash_attention_takes(query: Any, value: Any, takes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert attention._flash_takes(query, value) == takes
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert not attention._flash_takes(query, value), "not on cards before Ampere"
 
 
 @pytest.mark.parametrize(

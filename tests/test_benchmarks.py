@@ -23,9 +23,7 @@ from open_po.packing import Sampler
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks" / "against_trl"
 NAMES = ["compare", "comparison_report", "measuring", "open_po_side", "presets", "trl_side", "workloads"]
 sys.path.insert(0, str(BENCHMARKS))  # where Python finds them when the benchmark is run
-compare, comparison_report, measuring, open_po_side, presets, trl_side, workloads = map(
-    importlib.import_module, NAMES
-)
+compare, comparison_report, measuring, open_po_side, presets, trl_side, workloads = map(importlib.import_module, NAMES)
 sys.path.remove(str(BENCHMARKS))
 
 SHAPE = workloads.Shape(hidden=8, layers=2, heads=2, kv_heads=1, intermediate=16, vocabulary=50)

@@ -473,8 +473,7 @@ def test_a_mix_gives_each_part_its_own_parameters(write: Callable[..., str]) -> 
 def test_defaults_that_depend_on_other_fields() -> None:
     config = parse("--per_device_train_batch_size", "3", "--max_seq_length", "100", "--exp_name", "x")
     assert config.train.max_tokens_per_batch == 600
-    assert config.reference.reference_max_tokens_per_batch == 2400
-    assert parse("--max_tokens_per_batch", "7").reference.reference_max_tokens_per_batch == 28
+    assert config.reference.reference_max_tokens_per_batch is None, "it depends on the device"
     assert (config.model.prompt_sharing, config.train.group_pairs_by_prompt) == ("auto", False)
     assert config.output.output_dir == "output/x"
     assert config.model.lora_rank is config.model.lora_alpha is config.model.lora_target_modules is None

@@ -245,6 +245,7 @@ def test_a_run_leaves_a_whole_folder(finished: Path) -> None:
 def test_the_saved_model_is_the_trained_one_and_generates(finished: Path, llama: Path) -> None:
     trained = cli.load_file(finished / "checkpoints" / "step_000006" / "weights.safetensors")
     assert cli.equal({f"model.{name}": value for name, value in cli.weights(finished).items()}, trained)
+    assert "open_po" not in (finished / "config.json").read_text(), "the saved model has transformers' own attention"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(finished), AutoTokenizer.from_pretrained(finished)
     prompt = tokenizer("the red cat", return_tensors="pt")
     assert (
@@ -309,7 +310,7 @@ def test_the_summary_counts_what_was_done(finished: Path) -> None:
     assert content["reference"].pop("seconds") > 0
     reference = content["reference"].pop("packing")
     assert (reference["packs"], reference["prompt_tokens_saved"]) == (2, 0.5)  # one of each data set
-    assert 0 < reference["fill"] < packing["fill"]
+    assert 0.3 < reference["fill"] < 1, "on a CPU the budget is that of training"
     for padding_avoided in (packing["padding_avoided"], reference["padding_avoided"]):
         assert 0.1 < padding_avoided < 0.5
     assert content["reference"] == {"pairs_computed": 29, "pairs_reused": 0}

@@ -450,9 +450,15 @@ def not_in_the_last(real: Any, module: Any, *positional: Any, **named: Any) -> A
     return attention._by_sdpa(query, key, value, named["segments"], named["scaling"], None), None
 
 
-@pytest.mark.parametrize("change", [twice, not_in_the_last])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (twice, "a layer calls transformers' attention interface more than once"),
+        (not_in_the_last, "1 of 2 layers use transformers' attention interface"),
+    ],
+)
 def test_scores_that_agree_are_not_enough(
-    change: Callable[..., Any], llama: Path, monkeypatch: pytest.MonkeyPatch
+    change: Callable[..., Any], reason: str, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attention must be called once in each layer: otherwise something is done that was not meant to be."""
     scorer, plain = load(llama), load(llama)
@@ -462,7 +468,7 @@ def test_scores_that_agree_are_not_enough(
     choice = choose(scorer)
     assert choice.layout == "rows"
     for layout in LAYOUTS[:2]:
-        assert "layers use transformers' attention interface" in choice.refused[layout]
+        assert choice.refused[layout] == reason
 
 
 def score_only(scorer: Scorer, layout: Layout) -> Tensor:
@@ -483,6 +489,21 @@ def test_a_model_that_no_layout_scores_rightly_is_refused(llama: Path) -> None:
 
     scorer.base.model.forward = mixed
     with pytest.raises(UserError, match=r"llama: this architecture is not supported, its scores differ from its own"):
+        choose(scorer)
+
+
+def test_a_score_that_is_not_finite_is_left_to_those_who_can_name_its_pair(llama: Path) -> None:
+    scorer = load(llama)
+    embedding = scorer.base.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding[12] = float("inf")  # in ALL[2] only
+    choice = choose(scorer)
+    assert (choice.layout, choice.refused, choice.responses) == ("shared", {}, 4)
+    with pytest.raises(UserError, match="its weights are damaged, or too large for float32"):
+        choose_layout(scorer, [ALL[2]], "auto", longest=LONGEST, pad=2)
+    with torch.no_grad():
+        embedding[0] = float("nan")
+    with pytest.raises(UserError, match="its weights are damaged, or too large for float32"):
         choose(scorer)
 
 

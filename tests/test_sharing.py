@@ -309,11 +309,31 @@ def test_the_longest_held_out_pair_counts_too(long: bool, tmp_path: Path) -> Non
     assert cli.summary(output)["train"]["layout"] == ("rows" if long else "shared")
     rows = tiny.text_rows(6) + held_out
     expected = {}
-    for row in rows:  # a model of its own for each pair, since it remembers the longest row; chosen ones are longer
+    for row in rows:  # a model of its own for each response, since it remembers the longest row
         for side in ("chosen", "rejected"):
-            one = expected_rows(model, [row | {"chosen": row[side], "rejected": row[side]}])
-            expected |= one
+            expected |= expected_rows(model, [row | {"chosen": row[side], "rejected": row[side]}])
     assert_same(stored(tmp_path / "reference"), expected)
+
+
+@pytest.mark.parametrize("where", ["training", "held out"])
+def test_the_check_at_start_compares_the_longest_pair(
+    where: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows and long positions matter there."""
+    training, held_out = tiny.text_rows(6), tiny.text_rows(6, seed=1)
+    (training if where == "training" else held_out)[4]["rejected"] *= 8
+    checked: list[int] = []
+
+    def choose(scorer: Scorer, pairs: Sequence[Any], *positional: Any, longest: int, pad: int) -> Choice:
+        rows = [len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
+        checked.extend(rows)
+        assert max(rows) == longest
+        return choose_layout(scorer, pairs, *positional, longest=longest, pad=pad)
+
+    monkeypatch.setattr(open_po.run, "choose_layout", choose)
+    data, other = (tiny.write_jsonl(tmp_path / f"{n}.jsonl", r) for n, r in enumerate((training, held_out)))
+    cli.train(llama, data, tmp_path / "run", eval_mixer_list=[other, "1.0"], max_train_steps=1)
+    assert len(checked) == 3
 
 
 def test_all_ranks_take_the_layout_that_each_can(llama: Path, ranked: Path, tmp_path: Path) -> None:
@@ -403,7 +423,9 @@ def test_a_single_response_that_does_not_fit_ends_with_one_line(
     fail_beyond(longest - 1, gpu_memory_ends)
     words = cli.arguments(llama, ranked, tmp_path / "run", reference_max_tokens_per_batch=200)
     line = cli.failure(capsys, words)
-    assert line.startswith("error: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.); ")
+    said = f"out of memory in the reference pass, with one response of {longest} tokens, its prompt included (CUDA out"
+    assert re.match(rf"error: \S+ranked.jsonl row \d+: {re.escape(said)}", line)
+    assert line.endswith("; lower max_seq_length")
     assert cli.summary(tmp_path / "run")["status"] == "failed"
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,6 +57,7 @@ class OpenPoJob:
             "per_device_train_batch_size": self.global_batch,
             "gradient_accumulation_steps": 1,
             "max_tokens_per_batch": self.settings.tokens,
+            "reference_max_tokens_per_batch": self.settings.reference_tokens,
             "num_epochs": -(-self.num_steps * self.global_batch // self.num_pairs),
             "max_train_steps": self.num_steps,
             "learning_rate": self.learning_rate,
@@ -70,8 +69,6 @@ class OpenPoJob:
             "logging_steps": 1,
             "seed": self.seed,
         }
-        if "reference_max_tokens_per_batch" in known_fields():
-            fields["reference_max_tokens_per_batch"] = self.settings.reference_tokens
         if self.settings.checkpointing:
             fields["gradient_checkpointing"] = "true"
         flags = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
@@ -79,12 +76,6 @@ class OpenPoJob:
 
     def command(self) -> list[str]:
         return [sys.executable, PROGRAM, *self.arguments()]
-
-
-@functools.cache
-def known_fields() -> str:
-    """What `--help` says; a field that an older version lacks is left out of the command line."""
-    return subprocess.run([sys.executable, PROGRAM, "--help"], capture_output=True, text=True, check=True).stdout
 
 
 def read_result(job: OpenPoJob, ids: Sequence[Ids]) -> dict[str, Any]:

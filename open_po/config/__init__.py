@@ -9,6 +9,7 @@ from open_po.config.fields import (
     OutputConfig,
     ReferenceConfig,
     RunConfig,
+    Sharing,
     TrainConfig,
 )
 from open_po.config.reading import help_text, load_config
@@ -21,6 +22,7 @@ __all__ = [
     "OutputConfig",
     "ReferenceConfig",
     "RunConfig",
+    "Sharing",
     "TrainConfig",
     "help_text",
     "load_config",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from open_po.config.fields import (
     DataConfig,
@@ -168,9 +168,6 @@ def resolve(config: RunConfig) -> RunConfig:
         output = dataclasses.replace(output, output_dir=f"output/{output.exp_name}")
     model, data, output = _expand_home(model), _expand_home(data), _expand_home(output)
     reference = _expand_home(config.reference)
-    if reference.reference_max_tokens_per_batch is None:
-        tokens = 4 * cast(int, train.max_tokens_per_batch)
-        reference = dataclasses.replace(reference, reference_max_tokens_per_batch=tokens)
     loss = config.loss.resolved()
     return dataclasses.replace(
         config, model=model, data=data, reference=reference, loss=loss, train=train, output=output

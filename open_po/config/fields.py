@@ -15,6 +15,8 @@ import yaml
 
 from open_po.losses import Loss, LossMix, LossSpec, Value, loss_spec
 
+Sharing = Literal["auto", "on", "off"]
+
 
 def option(default: Any, text: str, *, shapes_result: bool = True) -> Any:
     """A field with its help text. `shapes_result=False`: changing it between a run and its resumption is allowed."""
@@ -44,7 +46,7 @@ class ModelConfig:
     use_liger_kernel: bool | None = option(
         None, "Liger's Triton kernels for head, RMSNorm, RoPE and SwiGLU; default: on CUDA"
     )
-    prompt_sharing: Literal["auto", "on", "off"] = option(
+    prompt_sharing: Sharing = option(
         "auto",
         "compute a prompt once for all its responses; auto: if the model's scores stay those of its own forward, which "
         "is checked at the start; on: or stop",
@@ -93,8 +95,8 @@ class ReferenceConfig:
     )
     reference_max_tokens_per_batch: int | None = option(
         None,
-        "tokens of one forward pass of the reference, which keeps no activations; default 4 x max_tokens_per_batch. "
-        "If memory runs out it is halved and the pass goes on",
+        "tokens of one forward pass of the reference, which keeps no activations; default 4 x max_tokens_per_batch on "
+        "CUDA, max_tokens_per_batch on a CPU. If memory runs out it is halved and the pass goes on",
         shapes_result=False,
     )
 
@@ -242,7 +244,9 @@ class TrainConfig:
         shapes_result=False,
     )
     group_pairs_by_prompt: bool = option(
-        False, "draw whole prompts: a step holds all pairs of its prompts, and computes each response once"
+        False,
+        "draw whole prompts, so that a step holds all pairs of a prompt and computes each response once; a prompt is "
+        "split between steps only if it is larger than a step or nothing that is left fits into a step's rest",
     )
     optimizer: Literal["adamw", "rmsprop", "sgd"] = option("adamw", "adamw, rmsprop or sgd")
     learning_rate: float = option(5e-7, "peak learning rate")

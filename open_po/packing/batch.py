@@ -158,10 +158,11 @@ def _lay_out(
     if with_prompt:
         first = np.cumsum([0, *(len(group.responses) for group in groups)])
         scored += [_prompt_scores(places[first[g]], group) for g, group in enumerate(groups)]
-        prompts = torch.tensor([unscored + pair.group for pair in index])
+        prompts = torch.tensor([unscored + pair.group for pair in index], dtype=torch.int64)
         unscored = len(scored)
     if any(pair.rejected < 0 for pair in index):  # a response without tokens, for the pairs that lack one
         scored.append((np.arange(0), np.arange(0)))
+    sides = [[pair.chosen, pair.rejected if pair.rejected >= 0 else unscored] for pair in index]
     counts = np.array([len(where) for where, _ in scored])
     targets = np.concatenate([target for _, target in scored])
     return PackedBatch(
@@ -175,7 +176,7 @@ def _lay_out(
         response_id=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
         response_start=torch.from_numpy(np.cumsum(counts) - counts),
         response_tokens=torch.from_numpy(counts),
-        pairs=torch.tensor([[p.chosen, p.rejected if p.rejected >= 0 else unscored] for p in index]).view(-1, 2),
+        pairs=torch.tensor(sides, dtype=torch.int64).view(-1, 2),
         prompts=prompts,
         token_weights=torch.from_numpy(weights),
     )

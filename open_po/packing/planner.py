@@ -6,6 +6,7 @@ All plans are deterministic, and every rank knows every rank's share.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Generic, NamedTuple, TypeVar
@@ -187,12 +188,17 @@ def _split(
     whole = make(items)
     if len(items) == 1 or _size([whole], layout) <= max_tokens:
         return [whole]
-    parts: list[list[Item]] = [[]]
-    for item in items:
-        if parts[-1] and _size([make([*parts[-1], item])], layout) > max_tokens:
-            parts.append([])
-        parts[-1].append(item)
-    return [make(part) for part in parts]
+    parts: list[Unit[Item]] = []
+    while items:
+        # The most items that fit, found by doubling and halving: adding them one by one would be quadratic.
+        most = 1
+        while most < len(items) and _size([make(items[: 2 * most])], layout) <= max_tokens:
+            most *= 2
+        sizes = range(most + 1, min(2 * most, len(items)) + 1)
+        most += bisect_right(sizes, max_tokens, key=lambda count: _size([make(items[:count])], layout))
+        parts.append(make(items[:most]))
+        items = items[most:]
+    return parts
 
 
 def _size(units: Sequence[Unit[Item]], layout: Layout) -> int:
@@ -240,13 +246,14 @@ def _spread(longest_first: Iterable[Unit[Item]], layout: Layout, bins: int) -> l
 def _balanced(units: Iterable[Unit[Item]], layout: Layout, max_tokens: int) -> list[list[Unit[Item]]]:
     """As few packs as hold the units, all of about the same size: full ones and a small rest would be slower."""
     longest_first = _longest_first(units, lambda unit: unit.tokens(layout))
-    total = sum(unit.tokens(layout) for unit in longest_first)
-    bins = min(-(-total // max_tokens), len(longest_first))
-    while True:
-        packs = _spread(longest_first, layout, bins)
-        if bins == len(longest_first) or all(len(p) == 1 or _size(p, layout) <= max_tokens for p in packs):
-            return packs
-        bins = min(bins + 1 + bins // 20, len(longest_first))
+    alone = [[unit] for unit in longest_first if unit.tokens(layout) > max_tokens]
+    rest = longest_first[len(alone) :]
+    bins = -(-sum(unit.tokens(layout) for unit in rest) // max_tokens)
+    while True:  # ends at one unit a pack at the latest
+        packs = _spread(rest, layout, bins)
+        if all(_size(pack, layout) <= max_tokens for pack in packs):
+            return alone + packs
+        bins = min(bins + 1 + bins // 20, len(rest))
 
 
 def _filled(units: Iterable[Unit[Item]], layout: Layout, max_tokens: int) -> list[list[Unit[Item]]]:
