@@ -51,9 +51,9 @@ class Load:
     budget: int = 0  # what the packs had room for
     computed: int = 0  # through the model, padding included
     padding: int = 0  # part of `computed`
-    prompts_repeated: int = 0  # prompt tokens, were each prompt computed with each response of each pair
+    prompts_repeated: int = 0  # prompt tokens, were each prompt computed with each response
     prompts_computed: int = 0
-    padding_otherwise: int = 0  # padding, were each pack a batch of rows of one width
+    padding_otherwise: int = 0  # padding, were these packs batches of rows of one width
 
     def __add__(self, other: Load) -> Load:
         return Load(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Load)))
