@@ -19,7 +19,7 @@ from open_po.packing import PackedBatch
 LOGPROB_VERSION = 2
 
 # Size of the one [chunk x V] buffer that logits are computed in. Tokens that fit in one chunk are computed once, others
-# again in the backward pass: on one core 128 MiB run at 63 GFLOP/s where 64 MiB run at 48 (512 tokens x 64k vocabulary).
+# again in the backward pass: on one core 128 MiB run at 63 GFLOP/s where 64 MiB run at 48 (512 tokens, vocabulary 64k).
 _TILE_BYTES = 128 * 2**20
 
 
