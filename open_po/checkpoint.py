@@ -23,7 +23,7 @@ from open_po.errors import UserError
 from open_po.losses import LossMix, PairLogps
 from open_po.model import Scorer
 from open_po.output import changed_fields, disk_faults
-from open_po.packing import Load
+from open_po.packing import PackingStats
 from open_po.runtime import Runtime
 from open_po.tracking import PreferenceMeter
 
@@ -69,7 +69,7 @@ class TrainingProgress:
     tokens: int = 0  # prompt and response tokens, prompts counted with each response
     response_tokens: int = 0  # scored tokens
     seconds: float = 0.0  # spent in training steps
-    load: Load = field(default_factory=Load)  # of this rank's packs
+    packing: PackingStats = field(default_factory=PackingStats)  # of this rank's packs
     wandb_run_id: str | None = None
     running_means: list[RunningMean] = field(default_factory=list)  # one for each part of the loss
 
@@ -145,7 +145,7 @@ class TrainingState:
         try:
             state = json.loads((checkpoint / _STATE).read_text())
             progress, theirs = TrainingProgress(**state["progress"]), dict(state["config"])
-            progress.load = Load(**state["progress"]["load"])
+            progress.packing = PackingStats(**state["progress"]["packing"])
             progress.running_means = [RunningMean(**mean) for mean in state["progress"]["running_means"]]
             weights = load_file(checkpoint / "weights.safetensors")
             training = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ from open_po.runtime import is_out_of_memory
 # and more; a token that sees a wrong context is off by several times that.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 _LARGEST = 10  # times the tolerance: no token may be off by more, or a leak into few of them would hide in the mean
+_WANTED: dict[Sharing, tuple[Layout, ...]] = {
+    "auto": get_args(Layout),
+    "on": ("shared",),
+    "off": ("unshared", "rows"),
+}
 _HEAD_TOKENS = 32  # of the prompt and of the response whose logits the head is compared with
 
 
@@ -64,19 +70,17 @@ def choose_layout(
         _check_head(scorer, pairs[0])
         limit = rope_limit(scorer.base.config)
         scorer.row_by_row = limit is not None and longest > limit
-        candidates: list[Layout] = ["rows"] if scorer.row_by_row else ["shared", "unshared", "rows"]
         refused: dict[Layout, str] = {}
         if scorer.row_by_row:
             refused["shared"] = f"rotations depend on the length of rows beyond {limit} tokens"
-        if sharing == "off" and "shared" in candidates:
-            candidates.remove("shared")
         groups, expected = _finite(scorer, group_pairs(pairs)[0])
-        for layout in candidates if sharing != "on" else candidates[:1]:
+        for layout in ("rows",) if scorer.row_by_row else get_args(Layout):
+            if layout not in _WANTED[sharing]:
+                continue
             reason, difference = _try(scorer, layout, groups, expected, pad)
-            if reason is None and (sharing != "on" or layout == "shared"):
+            if reason is None:
                 return Choice(layout, difference, len(expected), refused)
-            if reason is not None:
-                refused[layout] = reason
+            refused[layout] = reason
     model = scorer.base.config.model_type
     reasons = "; ".join(f"{layout}: {reason}" for layout, reason in refused.items())
     if sharing == "on":
@@ -95,11 +99,10 @@ def _check_head(scorer: Scorer, pair: PreferencePair) -> None:
     with scorer.autocast():
         logits = scorer.base(input_ids=row, use_cache=False).logits[0, len(group.prompt_ids) - 1 : -1]
     expected = logits.float().log_softmax(-1).gather(1, row[0, len(group.prompt_ids) :, None])[:, 0]
-    numerics = scorer.numerics
     if not expected.isfinite().all():
         raise _not_finite(scorer)
     # A few tokens' slack: one bfloat16 step of a logit above 32 is 0.25 nats.
-    allowed = _TOLERANCE[numerics.compute_dtype] * (len(expected) + 4)
+    allowed = _TOLERANCE[scorer.numerics.compute_dtype] * (len(expected) + 4)
     if not (got - expected).sum().abs() <= allowed:
         raise UserError(
             f"{scorer.base.config.model_type}: fused log-probs differ from the model's own ({got.sum().item():.4f} "

@@ -47,6 +47,11 @@ def fused_logprobs(hidden: Tensor, head: Head, targets: Tensor, *, use_liger: bo
     return function(hidden, head, targets)
 
 
+def response_sums(values: Tensor, batch: PackedBatch) -> Tensor:
+    """Sums over the tokens of each response, [R], of `values` [N]."""
+    return values.new_zeros(batch.num_responses).index_add(0, batch.response_id.to(values.device), values)
+
+
 def pair_logps(
     logprobs: Tensor, batch: PackedBatch, *, ld_alpha: float = 1.0, log_sum_sq: Tensor | None = None
 ) -> PairLogps:
@@ -55,12 +60,8 @@ def pair_logps(
     `ld_alpha` is the weight of the tokens of a pair's longer response beyond the length of its shorter one (LD-DPO,
     arXiv 2409.06411). `log_sum_sq` [N] is summed as it is, for the losses that read it.
     """
-
-    def sums(values: Tensor) -> Tensor:
-        return values.new_zeros(batch.num_responses).index_add(0, batch.response_id, values)
-
-    logps, tokens = sums(logprobs), batch.response_tokens.to(logprobs.dtype)
-    squares = None if log_sum_sq is None else sums(log_sum_sq)
+    logps, tokens = response_sums(logprobs, batch), batch.response_tokens.to(logprobs.dtype)
+    squares = None if log_sum_sq is None else response_sums(log_sum_sq, batch)
     chosen, rejected = batch.pairs.unbind(1)
     sides = logps[batch.pairs]
     if ld_alpha != 1.0:

@@ -26,10 +26,11 @@ from torch import Tensor
 
 from open_po.data import PairDataset
 from open_po.errors import UserError, first_line
+from open_po.logprobs import response_sums
 from open_po.losses import PairLogps
 from open_po.model import Scorer, release_memory
 from open_po.output import write_atomically
-from open_po.packing import Load, PackedBatch, Response, ResponsePlanner, Unit
+from open_po.packing import PackedBatch, PackingStats, Response, ResponsePlanner, Unit
 from open_po.runtime import Runtime, is_out_of_memory
 from open_po.tracking import Progress
 
@@ -72,7 +73,7 @@ class PassSummary:
     seconds: float
     pairs_computed: int  # with a response that was not stored
     pairs_reused: int
-    packing: dict[str, float] | None  # of the first rank's packs, see `Load.shares`; None if there were none
+    packing: dict[str, float] | None  # of the first rank's packs, see `PackingStats.summary`; None if there were none
 
 
 class ReferenceStore:
@@ -197,7 +198,7 @@ def fill_store(
     by_token: bool,
     max_tokens: int,
     pad: int,
-) -> Load:
+) -> PackingStats:
     """Compute what `store` lacks of `dataset`, each distinct response once, shared among the ranks; read it back.
 
     Returns what this rank's packs computed. Raises UserError naming the pair if a log-prob is not finite; it is
@@ -215,7 +216,7 @@ def fill_store(
             runtime.on_all(lambda: work.run(units, progress))
     if runtime.world_size > 1:
         store.reload()
-    return work.load
+    return work.stats
 
 
 class Pass:
@@ -234,7 +235,7 @@ class Pass:
     ) -> None:
         self.store, self.scorer, self.planner, self.runtime = store, scorer, planner, runtime
         self.by_token, self.max_tokens, self.pad = by_token, max_tokens, pad
-        self.load = Load()
+        self.stats = PackingStats()
         self._fresh: dict[bytes, Row] = {}
         self._flushed = time.monotonic()
 
@@ -251,14 +252,14 @@ class Pass:
         """Compute `units` pack by pack; returns those that are left when memory ends, to be cut smaller."""
         packs = self.planner.packs(units, self.max_tokens)
         for number, pack in enumerate(packs):
-            load = self.planner.load(pack, self.max_tokens)
+            stats = self.planner.stats(pack, self.max_tokens)
             if not self._compute(pack):
-                self.max_tokens = min(self.max_tokens, load.computed) // 2
+                self.max_tokens = min(self.max_tokens, stats.computed) // 2
                 release_memory()
                 self.runtime.say(f"Reference log-probs: out of memory, on with {self.max_tokens:,} tokens at a time")
                 return [unit for rest in packs[number:] for unit in rest]
-            self.load += load
-            progress.advance(sum(len(unit.items) for unit in pack), tokens=load.computed)
+            self.stats += stats
+            progress.advance(sum(len(unit.items) for unit in pack), tokens=stats.computed)
             if time.monotonic() - self._flushed > _FLUSH_SECONDS:
                 self._flush()
         return []
@@ -285,8 +286,7 @@ class Pass:
     def _rows(self, token_logps: Tensor, batch: PackedBatch, responses: Sequence[Response]) -> dict[bytes, Row]:
         """The rows of a pack: `token_logps` [N], cut into its responses."""
         dataset = self.planner.dataset
-        zeros = token_logps.new_zeros(batch.num_responses)
-        sums = zeros.index_add(0, batch.response_id.to(token_logps.device), token_logps).tolist()
+        sums = response_sums(token_logps, batch).tolist()
         rows: dict[bytes, Row] = {}
         parts = token_logps.split(batch.response_tokens.tolist())
         for response, logp, part in zip(responses, sums, parts, strict=True):

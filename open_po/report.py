@@ -38,7 +38,7 @@ def evaluations(records: Sequence[Metrics]) -> list[Metrics]:
 
 
 def packing_line(shares: dict[str, float]) -> str:
-    """`Load.shares` in words."""
+    """`PackingStats.summary` in words."""
     return (
         f"{shares['packs']:,} packs, {shares['fill']:.0%} full; {shares['prompt_tokens_saved']:.0%} of prompt tokens "
         f"saved, {shares['padding_avoided']:.0%} padding avoided"

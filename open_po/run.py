@@ -35,7 +35,7 @@ from open_po.model import (
 )
 from open_po.optim import make_optimizer, make_schedule, total_steps
 from open_po.output import RunFolder
-from open_po.packing import Layout, Load, Planner, Sampler
+from open_po.packing import Layout, PackingStats, Planner, Sampler
 from open_po.reference import PassSummary, ReferenceStore, fill_store, model_identity
 from open_po.report import evaluations, packing_line, plot_curves, summary_table, versions
 from open_po.runtime import Runtime, user_line
@@ -261,7 +261,7 @@ def fill_reference(
     # Rank 0 counts and the others read the store afterwards: rows of other ranks and runs may appear at any moment.
     folder, missing = runtime.on_main(count)
     store = store or ReferenceStore(folder)
-    done = Load()
+    done = PackingStats()
     usual = (4 if runtime.device.type == "cuda" else 1) * (config.train.max_tokens_per_batch or 0)
     max_tokens = config.reference.reference_max_tokens_per_batch or usual
     if missing:
@@ -272,7 +272,7 @@ def fill_reference(
     if reused:
         runtime.say(f"Reference log-probs: {reused:,} pairs from the cache {store.folder}")
     seconds = time.monotonic() - start
-    packing = done.shares() if done.packs else None
+    packing = done.summary() if done.packs else None
     if packing is not None:
         runtime.say(f"Reference packing: {packing_line(packing)}")
     summary = PassSummary(seconds=seconds, pairs_computed=missing, pairs_reused=reused, packing=packing)
@@ -429,7 +429,7 @@ def _summary(trainer: Trainer, data: Data, reference: Reference | None, held_out
             "tokens": done.tokens,
             "response_tokens": done.response_tokens,
             "layout": trainer.state.scorer.layout,
-            "packing": done.load.shares(),
+            "packing": done.packing.summary(),
         },
         "eval": held_out[-1] if held_out else None,
         "eval_before": next((record for record in held_out if record["training_step"] == 0), None),

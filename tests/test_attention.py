@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -187,16 +188,25 @@ def test_sdpa_equals_naive(groups: Any, layout: Any, heads: tuple[int, int], win
     st.sampled_from([None, 0.3]),
     st.sampled_from([None, 2.0]),
     st.booleans(),
+    st.sampled_from([2, 1024]),
 )
 @settings(max_examples=80, deadline=None)
 def test_products_equal_naive(
-    groups: Any, layout: Any, heads: tuple[int, int], window: int | None, scale: Any, softcap: Any, sinks: bool
+    groups: Any,
+    layout: Any,
+    heads: tuple[int, int],
+    window: int | None,
+    scale: Any,
+    softcap: Any,
+    sinks: bool,
+    block: int,
 ) -> None:
     batch = batch_of(groups, layout)
     tensors = inputs(batch, heads, values=12)
     segments = Segments(batch.segments, CPU)
     extra = torch.linspace(-1, 2, heads[0]).requires_grad_() if sinks else None
-    got = attention._by_products(*tensors, segments, scale, window, softcap, extra)
+    with mock.patch.object(attention, "_QUERY_BLOCK", block):
+        got = attention._by_products(*tensors, segments, scale, window, softcap, extra)
     leaves = tensors if extra is None else (*tensors, extra)
     assert_equal(got, naive_attention(batch, *tensors, scale, window, softcap, extra), leaves)
     if softcap is None and extra is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from open_po.errors import UserError
 from open_po.layout import Choice, choose_layout
 from open_po.losses import PairLogps
 from open_po.model import Numerics, Scorer, attach_lora, checkpoint_gradients
-from open_po.packing import Layout, Segment, pack
+from open_po.packing import Layout, PackedBatch, Segment, pack
 from tests import cli, tiny
 from tests.test_model import FLOAT32, PAIRS, as_matrix, load
 
@@ -469,6 +470,23 @@ def test_scores_that_agree_are_not_enough(
     assert choice.layout == "rows"
     for layout in LAYOUTS[:2]:
         assert choice.refused[layout] == reason
+
+
+def test_one_token_that_is_off_does_not_hide_in_the_mean(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = load(llama)
+    real = scorer.token_logprobs
+
+    def leaking(batch: PackedBatch) -> Tensor:
+        logprobs = real(batch)
+        if batch.layout == "shared":
+            logprobs[3] += 1.5e-3  # over all tokens a mean below the tolerance of 1e-4
+        return logprobs
+
+    monkeypatch.setattr(scorer, "token_logprobs", leaking)
+    choice = choose(scorer)
+    assert choice.layout == "unshared"
+    off, largest = re.findall(r"[0-9.e-]+(?= nats|  ?at most)", choice.refused["shared"])
+    assert float(off) < 1e-4 < 1e-3 < float(largest)
 
 
 def score_only(scorer: Scorer, layout: Layout) -> Tensor:

@@ -36,6 +36,9 @@ def test_a_pack_equals_transformers(architecture: str, checkpointing: bool, tmp_
     scorer.balance_experts()
     if checkpointing:
         checkpoint_gradients(scorer)
+    with scorer.as_reference():
+        scorer(batch)
+    assert scorer.load_balancing is None, "it is computed for gradients only"
     scorer(batch)
     assert scorer.load_balancing is not None
     scorer.load_balancing.backward()

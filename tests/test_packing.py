@@ -18,8 +18,8 @@ from open_po.model import Scorer
 from open_po.packing import (
     Group,
     Layout,
-    Load,
     PackedBatch,
+    PackingStats,
     Planner,
     Response,
     ResponsePlanner,
@@ -333,9 +333,9 @@ def test_ranks_get_nearly_the_same_tokens() -> None:
     dataset = sized([(prompt, [(chosen, rejected)]) for prompt, chosen, rejected in lengths])
     for layout in LAYOUTS:
         planner = Planner(dataset=dataset, max_tokens=4096, layout=layout)
-        loads = [sum(len(p) and planner.load([p]).computed for p in share) for share in plans(planner, range(256), 4)]
+        loads = [sum(len(p) and planner.stats([p]).computed for p in share) for share in plans(planner, range(256), 4)]
         assert max(loads) / min(loads) < 1.05, layout
-        shares = planner.load(planner.packs(range(256))).shares()
+        shares = planner.stats(planner.packs(range(256))).summary()
         assert shares["fill"] > (0.8 if layout == "rows" else 0.9), layout
 
 
@@ -348,14 +348,14 @@ def test_like_lengths_share_a_pack_of_rows() -> None:
 def test_packs_without_padding_are_of_about_the_same_size() -> None:
     dataset = sized([(4, [(n, n)]) for n in (1, 30, 2, 29, 3, 28)])
     planner = Planner(dataset=dataset, max_tokens=80, layout="shared")
-    assert [planner.load([pack]).computed for pack in planner.packs(range(6))] == [70, 70, 70]
+    assert [planner.stats([pack]).computed for pack in planner.packs(range(6))] == [70, 70, 70]
 
 
 def test_a_prompt_with_too_many_pairs_is_cut_by_pair() -> None:
     """Its prompt of 10 tokens comes again with every part; a pair that is too long goes alone."""
     dataset = sized([(10, [(5, 5), (6, 6), (4, 4), (40, 40)])])
     planner = Planner(dataset=dataset, max_tokens=33, layout="shared")
-    assert {tuple(pack): planner.load([pack]).computed for pack in planner.packs(range(4))} == {
+    assert {tuple(pack): planner.stats([pack]).computed for pack in planner.packs(range(4))} == {
         (3,): 90,
         (0, 1): 32,
         (2,): 18,
@@ -369,14 +369,14 @@ def test_loads_count_what_the_tensors_hold(
 ) -> None:
     planner = Planner(dataset=dataset, max_tokens=budget, layout=layout, with_rejected=both, with_prompt=with_prompt)
     packs = planner.packs(range(len(dataset)))
-    expected = Load()
+    expected = PackingStats()
     for indices in packs:
         batch, pairs = planner.batch(indices, 2), [dataset[index] for index in indices]
         groups, _ = group_pairs(pairs, with_rejected=both)
         responses = [(len(g.prompt_ids), len(g.prompt_ids) + len(r)) for g in groups for r in g.responses]
         width, rows = max(row for _, row in responses), sum(row for _, row in responses)
         computed = size_of(batch)
-        expected += Load(
+        expected += PackingStats(
             packs=1,
             budget=max(budget, computed),
             computed=computed,
@@ -385,7 +385,7 @@ def test_loads_count_what_the_tensors_hold(
             prompts_computed=sum(len(g.prompt_ids) * (1 if layout == "shared" else len(g.responses)) for g in groups),
             padding_otherwise=width * len(responses) - rows,
         )
-    assert planner.load(packs) == expected
+    assert planner.stats(packs) == expected
     assert expected.padding == 0 or layout == "rows"
 
 
@@ -393,13 +393,13 @@ def test_shares_by_hand() -> None:
     """Two prompts of 10 and 4 tokens, with pairs of (2, 6) and (4, 4), and a second pair of the first prompt."""
     dataset = sized([(10, [(2, 6), (1, 1)]), (4, [(4, 4)])])
     planner = Planner(dataset=dataset, max_tokens=64, layout="shared")
-    load = planner.load(planner.packs(range(3)))
+    load = planner.stats(planner.packs(range(3)))
     # 14 prompt tokens and 18 of responses, instead of 48 and 18; in rows 6 x 16, of which 30 would be padding.
-    assert load == Load(1, 64, 32, 0, 48, 14, 30)
-    assert load.shares() == pytest.approx(
+    assert load == PackingStats(1, 64, 32, 0, 48, 14, 30)
+    assert load.summary() == pytest.approx(
         {"packs": 1, "fill": 0.5, "prompt_tokens_saved": 34 / 48, "padding_avoided": 30 / 96}
     )
-    assert Load().shares() == {"packs": 0, "fill": 0, "prompt_tokens_saved": 0, "padding_avoided": 0}
+    assert PackingStats().summary() == {"packs": 0, "fill": 0, "prompt_tokens_saved": 0, "padding_avoided": 0}
 
 
 @given(pair_lists)
@@ -433,7 +433,7 @@ def test_every_distinct_response_is_computed_once(
             placed += [int(dataset.response_numbers[response]) for response in responses]
             batch = planner.batch(pack_, 2)
             assert size_of(batch) <= budget or len(responses) == 1
-            load = planner.load(pack_, budget)
+            load = planner.stats(pack_, budget)
             assert (load.computed, load.budget) == (size_of(batch), max(budget, size_of(batch)))
             assert load.padding == (len(batch.input_ids) - sum(batch.row_lengths) if layout == "rows" else 0)
             assert load.prompts_repeated == sum(int(dataset.prompt_lengths[r.pair]) for r in responses)
@@ -454,7 +454,7 @@ def test_a_prompt_with_too_many_responses_is_cut_by_response() -> None:
         [((1, 0), (1, 1))],
         [((0, 0), (0, 1)), ((2, 0), (2, 1))],
     ]
-    assert [planner.load(pack, 26).computed for pack in packs] == [25, 25]
+    assert [planner.stats(pack, 26).computed for pack in packs] == [25, 25]
 
 
 # ------------------------------------------------------------------------------------------------------------ sampler
@@ -523,3 +523,11 @@ def test_a_prompt_of_many_pairs_comes_early_or_late_as_others_do(size: int) -> N
         order = [int(numbers[i]) for step in range(sampler.steps_per_epoch) for i in sampler.step_pairs(step)]
         begins.append(order.index(0) / 40)
     assert np.mean(begins) < 0.6
+
+
+def test_a_pair_above_the_budget_does_not_cut_the_others_smaller() -> None:
+    items = [PreferencePair([5] * 10, [7] * 400, [8] * 400)]
+    items += [PreferencePair([9 + n] * 10, [7] * 5, [8] * 5) for n in range(20)]
+    packs = Planner(dataset=dataset_of(items), max_tokens=100, layout="shared").packs(range(21))
+    assert packs[0] == [0]
+    assert sorted(map(len, packs[1:])) == [5, 5, 5, 5]

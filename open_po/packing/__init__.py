@@ -1,14 +1,14 @@
 """From tokenised pairs to forward passes: which pairs make a step, how they are cut into packs, a pack's tensors."""
 
 from open_po.packing.batch import Group, Layout, PackedBatch, Segment, group_pairs, pack, pack_responses
-from open_po.packing.planner import Load, Planner, Response, ResponsePlanner, Unit
+from open_po.packing.planner import PackingStats, Planner, Response, ResponsePlanner, Unit
 from open_po.packing.sampler import Sampler
 
 __all__ = [
     "Group",
     "Layout",
-    "Load",
     "PackedBatch",
+    "PackingStats",
     "Planner",
     "Response",
     "ResponsePlanner",

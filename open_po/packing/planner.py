@@ -44,7 +44,7 @@ class Unit(Generic[Item]):
 
 
 @dataclass(frozen=True)
-class Load:
+class PackingStats:
     """What packs compute, and what the same pairs cost otherwise; in tokens."""
 
     packs: int = 0
@@ -55,10 +55,10 @@ class Load:
     prompts_computed: int = 0
     padding_otherwise: int = 0  # padding, were these packs batches of rows of one width
 
-    def __add__(self, other: Load) -> Load:
-        return Load(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Load)))
+    def __add__(self, other: PackingStats) -> PackingStats:
+        return PackingStats(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(PackingStats)))
 
-    def shares(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float]:
         """How many packs, and from 0 to 1: how full they are, and what sharing prompts and not padding save."""
         repeated = self.computed - self.padding + self.prompts_repeated - self.prompts_computed
         otherwise = repeated + self.padding_otherwise
@@ -100,15 +100,15 @@ class Planner:
         cut = _rows(share, self.max_tokens) if self.layout == "rows" else _balanced(share, self.layout, self.max_tokens)
         return [[index for unit in units for index in unit.items] for units in cut]
 
-    def load(self, packs: Iterable[Sequence[int]]) -> Load:
+    def stats(self, packs: Iterable[Sequence[int]]) -> PackingStats:
         """What `packs` compute."""
-        return sum((self._load(indices) for indices in packs), Load())
+        return sum((self._stats(indices) for indices in packs), PackingStats())
 
-    def _load(self, indices: Sequence[int]) -> Load:
+    def _stats(self, indices: Sequence[int]) -> PackingStats:
         by_prompt = _by_key(indices, lambda index: int(self.dataset.prompt_numbers[index]))
         units = [self._unit(items) for items in by_prompt]
         sides = 2 if self.with_rejected else 1
-        return _load(units, self.layout, self.max_tokens, sides * sum(unit.prompt * len(unit.items) for unit in units))
+        return _stats(units, self.layout, self.max_tokens, sides * sum(unit.prompt * len(unit.items) for unit in units))
 
     def batch(self, indices: Sequence[int], pad_token_id: int) -> PackedBatch:
         """The tensors of one pack."""
@@ -149,10 +149,10 @@ class ResponsePlanner:
         parts = (part for unit in units for part in _split(unit.items, self._unit, self.layout, max_tokens))
         return _rows(parts, max_tokens) if self.layout == "rows" else _filled(parts, self.layout, max_tokens)
 
-    def load(self, units: Sequence[Unit[Response]], max_tokens: int) -> Load:
+    def stats(self, units: Sequence[Unit[Response]], max_tokens: int) -> PackingStats:
         """What a pack computes."""
         repeated = sum(unit.prompt * len(unit.responses) for unit in units)
-        return _load(units, self.layout, max_tokens, repeated)
+        return _stats(units, self.layout, max_tokens, repeated)
 
     def batch(self, units: Sequence[Unit[Response]], pad_token_id: int) -> PackedBatch:
         """The tensors of one pack; its responses are those of the units, in their order."""
@@ -208,12 +208,12 @@ def _size(units: Sequence[Unit[Item]], layout: Layout) -> int:
     return sum(unit.tokens(layout) for unit in units)
 
 
-def _load(units: Sequence[Unit[Item]], layout: Layout, max_tokens: int, prompts_repeated: int) -> Load:
+def _stats(units: Sequence[Unit[Item]], layout: Layout, max_tokens: int, prompts_repeated: int) -> PackingStats:
     rows = sum(len(unit.responses) for unit in units)
     unshared = sum(unit.tokens("unshared") for unit in units)
     padding = max(unit.row for unit in units) * rows - unshared
     computed = _size(units, layout)
-    return Load(
+    return PackingStats(
         packs=1,
         budget=max(max_tokens, computed),
         computed=computed,
