@@ -16,11 +16,15 @@ from open_po.losses import PairLogps
 from open_po.packing import PackedBatch
 
 # Part of the reference cache's key: raise it when the same inputs give other log-probs than before.
-LOGPROB_VERSION = 2
+LOGPROB_VERSION = 3
 
-# Size of the one [chunk x V] buffer that logits are computed in. Tokens that fit in one chunk are computed once, others
-# again in the backward pass: on one core 128 MiB run at 63 GFLOP/s where 64 MiB run at 48 (512 tokens, vocabulary 64k).
-_TILE_BYTES = 128 * 2**20
+# Logits are made for a block of the vocabulary at a time. A CPU's block stays in its caches, where the softmax's passes
+# over it cost little; a GPU's is large enough to fill it.
+_BLOCK_BYTES = {"cpu": 4 * 2**20}
+_OTHER_BLOCK_BYTES = 128 * 2**20
+_LEAST_COLUMNS = 512  # a narrower block is mostly traffic for the gradient of the hidden states
+# Blocks of so many bytes together are kept for the backward pass, the others are made again there.
+_KEPT_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,13 @@ def fused_logprobs(hidden: Tensor, head: Head, targets: Tensor, *, use_liger: bo
     """Log-prob, in nats, of each target token: [N], float32 for any `hidden` up to that precision.
 
     `hidden` is [N, H] in the compute dtype; the weight is cast to it. Gradients reach `hidden`, the weight and the
-    bias. `use_liger` takes Liger's Triton kernel (CUDA, or CPU under the Triton interpreter), otherwise chunks of
-    matrix products, with the same values.
+    bias. `use_liger` takes Liger's Triton kernel (CUDA, or CPU under the Triton interpreter), otherwise blocks
+    of matrix products, with the same values.
     """
     if len(targets) == 0:  # kernels refuse it; the zero keeps the graph connected
         return hidden.sum(-1).to(_logit_dtype(hidden)) + 0.0 * head.weight.sum()
     head, hidden = _unscaled(hidden, head)
-    function = _liger_logprobs if use_liger else _chunked_logprobs
+    function = _liger_logprobs if use_liger else _blocked_logprobs
     return function(hidden, head, targets)
 
 
@@ -91,13 +95,14 @@ def _first_tokens(logprobs: Tensor, batch: PackedBatch) -> Tensor:
 
 @torch.no_grad()
 def log_sum_squares(hidden: Tensor, head: Head) -> Tensor:
-    """log sum_v p(v)^2 under each token's distribution, in nats: [N], no gradient. Chunked like the log-probs."""
+    """log sum_v p(v)^2 under each token's distribution, in nats: [N], no gradient. In blocks, like the log-probs."""
     head, hidden = _unscaled(hidden, head)
-    result = torch.empty(len(hidden), dtype=_logit_dtype(hidden), device=hidden.device)
-    for rows, logits in _logit_chunks(hidden, head.weight, head.bias, head.softcap):
-        normaliser = torch.logsumexp(logits, -1)
-        result[rows] = torch.logsumexp(logits.mul_(2), -1) - 2 * normaliser
-    return result
+    ones = twos = torch.full_like(hidden[:, 0], -torch.inf, dtype=_logit_dtype(hidden))
+    for block in _vocabulary_blocks(hidden, head.weight):
+        logits = _block_logits(hidden, head.weight, head.bias, head.softcap, block)
+        ones = torch.logaddexp(ones, torch.logsumexp(logits, -1))
+        twos = torch.logaddexp(twos, torch.logsumexp(logits.mul_(2), -1))
+    return twos - 2 * ones
 
 
 def _unscaled(hidden: Tensor, head: Head) -> tuple[Head, Tensor]:
@@ -129,86 +134,91 @@ def _liger_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     return result
 
 
-def _chunked_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-    result: Tensor = _ChunkedLogprobs.apply(hidden, head.weight, head.bias, targets, head.softcap)  # type: ignore[no-untyped-call]
+def _blocked_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    result: Tensor = _BlockedLogprobs.apply(hidden, head.weight, head.bias, targets, head.softcap)  # type: ignore[no-untyped-call]
     return result
 
 
-class _ChunkedLogprobs(torch.autograd.Function):
-    """Logits are made a chunk of tokens at a time in one reused buffer, and made again in the backward pass.
+class _BlockedLogprobs(torch.autograd.Function):
+    """Logits of a block of the vocabulary at a time, their softmax joined as the blocks go by.
 
-    The last chunk's buffer is kept for the backward pass, which would make one of the same size anyway: what fits in
-    one chunk is computed once.
+    The first blocks' exponentials are kept for the backward pass, which takes them first and so makes room for itself:
+    what fits in `_KEPT_BYTES` is computed once, the rest twice.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None
     ) -> Tensor:
-        logprobs = torch.empty(len(targets), dtype=_logit_dtype(hidden), device=hidden.device)
-        normalisers = torch.empty_like(logprobs)
-        for rows, logits in _logit_chunks(hidden, weight, bias, softcap):
-            logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0]
-            # As torch.logsumexp, which would make two more tensors of this size.
-            largest = logits.amax(-1, keepdim=True)
-            totals = logits.sub_(largest).exp_().sum(-1)
-            normalisers[rows] = totals.log() + largest[:, 0]
-        logprobs -= normalisers
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
-        ctx.softcap = softcap
+        normalisers = torch.full_like(targets, -torch.inf, dtype=_logit_dtype(hidden))
+        picked = torch.zeros_like(normalisers)
+        kept: list[tuple[Tensor, Tensor]] = []  # of the first blocks: exponentials [N, block], logits subtracted [N]
         # With a soft-cap the slope needs the logits themselves.
-        ctx.kept = (rows, logits, totals) if softcap is None and any(ctx.needs_input_grad) else None
-        return logprobs
+        room = _KEPT_BYTES if softcap is None and any(ctx.needs_input_grad) else 0
+        for block in _vocabulary_blocks(hidden, weight):
+            logits = _block_logits(hidden, weight, bias, softcap, block)
+            columns, inside = _columns(targets, block)
+            picked = torch.where(inside, logits.gather(1, columns[:, None])[:, 0], picked)
+            # As torch.logsumexp, which would make two more tensors of this size.
+            largest = logits.amax(-1)
+            exponentials = logits.sub_(largest[:, None]).exp_()
+            normalisers = torch.logaddexp(normalisers, exponentials.sum(-1).log_().add_(largest))
+            room -= exponentials.nbytes
+            if room >= 0:
+                kept.append((exponentials, largest))
+            del logits, exponentials  # before the next block is made
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
+        ctx.softcap, ctx.kept = softcap, kept
+        return picked - normalisers
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, _, targets, _ = ctx.saved_tensors
-        grad = grads[0]
+        hidden, weight, bias, targets, _ = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight: Tensor | None = None  # the first chunk's product: zeros would be one more pass over its memory
-        grad_bias = weight.new_zeros(len(weight)) if wants_bias else None
-        cast_weight = weight.to(hidden.dtype)
-        for rows, exponentials, totals, slope in _softmax_chunks(ctx):
+        # Blocks add up in at least float32: a bfloat16 sum of many would lose most of its digits.
+        grad_hidden = torch.zeros_like(hidden, dtype=_logit_dtype(hidden)) if wants_hidden else None
+        grad_weight = torch.empty_like(weight) if wants_weight else None
+        grad_bias = torch.empty_like(bias) if wants_bias else None
+        for block in _vocabulary_blocks(hidden, weight):
             # d logprob / d logits = onehot(target) - softmax, in the exponentials' own buffer.
-            d_logits = exponentials.mul_(-(grad[rows] / totals)[:, None])
-            d_logits.scatter_add_(1, targets[rows, None], grad[rows, None])
+            exponentials, share, slope = _softmax(ctx, block)
+            d_logits = exponentials.mul_((-grads[0] * share)[:, None])
+            columns, inside = _columns(targets, block)
+            d_logits.scatter_add_(1, columns[:, None], torch.where(inside, grads[0], 0.0)[:, None])
             if slope is not None:
                 d_logits *= slope
             if grad_bias is not None:
-                grad_bias += d_logits.sum(0)
+                grad_bias[block] = d_logits.sum(0)
             d_logits = d_logits.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(d_logits, cast_weight, out=grad_hidden[rows])
-            if wants_weight and grad_weight is None:
-                grad_weight = (d_logits.T @ hidden[rows]).to(weight.dtype)
-            elif grad_weight is not None and grad_weight.dtype == hidden.dtype:
-                grad_weight.addmm_(d_logits.T, hidden[rows])
+                _add_product(grad_hidden, d_logits, weight[block].to(hidden.dtype))
+            if grad_weight is not None and grad_weight.dtype == hidden.dtype:
+                torch.mm(d_logits.T, hidden, out=grad_weight[block])
             elif grad_weight is not None:
-                grad_weight += d_logits.T @ hidden[rows]
-            del exponentials, d_logits  # before the next chunk's buffer is made
-        return grad_hidden, grad_weight, grad_bias, None, None
+                grad_weight[block] = d_logits.T @ hidden
+            del exponentials, d_logits  # before the next block is made
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None
 
 
-def _softmax_chunks(ctx: Any) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
-    """Row ranges, exponentials [chunk, V], what to divide them by for the softmax, and the soft-cap's slope.
+def _softmax(ctx: Any, block: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Exponentials [N, block], what to multiply them by for the softmax [N], and the soft-cap's slope [N, block].
 
-    Whoever gets a chunk may overwrite it.
+    The caller may overwrite them. Blocks come in order.
     """
     hidden, weight, bias, _, normalisers = ctx.saved_tensors
-    todo = len(hidden)
-    if ctx.kept is not None:
-        rows, exponentials, totals = ctx.kept
-        ctx.kept = None  # another backward pass makes it again
-        yield rows, exponentials, totals, None
-        todo = rows.start
-        del exponentials  # before the next buffer is made
-    if todo == 0:
-        return
-    for rows, logits in _logit_chunks(hidden[:todo], weight, bias, ctx.softcap):
-        slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square()
-        exponentials = logits.sub_(normalisers[rows, None]).exp_()
-        yield rows, exponentials, torch.ones_like(normalisers[rows]), slope
+    if ctx.kept:
+        exponentials, largest = ctx.kept.pop(0)  # another backward pass makes it again
+        return exponentials, (largest - normalisers).exp(), None
+    logits = _block_logits(hidden, weight, bias, ctx.softcap, block)
+    slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square()
+    return logits.sub_(normalisers[:, None]).exp_(), torch.ones_like(normalisers), slope
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _logit_dtype(hidden: Tensor) -> torch.dtype:
@@ -216,26 +226,24 @@ def _logit_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def _logit_chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
-) -> Iterator[tuple[slice, Tensor]]:
-    """Row ranges and their logits [chunk, V] in `_logit_dtype`; each chunk overwrites the one before."""
-    vocabulary = weight.shape[0]
-    most = max(16, _TILE_BYTES // (4 * vocabulary))
-    chunk = -(-len(hidden) // -(-len(hidden) // most))  # all chunks about the same
-    product = torch.empty(chunk, vocabulary, dtype=hidden.dtype, device=hidden.device)
-    logits = product if hidden.dtype == _logit_dtype(hidden) else torch.empty_like(product, dtype=torch.float32)
-    weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-    for start in range(0, len(hidden), chunk):
-        rows = slice(start, min(start + chunk, len(hidden)))
-        out = product[: rows.stop - start]
-        if bias is None:
-            torch.mm(hidden[rows], weight.T, out=out)
-        else:
-            torch.addmm(bias, hidden[rows], weight.T, out=out)
-        view = logits[: rows.stop - start]
-        if view.dtype != out.dtype:
-            view.copy_(out)
-        if softcap is not None:
-            view.div_(softcap).tanh_().mul_(softcap)
-        yield rows, view
+def _vocabulary_blocks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Ranges of the vocabulary, all about the same size."""
+    vocabulary = len(weight)
+    most = _BLOCK_BYTES.get(hidden.device.type, _OTHER_BLOCK_BYTES) // (4 * len(hidden))
+    blocks = -(-vocabulary // max(_LEAST_COLUMNS, most))
+    size = -(-vocabulary // blocks)
+    return (slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size))
+
+
+def _block_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, block: slice) -> Tensor:
+    """Logits [N, block] in `_logit_dtype`, in a tensor of their own."""
+    part = weight[block].to(hidden.dtype)
+    product = hidden @ part.T if bias is None else torch.addmm(bias[block].to(hidden.dtype), hidden, part.T)
+    logits = product.to(_logit_dtype(hidden))
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def _columns(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """The targets' columns in a block, 0 for those outside, and whether they are inside; both [N]."""
+    inside = (targets >= block.start) & (targets < block.stop)
+    return torch.where(inside, targets - block.start, 0), inside

@@ -57,15 +57,17 @@ CASES = [
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 16 tokens, so that 37 tokens make three."""
-    monkeypatch.setattr(logprobs, "_TILE_BYTES", 1)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 16 words, so that 101 words make seven, of which the first two are kept."""
+    monkeypatch.setattr(logprobs, "_BLOCK_BYTES", {"cpu": 1})
+    monkeypatch.setattr(logprobs, "_LEAST_COLUMNS", 16)
+    monkeypatch.setattr(logprobs, "_KEPT_BYTES", 2 * 37 * 16 * 8)
 
 
-@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_chunks_equal_naive(case: dict[str, Any], dtype: torch.dtype) -> None:
+def test_blocks_equal_naive(case: dict[str, Any], dtype: torch.dtype) -> None:
     states, weight, bias = make(37, 24, 101, dtype, case.get("bias", False))
     head = Head(weight, bias, case.get("softcap"), case.get("scale", 1.0))
     if dtype == torch.float64:
@@ -79,9 +81,9 @@ def test_chunks_equal_naive(case: dict[str, Any], dtype: torch.dtype) -> None:
         assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
-@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("case", CASES[:3])
-def test_bfloat16_chunks_stay_within_a_percent_of_float32(case: dict[str, Any]) -> None:
+def test_bfloat16_blocks_stay_within_a_percent_of_float32(case: dict[str, Any]) -> None:
     states, weight, bias = make(200, 64, 500, torch.bfloat16, case.get("bias", False))
     head = Head(weight, bias, case.get("softcap"))
     targets = torch.randint(0, 500, (200,))
@@ -92,6 +94,25 @@ def test_bfloat16_chunks_stay_within_a_percent_of_float32(case: dict[str, Any]) 
     assert (got.sum() - expected.sum()).abs() <= 1e-2 * expected.sum().abs()
     for mine, theirs in zip(got_grads, expected_grads, strict=True):
         assert (mine.float() - theirs).norm() <= 1e-2 * theirs.norm()
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_second_backward_pass_gives_the_same_gradients() -> None:
+    states, weight, _ = make(37, 24, 101, torch.float32, bias=False)  # the first pass uses up the blocks that were kept
+    values = fused_logprobs(states, Head(weight), torch.randint(0, 101, (37,)), use_liger=False)
+    first = torch.autograd.grad(values.sum(), [states, weight], retain_graph=True)
+    second = torch.autograd.grad(values.sum(), [states, weight])
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_bfloat16_gradients_of_the_states_add_up_in_float32() -> None:
+    states, weight, _ = make(37, 24, 8192, torch.bfloat16, bias=False)  # 512 blocks
+    targets = torch.randint(0, 8192, (37,))
+    exact = states.detach().float().requires_grad_()
+    (got,) = torch.autograd.grad(fused_logprobs(states, Head(weight), targets, use_liger=False).sum(), [states])
+    (expected,) = torch.autograd.grad(naive_logprobs(exact, Head(weight), targets).sum(), [exact])
+    assert (got.float() - expected).norm() <= 4e-3 * expected.norm()  # 2^-8: rounded once
 
 
 def test_a_frozen_head_gets_no_gradient_and_costs_none() -> None:
@@ -218,4 +239,4 @@ def test_peak_is_the_tile_and_the_weight_gradient() -> None:
     vocabulary, tokens = 131_072, 8192
     peak = peak_bytes(lambda *a: fused_logprobs(*a, use_liger=False), tokens, vocabulary)
     weight_gradient, states = vocabulary * 64 * 4, tokens * 64 * 4
-    assert peak <= logprobs._TILE_BYTES + weight_gradient + 3 * states
+    assert peak <= logprobs._KEPT_BYTES + weight_gradient + 3 * states

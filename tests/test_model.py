@@ -59,7 +59,8 @@ def as_matrix(logps: PairLogps) -> Tensor:
 def test_scores_and_gradients_equal_transformers(
     architecture: str, tied: bool, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprobs, "_TILE_BYTES", 1)  # several chunks
+    monkeypatch.setattr(logprobs, "_LEAST_COLUMNS", 64)
+    monkeypatch.setattr(logprobs, "_BLOCK_BYTES", {"cpu": 1})  # several blocks
     tiny.make_model(tmp_path, architecture, tie_word_embeddings=tied)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert (plain.get_output_embeddings().weight is plain.get_input_embeddings().weight) == tied
