@@ -1,28 +1,30 @@
 """Where the time of a training step's forward and backward pass goes, on a CPU.
 
-    python benchmarks/step_profile.py [--prompt 125] [--response 45] [--pairs 8] [--vocabulary 16384]
+    python benchmarks/step_profile.py [--prompt 125] [--response 45] [--pairs 5] [--vocabulary 16384]
 
-One pack of random pairs through a random Llama of 6 layers x 384 (float32, the model of `benchmarks/against_trl`),
-under torch's profiler: shares of the time by kind of operation, and the useful FLOP/s. The profiler itself costs a few
-percent, so the step is timed without it as well.
+One pack of random pairs through the random Llama of `benchmarks/against_trl` (6 layers x 384, float32), under torch's
+profiler: shares of the time by kind of operation, and the useful FLOP/s. The profiler itself costs a few percent, so
+the step is timed without it as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections import Counter
 
 import torch
+from matmul_rate import matmul_rate
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
+from workloads import Shape, Workload, useful_flops
 
 from open_po.data import PreferencePair
 from open_po.model import Numerics, Scorer
 from open_po.packing import pack
 
-LAYERS, HIDDEN, INTERMEDIATE, HEADS = 6, 384, 1024, 6
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"),
     "attention": (
@@ -40,29 +42,24 @@ KINDS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("prompt", 125), ("response", 45), ("pairs", 8), ("vocabulary", 16_384), ("rounds", 7)):
+    for name, default in (("prompt", 125), ("response", 45), ("pairs", 5), ("vocabulary", 16_384), ("rounds", 15)):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
+    prompt, response = arguments.prompt, arguments.response
+    shape = Shape(hidden=384, layers=6, heads=6, kv_heads=6, intermediate=1024, vocabulary=arguments.vocabulary)
+
+    def lengths(rng: random.Random, scale: float) -> tuple[int, int, int]:
+        return prompt, response, response
+
+    workload = Workload(
+        name="profile", about="", shape=shape, lengths=lengths, pairs=arguments.pairs, longest=2 * (prompt + response)
+    )
+    ids = workload.draw(seed=0)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=arguments.vocabulary,
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-    )
     numerics = Numerics(compute_dtype=torch.float32, weights_dtype=torch.float32, use_liger=False)
-    scorer = Scorer(LlamaForCausalLM(config), numerics, {})
+    scorer = Scorer(LlamaForCausalLM(shape.config()), numerics, {})
     scorer.use_layout("shared")
-
-    def ids(length: int) -> list[int]:
-        return torch.randint(3, arguments.vocabulary, (length,)).tolist()
-
-    p, r = arguments.prompt, arguments.response
-    batch = pack(
-        [PreferencePair(ids(p), ids(r), ids(r)) for _ in range(arguments.pairs)], layout="shared", pad_token_id=0
-    )
+    batch = pack([PreferencePair(*pair) for pair in ids], layout="shared", pad_token_id=0)
 
     def step() -> float:
         start = time.perf_counter()
@@ -79,13 +76,15 @@ def main() -> None:
     for event in trace.key_averages():
         kind = next((kind for kind, names in KINDS.items() if event.key in names), "the rest (Python, autograd, views)")
         spent[kind] += event.self_cpu_time_total
-    body = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE)
-    flops = 6 * body * len(batch.input_ids) + 6 * HIDDEN * arguments.vocabulary * len(batch.target_ids)
+    device = torch.device("cpu")
+    rate = matmul_rate(shape, len(batch.input_ids), len(batch.target_ids), device, torch.float32)
     median = statistics.median(seconds)
+    useful = useful_flops(shape, ids) / median
     print(
-        f"{arguments.pairs} pairs, {p} + {r} + {r} tokens, vocabulary {arguments.vocabulary:,}: {median * 1e3:.0f} ms"
+        f"{arguments.pairs} pairs, {prompt} + {response} + {response} tokens, vocabulary {arguments.vocabulary:,}, "
+        f"{torch.get_num_threads()} threads: {median * 1e3:.0f} ms (fastest {min(seconds) * 1e3:.0f}), "
+        f"{useful / 1e9:.0f} useful GFLOP/s, {useful / rate:.0%} of the matmul rate of {rate / 1e9:.0f}\n"
     )
-    print(f"(fastest {min(seconds) * 1e3:.0f}), {flops / median / 1e9:.0f} useful GFLOP/s without attention's\n")
     print("| kind | share of the time |\n|---|---|")
     for kind, time_spent in spent.most_common():
         print(f"| {kind} | {time_spent / spent.total():.1%} |")

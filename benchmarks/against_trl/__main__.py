@@ -1,5 +1,10 @@
 """`python benchmarks/against_trl`, see compare.py."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).parents[1]))  # workloads, matmul_rate
+
 from compare import main
 
 try:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from comparison_report import Targets
 from open_po_side import OpenPoSettings
 from trl_side import TrlSettings
 from workloads import Shape, Workload, around, chat_lengths, long_answer_lengths
@@ -39,7 +40,7 @@ class Preset:
     open_po_stages: Callable[[Workload], list[Stage]]
     tolerance: float  # of a reference log-prob or loss x: tolerance x max(1, |x|)
     loss_tolerance: float
-    has_targets: bool = False  # comparison_report.TARGETS are for these workloads
+    targets: dict[str, Targets] = field(default_factory=dict)  # by workload
 
 
 def cpu_preset() -> Preset:
@@ -108,7 +109,15 @@ def cpu_preset() -> Preset:
         open_po_stages=stages,
         tolerance=1e-4,
         loss_tolerance=1e-4,
-        has_targets=True,
+        targets={
+            name: Targets(stock=stock, patched=patched, memory=0.7, share=0.6)
+            for name, stock, patched in (
+                ("chat", 2.0, 1.4),
+                ("long_prompts", 3.0, 1.8),
+                ("short_pairs", 2.5, 1.7),
+                ("vocab_65k", 3.5, 1.6),
+            )
+        },
     )
 
 
@@ -129,7 +138,7 @@ def tiny_preset() -> Preset:
         search_steps=2,
         repeats=1,
         attempts=1,
-        has_targets=False,
+        targets={},
         trl_stages=[],
         patched_stages=[],
         open_po_stages=lambda workload: [{"tokens": [256], "reference_tokens": [512]}],
@@ -178,9 +187,14 @@ def cuda_preset() -> Preset:
         ],
         patched_stages=None,
         open_po_stages=stages,
-        # Logits rounded to bfloat16 are off by up to 2^-8 of themselves a token, in both trainers.
+        # Logits rounded to bfloat16 are off by up to 2^-8 of themselves a token, in both trainers: over the tokens of a
+        # response that is 5e-3 of its log-prob; a loss is of beta x the difference of four of these.
         tolerance=5e-3,
         loss_tolerance=5e-2,
+        targets={
+            name: Targets(stock=stock, patched=None, memory=None, share=0.5)
+            for name, stock in (("chat", 1.4), ("long_prompts", 1.7))
+        },
     )
 
 

@@ -162,6 +162,8 @@ def measure(job: TrlJob) -> dict[str, Any]:
         losses: list[torch.Tensor]
 
         def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+            with torch.no_grad():  # open_po's model has scored a few rows by then, in the check of its layout
+                self.model(input_ids=torch.tensor([[*ids[0][0], *ids[0][1]]], device=self.model.device))
             start = now()
             dataset = super()._precompute_ref_logps(*args, **kwargs)
             clock["reference"] = now() - start

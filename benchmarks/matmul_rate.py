@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices of a model's own shapes; a child process of `benchmarks/against_trl`."""
+"""How fast this machine multiplies matrices of a model's own shapes; a program of its own, too."""
 
 from __future__ import annotations
 

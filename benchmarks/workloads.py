@@ -1,4 +1,4 @@
-"""What `benchmarks/against_trl` measures on: random models, pairs of given lengths, and the arithmetic they need.
+"""What the benchmarks measure on: random models, pairs of given lengths, and the arithmetic they need.
 
 Letters: p, a, b are the tokens of a pair's prompt, chosen and rejected response; T tokens, N scored tokens.
 """
@@ -11,7 +11,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 PAD, EOS, UNKNOWN, FIRST_WORD = 0, 1, 2, 3  # token ids; every id from FIRST_WORD on is a word
 
@@ -57,6 +60,23 @@ class Shape:
     @property
     def head_parameters(self) -> int:
         return self.hidden * self.vocabulary
+
+    def config(self) -> LlamaConfig:
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            tie_word_embeddings=self.tied,
+            max_position_embeddings=4096,
+            pad_token_id=PAD,
+            bos_token_id=None,
+            eos_token_id=EOS,
+        )
 
     def __str__(self) -> str:
         return (
@@ -193,7 +213,7 @@ def build_model(shape: Shape, folder: Path, seed: int) -> None:
     """A random Llama in float32 and a tokenizer whose word `w123` is the id 123, in `folder`."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     words = {"<pad>": PAD, "</s>": EOS, "<unk>": UNKNOWN}
     words |= {f"w{i}": i for i in range(FIRST_WORD, shape.vocabulary)}
@@ -204,20 +224,7 @@ def build_model(shape: Shape, folder: Path, seed: int) -> None:
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=shape.tied,
-        max_position_embeddings=4096,
-        pad_token_id=PAD,
-        bos_token_id=None,
-        eos_token_id=EOS,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(shape.config()).save_pretrained(folder)
 
 
 def build_command(shape: Shape, folder: Path, seed: int) -> list[str]:
