@@ -38,17 +38,42 @@ class MissingSegments(RuntimeError):
     """The model did not hand `segments` down to its attention."""
 
 
+class TakeKeys:
+    """In the place of segments: stops a layer at its attention, which then hands out keys and values."""
+
+
+class KeysTaken(Exception):
+    """What `TakeKeys` asked for: `key` and `value` [1, kv heads, T, D]."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__("the keys and values of a layer that was stopped at its attention")
+        self.key, self.value = key, value
+
+
 class Segments:
     """A pack's segments and what the kernels need of them, made once for all layers.
 
-    The segments lie end to end and cover the pack. Letters in shapes: T tokens, S segments, K keys, which are the
-    segments' prefixes and own tokens, end to end.
+    The segments lie end to end and cover the tokens. `query_lengths` says how many queries each has, which are its last
+    tokens; without it all are. `context` are keys and values that were computed before, and go in front of those of a
+    call; `key_order` [T] says where each token then finds its own.
+
+    Letters in shapes: Q queries, T tokens, S segments, K keys, which are the segments' prefixes and own tokens, end to
+    end.
     """
 
-    def __init__(self, ranges: Sequence[Segment], device: torch.device) -> None:
+    def __init__(
+        self,
+        ranges: Sequence[Segment],
+        device: torch.device,
+        query_lengths: Sequence[int] | None = None,
+        *,
+        context: tuple[Tensor, Tensor] | None = None,
+        key_order: Tensor | None = None,
+    ) -> None:
+        self.context, self.key_order = context, key_order
         self.ranges = ranges
         self.device = device
-        self.query_lengths = [segment.end - segment.start for segment in ranges]
+        self.query_lengths = query_lengths or [segment.end - segment.start for segment in ranges]
         # Keys are cut wherever a prefix or a segment begins or ends; a segment's keys are some of these pieces.
         cuts = sorted({end for segment in ranges for end in segment})
         self.piece_lengths = [end - start for start, end in pairwise(cuts)]
@@ -57,25 +82,32 @@ class Segments:
             [*range(at[segment.prefix_start], at[segment.prefix_end]), *range(at[segment.start], at[segment.end])]
             for segment in ranges
         ]
-        self._masks: dict[tuple[int, int, int], Tensor] = {}
+        self._masks: dict[tuple[int, ...], Tensor] = {}
         self._flash: FlashIndex | None = None
 
-    def mask(self, segment: Segment, window: int | None) -> Tensor:
-        """[queries, keys] of a segment, true where a query sees a key."""
-        prefix, own = segment.prefix_end - segment.prefix_start, segment.end - segment.start
-        window = prefix + own if window is None else min(window, prefix + own)
-        key = (prefix, own, window)
+    def mask(self, queries: int, keys: int, window: int | None) -> Tensor:
+        """[queries, keys] of a segment, true where a query sees a key; the last query is the last key's token."""
+        window = keys if window is None else min(window, keys)
+        key = (queries, keys, window)
         if key not in self._masks:
-            ahead = torch.arange(prefix, prefix + own, device=self.device)[:, None] - torch.arange(
-                prefix + own, device=self.device
+            ahead = torch.arange(keys - queries, keys, device=self.device)[:, None] - torch.arange(
+                keys, device=self.device
             )
             self._masks[key] = (ahead >= 0) & (ahead < window)
         return self._masks[key]
 
+    def with_context(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of all tokens, in order."""
+        if self.context is None or self.key_order is None:
+            return key, value
+        joined = (torch.cat(parts, 2) for parts in zip(self.context, (key, value), strict=True))
+        key, value = (tensor.index_select(2, self.key_order) for tensor in joined)
+        return key, value
+
     def flash(self) -> FlashIndex:
         """What FlashAttention needs."""
         if self._flash is None:
-            self._flash = FlashIndex.of(self.ranges, self.device)
+            self._flash = FlashIndex.of(self.ranges, self.query_lengths, self.device)
         return self._flash
 
 
@@ -90,11 +122,11 @@ class FlashIndex:
     max_k: int
 
     @staticmethod
-    def of(ranges: Sequence[Segment], device: torch.device) -> FlashIndex:
+    def of(ranges: Sequence[Segment], query_lengths: Sequence[int], device: torch.device) -> FlashIndex:
         """The index of segments that lie end to end."""
-        queries = torch.tensor([0, *(segment.end - segment.start for segment in ranges)])
+        queries = torch.tensor([0, *query_lengths])
         prefixes = torch.tensor([0, *(segment.prefix_end - segment.prefix_start for segment in ranges)])
-        keys = queries + prefixes
+        keys = torch.tensor([0, *(segment.end - segment.start for segment in ranges)]) + prefixes
         index = None
         if prefixes.any():
             parts = [
@@ -126,21 +158,24 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    segments: Segments | None = None,
+    segments: Segments | TakeKeys | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as `transformers` asks for it: `query` [1, heads, T, D], `key` and `value` [1, kv heads, T, D].
+    """Attention as `transformers` asks for it: `query` [1, heads, Q, D], `key` and `value` [1, kv heads, T, D].
 
-    Returns [1, T, heads, D]. A query sees keys at most `sliding_window` - 1 positions before it; scores are capped
-    at `softcap`; `s_aux` [heads] are scores of a key without a value (gpt-oss). Raises MissingSegments.
+    Returns [1, Q, heads, D]. A query sees keys at most `sliding_window` - 1 positions before it; scores are capped
+    at `softcap`; `s_aux` [heads] are scores of a key without a value (gpt-oss). Raises MissingSegments, and KeysTaken.
     """
     if segments is None:
         raise MissingSegments(f"{type(module).__name__} gives its attention no segments")
+    if isinstance(segments, TakeKeys):
+        raise KeysTaken(key, value)
     if _calls is not None:
         _calls.append(module)
+    key, value = segments.with_context(key, value)
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type):  # a rotation in float32 has undone the projections' autocast
         query, key, value = (x.to(torch.get_autocast_dtype(device_type)) for x in (query, key, value))
@@ -199,9 +234,9 @@ def _by_sdpa(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None
 ) -> Tensor:
     parts = []
-    for segment, q, k, v in _by_segment(query, key, value, segments):
-        plain = segment.prefix_start == segment.prefix_end and (window is None or window >= q.shape[2])
-        mask = None if plain else segments.mask(segment, window)
+    for q, k, v in _by_segment(query, key, value, segments):
+        plain = q.shape[2] == k.shape[2] and (window is None or window >= k.shape[2])
+        mask = None if plain else segments.mask(q.shape[2], k.shape[2], window)
         part = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=plain, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -225,8 +260,8 @@ def _by_products(
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     parts = []
-    for segment, q, k, v in _by_segment(query, key, value, segments):
-        mask = segments.mask(segment, window)
+    for q, k, v in _by_segment(query, key, value, segments):
+        mask = segments.mask(q.shape[2], k.shape[2], window)
         for block, seen in zip(q.split(_QUERY_BLOCK, 2), mask.split(_QUERY_BLOCK), strict=True):
             part = checkpoint(
                 _attend, block, k, v, seen, scaling, softcap, s_aux, use_reentrant=False, preserve_rng_state=False
@@ -237,16 +272,16 @@ def _by_products(
 
 def _by_segment(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments
-) -> Iterator[tuple[Segment, Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Each segment's queries, and the keys and values of its prefix and itself.
 
     Everything is cut once, by `split`: its backward pass joins the gradients, while a slice's would fill a tensor of
     the pack's size for every segment.
     """
-    queries = query.split(segments.query_lengths, 2)
+    queries = query.split(list(segments.query_lengths), 2)
     keys, values = key.split(segments.piece_lengths, 2), value.split(segments.piece_lengths, 2)
-    for segment, own, pieces in zip(segments.ranges, queries, segments.pieces_of, strict=True):
-        yield segment, own, _join(keys, pieces), _join(values, pieces)
+    for own, pieces in zip(queries, segments.pieces_of, strict=True):
+        yield own, _join(keys, pieces), _join(values, pieces)
 
 
 def _join(parts: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from open_po.attention import count_calls
 from open_po.config import Sharing
 from open_po.data import PreferencePair
 from open_po.errors import UserError, first_line
+from open_po.last_layer import decoder_layer
 from open_po.model import Scorer, rope_limit
 from open_po.packing import Group, Layout, group_pairs, pack_responses
 from open_po.runtime import is_out_of_memory
@@ -38,6 +39,7 @@ class Choice:
     difference: float  # from the model's own forward, nats per token
     responses: int  # compared
     refused: dict[Layout, str]
+    whole_last_layer: str | None = None  # why the last layer computes all tokens, where it need not
 
     def describe(self) -> str:
         """A line for the console."""
@@ -50,9 +52,12 @@ class Choice:
         for layout, reason in self.refused.items():
             by_reason.setdefault(reason, []).append(layout)
         why = "".join(f"; not {' or '.join(layouts)}: {reason}" for reason, layouts in by_reason.items())
+        if self.whole_last_layer is not None:
+            why += f"; the last layer computes every token: {self.whole_last_layer}"
+        close = f"within {self.difference:.0e} nats a token of" if self.difference else "exactly"
         return (
-            f"Layout {self.layout}: {what[self.layout]} (within {self.difference:.0e} nats a token of the model's own "
-            f"forward on {self.responses} responses{why})"
+            f"Layout {self.layout}: {what[self.layout]} ({close} the model's own forward on {self.responses} "
+            f"responses{why})"
         )
 
 
@@ -77,10 +82,21 @@ def choose_layout(
         for layout in ("rows",) if scorer.row_by_row else get_args(Layout):
             if layout not in _WANTED[sharing]:
                 continue
-            reason, difference = _try(scorer, layout, groups, expected, pad)
-            if reason is None:
-                return Choice(layout, difference, len(expected), refused)
-            refused[layout] = reason
+            scorer.shorten_last_layer(None)
+            found = _try(scorer, layout, groups, expected, pad)
+            if found.wrong is not None:
+                refused[layout] = found.wrong
+                continue
+            whole_last_layer = None
+            if layout != "rows":
+                scorer.shorten_last_layer(decoder_layer(scorer.base, found.calls[-1]))
+                short = _try(scorer, layout, groups, expected, pad)
+                if short.wrong is None and scorer.last_layer_is_short:
+                    found = short
+                else:
+                    whole_last_layer = short.wrong or "its module is not known"
+                    scorer.shorten_last_layer(None)
+            return Choice(layout, found.difference, len(expected), refused, whole_last_layer)
     model = scorer.base.config.model_type
     reasons = "; ".join(f"{layout}: {reason}" for layout, reason in refused.items())
     if sharing == "on":
@@ -133,10 +149,17 @@ def _finite(scorer: Scorer, groups: Sequence[Group]) -> tuple[list[Group], list[
     return [group for group, _ in finite], [score for _, scores in finite for score in scores]
 
 
-def _try(
-    scorer: Scorer, layout: Layout, groups: Sequence[Group], expected: Sequence[Tensor], pad: int
-) -> tuple[str | None, float]:
-    """What is wrong with a layout, if anything, and the mean difference from `expected` in nats per token."""
+@dataclass(frozen=True)
+class Trial:
+    """What came of scoring packs in a layout."""
+
+    wrong: str | None  # what is wrong with it, if anything
+    difference: float = 0.0  # mean, from the model's own forward, in nats a token
+    calls: Sequence[nn.Module] = ()  # the attention modules in the order of their calls
+
+
+def _try(scorer: Scorer, layout: Layout, groups: Sequence[Group], expected: Sequence[Tensor], pad: int) -> Trial:
+    """Compare the scores of `groups` in `layout` with those that are `expected`."""
     attends = layout != "rows"
     try:
         scorer.use_layout(layout)
@@ -145,16 +168,16 @@ def _try(
     except Exception as error:  # whatever a model's code makes of arguments that it was not written for
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
-        return first_line(error), 0.0
+        return Trial(first_line(error))
     layers = int(scorer.base.config.get_text_config(decoder=True).num_hidden_layers)
     times = Counter(calls)
     if attends and len(times) != layers:
-        return f"{len(times)} of {layers} layers use transformers' attention interface", 0.0
+        return Trial(f"{len(times)} of {layers} layers use transformers' attention interface")
     if attends and set(times.values()) != {1}:
-        return "a layer calls transformers' attention interface more than once", 0.0
+        return Trial("a layer calls transformers' attention interface more than once")
     differences = (got - torch.cat(list(expected))).abs()
     difference, largest = float(differences.mean()), float(differences.max())
     tolerance = _TOLERANCE[scorer.numerics.compute_dtype]
     if not (difference <= tolerance and largest <= _LARGEST * tolerance):
-        return f"scores are off by {difference:.2g} nats a token, {largest:.2g} at most", difference
-    return None, difference
+        return Trial(f"scores are off by {difference:.2g} nats a token, {largest:.2g} at most")
+    return Trial(None, difference, calls)

@@ -14,15 +14,17 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from open_po.attention import ATTENTION_NAME, Segments
 from open_po.config import ModelConfig
 from open_po.data.chat_templates import chat_template
 from open_po.errors import UserError, first_line
+from open_po.last_layer import SegmentsAndLast, compute_scored_tokens_only
 from open_po.logprobs import LOGPROB_VERSION, Head, fused_logprobs, log_sum_squares, pair_logps
 from open_po.losses import Extra, PairLogps
-from open_po.packing import Layout, PackedBatch
+from open_po.packing import LastLayer, Layout, PackedBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +212,7 @@ class Scorer(nn.Module):
         self.layout: Layout = "rows"  # of the packs it takes; see use_layout
         # Whether rows must be computed alone and unpadded, because the longest row of a batch changes the others.
         self.row_by_row = rope_limit(self.base.config) is not None
+        self._last_layer_hook: RemovableHandle | None = None
         self._own_attention: str = self.base.config._attn_implementation
         self.balances_experts = False
         self.load_balancing: Tensor | None = None  # scalar, of the last forward pass, if the scorer balances experts
@@ -232,6 +235,17 @@ class Scorer(nn.Module):
         """Take packs in `layout` from now on: with attention over segments, or in rows with the model's own."""
         self.base.set_attn_implementation(self._own_attention if layout == "rows" else ATTENTION_NAME)
         self.layout = layout
+
+    def shorten_last_layer(self, layer: nn.Module | None) -> None:
+        """Compute `layer`, the model's last, only for tokens that predict a scored one; None: for all of them."""
+        if self._last_layer_hook is not None:
+            self._last_layer_hook.remove()
+        self._last_layer_hook = None if layer is None else compute_scored_tokens_only(layer)
+
+    @property
+    def last_layer_is_short(self) -> bool:
+        """Whether `shorten_last_layer` is in force."""
+        return self._last_layer_hook is not None
 
     def balance_experts(self) -> None:
         """From now on compute `load_balancing`. Raises UserError if the model has no experts."""
@@ -266,12 +280,15 @@ class Scorer(nn.Module):
 
     def _scored_states(self, batch: PackedBatch) -> Tensor:
         """The hidden states that predict scored tokens, in the compute dtype: [N, H]."""
-        return self._hidden_states(batch).index_select(0, batch.score_index).to(self.numerics.compute_dtype)
-
-    def _hidden_states(self, batch: PackedBatch) -> Tensor:
-        """Last hidden states of a pack: [T, H]. Raises ValueError if it is laid out otherwise than `layout`."""
         if batch.layout != self.layout:
             raise ValueError(f"a pack in layout {batch.layout} for a scorer that takes {self.layout}")
+        balances = self.balances_experts and torch.is_grad_enabled()  # over the tokens of all layers
+        last = batch.last_layer if self.last_layer_is_short and not balances else None
+        index = batch.score_index if last is None else last.score_index
+        return self._hidden_states(batch, last, balances).index_select(0, index).to(self.numerics.compute_dtype)
+
+    def _hidden_states(self, batch: PackedBatch, last: LastLayer | None, balances: bool) -> Tensor:
+        """Last hidden states of a pack: [T, H], or [S, H] of the tokens that `last` says are scored."""
         inputs: list[dict[str, Any]]
         if batch.layout == "rows":
             # Causal models need no mask for padding on the right.
@@ -281,9 +298,10 @@ class Scorer(nn.Module):
                 inputs = [{"input_ids": rows[i : i + 1, :length]} for i, length in enumerate(batch.row_lengths)]
         else:
             segments = Segments(batch.segments, self.device)
+            if last is not None:
+                segments = SegmentsAndLast(batch.segments, last, self.device)
             tokens, positions = batch.input_ids[None], batch.position_ids[None]
             inputs = [{"input_ids": tokens, "position_ids": positions, "segments": segments}]
-        balances = self.balances_experts and torch.is_grad_enabled()
         if balances:
             inputs = [call | {"output_router_logits": True} for call in inputs]
         outputs = []

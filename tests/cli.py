@@ -125,12 +125,15 @@ def distance(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor])
 
 
 def assert_close_weights(
-    got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]
+    got: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    start: Mapping[str, torch.Tensor],
+    share: float = 1e-4,
 ) -> None:
-    """`got` and `expected` differ by at most a ten-thousandth of how far training went from `start`."""
+    """`got` and `expected` differ by at most a `share` of how far training went from `start`."""
     movement = distance(expected, start)
     assert movement > 0.05, "the run hardly moved: the comparison would show nothing"
-    assert distance(got, expected) <= 1e-4 * movement
+    assert distance(got, expected) <= share * movement
 
 
 # ------------------------------------------------------------------------------------------------------ other processes

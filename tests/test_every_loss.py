@@ -321,7 +321,8 @@ def steps_of(name: str, optimizer: str) -> dict[str, Any]:
 
 
 def assert_same_steps(one: Path, other: Path, start: Path) -> None:
-    cli.assert_close_weights(cli.weights(other), cli.weights(one), cli.weights(start))
+    # AdamW's first steps are the gradient's sign: a weight or two whose gradient is rounding noise go their own way.
+    cli.assert_close_weights(cli.weights(other), cli.weights(one), cli.weights(start), share=3e-4)
     for mine, theirs in zip(cli.steps(other), cli.steps(one), strict=True):
         assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=3e-5, abs=1e-6)
 

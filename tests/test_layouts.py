@@ -133,6 +133,8 @@ def test_every_layout_equals_transformers(architecture: str, tmp_path: Path) -> 
     choice = choose(scorer)
     assert (choice.layout, scorer.layout, choice.refused) == ("shared", "shared", {})
     assert choice.difference <= 1e-6
+    # GPT-2's code insists on a hidden state for every token.
+    assert scorer.last_layer_is_short == (choice.whole_last_layer is None) == (architecture != "gpt2")
     assert_right(scorer, LAYOUTS, expected)
     checkpoint_gradients(scorer)
     assert_right(scorer, LAYOUTS, expected)

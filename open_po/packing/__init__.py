@@ -1,11 +1,12 @@
 """From tokenised pairs to forward passes: which pairs make a step, how they are cut into packs, a pack's tensors."""
 
-from open_po.packing.batch import Group, Layout, PackedBatch, Segment, group_pairs, pack, pack_responses
+from open_po.packing.batch import Group, LastLayer, Layout, PackedBatch, Segment, group_pairs, pack, pack_responses
 from open_po.packing.planner import PackingStats, Planner, Response, ResponsePlanner, Unit
 from open_po.packing.sampler import Sampler
 
 __all__ = [
     "Group",
+    "LastLayer",
     "Layout",
     "PackedBatch",
     "PackingStats",

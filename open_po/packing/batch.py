@@ -42,6 +42,22 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LastLayer:
+    """What a model's last layer must compute: S tokens that predict a scored one, and keys and values of C others."""
+
+    scored_index: Tensor  # [S] positions in T, ascending
+    context_index: Tensor  # [C] the same; tokens that those see besides themselves
+    key_order: Tensor  # [C + S] for these tokens in order of position: where in [context | scored] each stands
+    segments: tuple[Segment, ...]  # of these tokens, counted in that order
+    query_lengths: tuple[int, ...]  # scored tokens of each segment, its last ones
+    score_index: Tensor  # [N] position in S of the hidden state that predicts each scored token
+
+    def to(self, device: torch.device) -> LastLayer:
+        """The same with its tensors on `device`."""
+        return replace(self, **_moved(self, device))
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackedBatch:
     """Groups laid out for one forward pass. Every response begins at position `len(prompt)`, wherever it stands."""
 
@@ -57,6 +73,7 @@ class PackedBatch:
     response_tokens: Tensor  # [R] how many they are
     pairs: Tensor  # [P, 2] chosen and rejected response of each pair
     prompts: Tensor | None  # [P] the prompt of each pair as a response of its own, if it is scored
+    last_layer: LastLayer | None  # None in `rows`
     token_weights: Tensor  # [T] in how many responses of the pairs a token takes part; 0 for padding
 
     @property
@@ -71,9 +88,14 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on `device`."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
-        return replace(self, **moved)
+        last_layer = None if self.last_layer is None else self.last_layer.to(device)
+        return replace(self, last_layer=last_layer, **_moved(self, device))
+
+
+def _moved(tensors: LastLayer | PackedBatch, device: torch.device) -> dict[str, Any]:
+    """The tensors among the fields, on `device`."""
+    found = {name: value for name, value in vars(tensors).items() if isinstance(value, Tensor)}
+    return {name: value.to(device, non_blocking=True) for name, value in found.items()}
 
 
 def pack(
@@ -165,19 +187,21 @@ def _lay_out(
     sides = [[pair.chosen, pair.rejected if pair.rejected >= 0 else unscored] for pair in index]
     counts = np.array([len(where) for where, _ in scored])
     targets = np.concatenate([target for _, target in scored])
+    score_index = np.concatenate([where for where, _ in scored])
     return PackedBatch(
         layout=layout,
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         segments=tuple(segments),
         row_lengths=tuple(ends) if layout == "rows" else (),
-        score_index=torch.from_numpy(np.concatenate([where for where, _ in scored])),
+        score_index=torch.from_numpy(score_index),
         target_ids=torch.from_numpy(input_ids[targets]),
         response_id=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
         response_start=torch.from_numpy(np.cumsum(counts) - counts),
         response_tokens=torch.from_numpy(counts),
         pairs=torch.tensor(sides, dtype=torch.int64).view(-1, 2),
         prompts=prompts,
+        last_layer=None if layout == "rows" else _last_layer(segments, score_index),
         token_weights=torch.from_numpy(weights),
     )
 
@@ -211,6 +235,36 @@ def _places(groups: Sequence[Group], layout: Layout, width: int) -> tuple[list[_
                     else Segment(prompt, end, prompt, prompt)
                 )
     return places, segments, ends
+
+
+def _last_layer(segments: Sequence[Segment], score_index: NDArray[np.int64]) -> LastLayer:
+    scored, inverse = np.unique(score_index, return_inverse=True)
+    # Of a segment the tokens up to its last scored one matter: its end predicts nothing, and nothing else sees it.
+    kept: list[tuple[Segment, int]] = []  # and its end
+    query_lengths: list[int] = []
+    for segment in segments:
+        first, behind = np.searchsorted(scored, (segment.start, segment.end)).tolist()
+        if behind > first:
+            last = int(scored[behind - 1])
+            assert last - scored[first] == behind - 1 - first, "a segment's scored tokens stand together"
+            kept.append((segment, last + 1))
+            query_lengths.append(behind - first)
+    tokens = np.concatenate([np.arange(segment.start, end) for segment, end in kept])
+    context = np.setdiff1d(tokens, scored, assume_unique=True)
+    shortened = []
+    for segment, end in kept:
+        start, prefix = np.searchsorted(tokens, (segment.start, segment.prefix_start)).tolist()
+        shortened.append(
+            Segment(start, start + end - segment.start, prefix, prefix + segment.prefix_end - segment.prefix_start)
+        )
+    return LastLayer(
+        scored_index=torch.from_numpy(scored),
+        context_index=torch.from_numpy(context),
+        key_order=torch.from_numpy(np.argsort(np.concatenate([context, scored]))),
+        segments=tuple(shortened),
+        query_lengths=tuple(query_lengths),
+        score_index=torch.from_numpy(inverse),
+    )
 
 
 def _response_scores(
