@@ -214,7 +214,7 @@ def _by_flash(
     if _FLASH_HAS_GQA:
         gqa = {"enable_gqa": query.shape[1] != key.shape[1]}
     else:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        key, value = _with_heads(key, query.shape[1]), _with_heads(value, query.shape[1])
     out = varlen_attn(
         query.contiguous(),
         key.contiguous(),
@@ -233,6 +233,8 @@ def _by_flash(
 def _by_sdpa(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None
 ) -> Tensor:
+    if query.device.type == "cuda":  # whose memory-efficient kernel takes as many key heads as heads only
+        key, value = _with_heads(key, query.shape[1]), _with_heads(value, query.shape[1])
     parts = []
     for q, k, v in _by_segment(query, key, value, segments):
         plain = q.shape[2] == k.shape[2] and (window is None or window >= k.shape[2])
@@ -284,6 +286,11 @@ def _by_segment(
         yield own, _join(keys, pieces), _join(values, pieces)
 
 
+def _with_heads(tensor: Tensor, heads: int) -> Tensor:
+    """`tensor`, whose dimension 1 are key heads, with each of them repeated for the heads that share it."""
+    return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], 1)
+
+
 def _join(parts: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
     return parts[numbers[0]] if len(numbers) == 1 else torch.cat([parts[number] for number in numbers], 2)
 
@@ -298,8 +305,7 @@ def _attend(
     s_aux: Tensor | None,
 ) -> Tensor:
     """softmax(softcap(query @ key.T)) @ value of one segment, the softmax in float32."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    key, value = _with_heads(key, query.shape[1]), _with_heads(value, query.shape[1])
     scores = query @ key.transpose(2, 3) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -256,7 +256,9 @@ class Pass:
             if not self._compute(pack):
                 self.max_tokens = min(self.max_tokens, stats.computed) // 2
                 release_memory()
-                self.runtime.say(f"Reference log-probs: out of memory, on with {self.max_tokens:,} tokens at a time")
+                self.runtime.say_here(
+                    f"Reference log-probs: out of memory, on with {self.max_tokens:,} tokens at a time"
+                )
                 return [unit for rest in packs[number:] for unit in rest]
             self.stats += stats
             progress.advance(sum(len(unit.items) for unit in pack), tokens=stats.computed)

@@ -39,8 +39,9 @@ def evaluations(records: Sequence[Metrics]) -> list[Metrics]:
 
 def packing_line(shares: dict[str, float]) -> str:
     """`PackingStats.summary` in words."""
+    packs = f"{shares['packs']:,} pack{'' if shares['packs'] == 1 else 's'}"
     return (
-        f"{shares['packs']:,} packs, {shares['fill']:.0%} full; {shares['prompt_tokens_saved']:.0%} of prompt tokens "
+        f"{packs}, {shares['fill']:.0%} full; {shares['prompt_tokens_saved']:.0%} of prompt tokens "
         f"saved, {shares['padding_avoided']:.0%} padding avoided"
     )
 

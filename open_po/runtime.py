@@ -123,6 +123,13 @@ class Runtime:
         """One line on the main rank's console, never wrapped."""
         self.console.print(line, soft_wrap=True, markup=False)
 
+    def say_here(self, line: str) -> None:
+        """One line of this rank's, whichever it is."""
+        if self.is_main:
+            self.say(line)
+        else:
+            print(f"rank {self.rank}: {line}", file=sys.stderr, flush=True)
+
     def on_main(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 only; every rank gets its result or raises its error."""
         if self.world_size == 1:

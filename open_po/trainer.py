@@ -129,7 +129,7 @@ class Trainer:
         packs = self.planner.packs(indices, rank=runtime.rank, world_size=runtime.world_size)
         whole = self._whole_step(indices, packs, counts) if self.loss.batch_coupled else None
         self.state.progress.packing += self.planner.stats(packs)
-        # A step may have fewer prompts than ranks; a rank without any still joins, with coefficient 0.
+        # A step may have fewer pairs than ranks; a rank without any still joins, with coefficient 0.
         idle, packs = not packs, packs or [indices[:1]]
         bad: dict[int, Tensor] = {}
         for position, pack in enumerate(packs):

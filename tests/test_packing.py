@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -301,7 +301,8 @@ def test_no_pair_is_lost_or_doubled_and_the_budget_holds(
         assert len(pack_) == 1 or size_of(planner.batch(pack_, 2)) <= budget
     shuffled = random.sample(indices, len(indices))
     assert plans(planner, shuffled, world_size) == shares, "the order of the indices makes no difference"
-    for prompt in {int(dataset.prompt_numbers[index]) for index in indices}:
+    prompts = {int(dataset.prompt_numbers[index]) for index in indices}
+    for prompt in prompts if len(prompts) >= world_size else ():
         family = [index for index in sorted(indices) if dataset.prompt_numbers[index] == prompt]
         if size_of(planner.batch(family, 2)) <= budget:
             assert any(set(family) <= set(pack) for pack in packs), "pairs of one prompt share a pack where they can"
@@ -455,6 +456,20 @@ def test_a_prompt_with_too_many_responses_is_cut_by_response() -> None:
         [((0, 0), (0, 1)), ((2, 0), (2, 1))],
     ]
     assert [planner.stats(pack, 26).computed for pack in packs] == [25, 25]
+
+
+def test_no_rank_is_idle_while_a_prompt_can_be_cut() -> None:
+    dataset = sized([(10, [(5, 6), (7, 8), (3, 4)]), (2, [(1, 1)])])
+    responses = [Response(pair, side) for pair in range(4) for side in (0, 1)]
+    for layout in get_args(Layout):
+        planner = Planner(dataset=dataset, max_tokens=1000, layout=layout)
+        packs = [planner.packs(range(4), rank=rank, world_size=4) for rank in range(4)]
+        assert sorted(indices for rank in packs for indices in rank) == [[0, 1], [2], [3]]  # two parts each, of 3 and 1
+        by_response = ResponsePlanner(dataset=dataset, layout=layout)
+        shares = [by_response.units(responses, rank=rank, world_size=7) for rank in range(7)]
+        sizes = sorted(len(unit.items) for share in shares for unit in share)
+        assert sizes == [1, 1, 2, 2, 2]  # four parts each, of six responses and of the one that (1, 1) has
+        assert sum(not share for share in shares) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------ sampler

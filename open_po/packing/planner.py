@@ -93,10 +93,10 @@ class Planner:
         return Counts(pairs=len(index), chosen_tokens=chosen, prompt_and_chosen_tokens=chosen + prompts - len(index))
 
     def packs(self, indices: Sequence[int], *, rank: int = 0, world_size: int = 1) -> list[list[int]]:
-        """This rank's packs of the pairs `indices`, balanced. Empty if there are fewer prompts than ranks."""
+        """This rank's packs of the pairs `indices`, balanced. Empty if there are fewer pairs than ranks."""
         by_prompt = _by_key(sorted(indices), lambda index: int(self.dataset.prompt_numbers[index]))
         units = [unit for items in by_prompt for unit in _split(items, self._unit, self.layout, self.max_tokens)]
-        share = _shares(units, self.layout, world_size)[rank]
+        share = _shares(units, self._unit, self.layout, world_size)[rank]
         cut = _rows(share, self.max_tokens) if self.layout == "rows" else _balanced(share, self.layout, self.max_tokens)
         return [[index for unit in units for index in unit.items] for units in cut]
 
@@ -142,7 +142,7 @@ class ResponsePlanner:
         numbers = self.dataset.response_numbers
         distinct = {int(numbers[response]): response for response in responses}
         by_prompt = _by_key(distinct.values(), lambda response: int(self.dataset.prompt_numbers[response.pair]))
-        return _shares([self._unit(items) for items in by_prompt], self.layout, world_size)[rank]
+        return _shares([self._unit(items) for items in by_prompt], self._unit, self.layout, world_size)[rank]
 
     def packs(self, units: Iterable[Unit[Response]], max_tokens: int) -> list[list[Unit[Response]]]:
         """Packs of at most `max_tokens`, longest rows first; a prompt above that is cut by response."""
@@ -228,8 +228,21 @@ def _longest_first(units: Iterable[Unit[Item]], size: Callable[[Unit[Item]], int
     return sorted(units, key=lambda unit: (-size(unit), unit.items))
 
 
-def _shares(units: Sequence[Unit[Item]], layout: Layout, world_size: int) -> list[list[Unit[Item]]]:
-    """Each rank's units: the longest first, to whoever has the fewest tokens so far."""
+def _shares(
+    units: Sequence[Unit[Item]], make: Callable[[Sequence[Item]], Unit[Item]], layout: Layout, world_size: int
+) -> list[list[Unit[Item]]]:
+    """Each rank's units: the longest first, to whoever has the fewest tokens so far.
+
+    With fewer prompts than ranks each is cut into equal parts, so that no rank is idle that need not be.
+    """
+    if units and len(units) < world_size:
+        parts = -(-world_size // len(units))
+        sizes = [-(-len(unit.items) // parts) for unit in units]
+        units = [
+            make(unit.items[start : start + size])
+            for unit, size in zip(units, sizes, strict=True)
+            for start in range(0, len(unit.items), size)
+        ]
     return _spread(_longest_first(units, lambda unit: unit.tokens(layout)), layout, world_size)
 
 
