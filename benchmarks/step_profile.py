@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM
 from workloads import Shape, Workload, useful_flops
 
 from open_po.data import PreferencePair
+from open_po.layout import choose_layout
 from open_po.model import Numerics, Scorer
 from open_po.packing import pack
 
@@ -58,10 +59,14 @@ def main() -> None:
     torch.manual_seed(0)
     numerics = Numerics(compute_dtype=torch.float32, weights_dtype=torch.float32, use_liger=False)
     scorer = Scorer(LlamaForCausalLM(shape.config()), numerics, {})
-    scorer.use_layout("shared")
-    batch = pack([PreferencePair(*pair) for pair in ids], layout="shared", pad_token_id=0)
+    pairs = [PreferencePair(*pair) for pair in ids]
+    longest = prompt + response
+    print(choose_layout(scorer, pairs[:1], "on", longest=longest, pad=0).describe())
+    scorer.train()
+    batch = pack(pairs, layout="shared", pad_token_id=0)
 
     def step() -> float:
+        scorer.zero_grad()
         start = time.perf_counter()
         logps = scorer(batch)
         (logps.chosen - logps.rejected).sum().backward()
