@@ -21,7 +21,9 @@ from matmul_rate import matmul_rate
 from transformers import LlamaForCausalLM
 from workloads import Ids, Shape, Workload, around, useful_flops
 
+from open_po.config import Sharing
 from open_po.data import PreferencePair
+from open_po.layout import choose_layout
 from open_po.losses import Counts, Loss, PairLogps, loss_spec
 from open_po.model import Numerics, Scorer, apply_liger, checkpoint_gradients
 from open_po.packing import Layout, PackedBatch, pack
@@ -57,18 +59,24 @@ def workload(*, tiny: bool) -> Workload:
     return Workload(name="1B", about="", shape=shape, lengths=around(1024, 512), pairs=6, longest=4096)
 
 
-def make_scorer(setting: Setting, shape: Shape, device: torch.device) -> Scorer:
+def make_scorer(setting: Setting, shape: Shape, pairs: list[PreferencePair], device: torch.device) -> Scorer:
     torch.manual_seed(0)
     model = LlamaForCausalLM(shape.config()).to(device)
     if setting.liger:
         apply_liger(model)
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     numerics = Numerics(compute_dtype=compute, weights_dtype=torch.float32, use_liger=setting.liger)
-    scorer = Scorer(model, numerics, {}).train()
+    scorer = Scorer(model, numerics, {})
+    longest = max(len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
+    if setting.layout == "rows":
+        scorer.use_layout("rows")
+    else:
+        sharing: Sharing = "on" if setting.layout == "shared" else "off"
+        choice = choose_layout(scorer, pairs[:1], sharing, longest=longest, pad=0)
+        assert choice.layout == setting.layout, choice.describe()
     if setting.checkpointing:
         checkpoint_gradients(scorer)
-    scorer.use_layout(setting.layout)
-    return scorer
+    return scorer.train()
 
 
 def train_step(scorer: Scorer, optimizer: torch.optim.Optimizer, batch: PackedBatch) -> float:
@@ -94,9 +102,10 @@ def synchronise(device: torch.device) -> None:
 
 def measure(setting: Setting, shape: Shape, ids: list[Ids], device: torch.device) -> list[float]:
     """[seconds per step, useful FLOP/s, peak bytes, summed chosen log-probs] of one setting in one round."""
-    scorer = make_scorer(setting, shape, device)
+    pairs = [PreferencePair(*pair) for pair in ids]
+    scorer = make_scorer(setting, shape, pairs, device)
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-6)
-    batch = pack([PreferencePair(*pair) for pair in ids], layout=setting.layout, pad_token_id=0)
+    batch = pack(pairs, layout=setting.layout, pad_token_id=0)
     logps = train_step(scorer, optimizer, batch)  # also compiles the kernels
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -194,6 +194,19 @@ def useful_flops(shape: Shape, pairs: Sequence[Ids], *, backward: bool = True) -
     return forward * (3 if backward else 1)
 
 
+def repeated_flops(shape: Shape, pairs: Sequence[Ids], *, score_prompts: bool) -> float:
+    """FLOPs of a training step on the same pairs as rows [prompt | response] without padding.
+
+    With `score_prompts` every position goes through the head, not only those of responses.
+    """
+    rows = [(len(prompt), len(response)) for prompt, *responses in pairs for response in responses]
+    tokens = sum(prompt + response for prompt, response in rows)
+    scored = tokens if score_prompts else sum(response for _, response in rows)
+    visible = sum((prompt + response) * (prompt + response + 1) // 2 for prompt, response in rows)
+    attention = 4 * shape.head_dim * shape.heads * shape.layers * visible
+    return 3.0 * (2.0 * shape.body_parameters * tokens + 2.0 * shape.head_parameters * scored + attention)
+
+
 # -------------------------------------------------------------------------------------------------------------- files
 
 

@@ -100,7 +100,9 @@ class Segments:
         """The keys and values of all tokens, in order."""
         if self.context is None or self.key_order is None:
             return key, value
-        joined = (torch.cat(parts, 2) for parts in zip(self.context, (key, value), strict=True))
+        joined = [torch.cat(parts, 2) for parts in zip(self.context, (key, value), strict=True)]
+        if joined[0].shape[2] != len(self.key_order):
+            raise MissingSegments("a layer gives its attention keys of other tokens than its own")
         key, value = (tensor.index_select(2, self.key_order) for tensor in joined)
         return key, value
 
@@ -134,8 +136,8 @@ class FlashIndex:
                 for segment in ranges
                 for start, end in ((segment.prefix_start, segment.prefix_end), (segment.start, segment.end))
             ]
-            index = torch.cat(parts).to(device)
-        ends_q, ends_k = (lengths.cumsum(0).to(device, torch.int32) for lengths in (queries, keys))
+            index = torch.cat(parts).to(device, non_blocking=True)
+        ends_q, ends_k = (lengths.cumsum(0).to(device, torch.int32, non_blocking=True) for lengths in (queries, keys))
         return FlashIndex(index, ends_q, ends_k, int(queries.max()), int(keys.max()))
 
 

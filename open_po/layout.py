@@ -90,11 +90,12 @@ def choose_layout(
             whole_last_layer = None
             if layout != "rows":
                 scorer.shorten_last_layer(decoder_layer(scorer.base, found.calls[-1]))
-                short = _try(scorer, layout, groups, expected, pad)
-                if short.wrong is None and scorer.last_layer_is_short:
-                    found = short
-                else:
-                    whole_last_layer = short.wrong or "its module is not known"
+                whole_last_layer = "its module is not known"
+                if scorer.last_layer_is_short:
+                    short = _try(scorer, layout, groups, expected, pad)
+                    whole_last_layer = short.wrong or _worse(short, found, scorer)
+                    found = found if whole_last_layer else short
+                if whole_last_layer is not None:
                     scorer.shorten_last_layer(None)
             return Choice(layout, found.difference, len(expected), refused, whole_last_layer)
     model = scorer.base.config.model_type
@@ -147,6 +148,17 @@ def _finite(scorer: Scorer, groups: Sequence[Group]) -> tuple[list[Group], list[
     if not finite:
         raise _not_finite(scorer)
     return [group for group, _ in finite], [score for _, scores in finite for score in scores]
+
+
+def _worse(short: Trial, whole: Trial, scorer: Scorer) -> str | None:
+    """Whether a short last layer adds more than rounding to what a whole one is off by.
+
+    The tolerance alone would in bfloat16 let through what one wrong layer of many does.
+    """
+    allowed = 2 * whole.difference + 0.1 * _TOLERANCE[scorer.numerics.compute_dtype]
+    if short.difference <= allowed:
+        return None
+    return f"scores are off by {short.difference:.2g} nats a token, by {whole.difference:.2g} otherwise"
 
 
 @dataclass(frozen=True)

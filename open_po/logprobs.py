@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from open_po.losses import PairLogps
 from open_po.packing import PackedBatch
@@ -135,7 +136,9 @@ def _liger_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
 
 
 def _blocked_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-    result: Tensor = _BlockedLogprobs.apply(hidden, head.weight, head.bias, targets, head.softcap)  # type: ignore[no-untyped-call]
+    result: Tensor = _BlockedLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, head.bias, targets, head.softcap, torch.is_grad_enabled()
+    )
     return result
 
 
@@ -148,19 +151,26 @@ class _BlockedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        softcap: float | None,
+        with_grad: bool,  # needs_input_grad says whether inputs ask for gradients, also where nobody will compute them
     ) -> Tensor:
         normalisers = torch.full_like(targets, -torch.inf, dtype=_logit_dtype(hidden))
         picked = torch.zeros_like(normalisers)
         kept: list[tuple[Tensor, Tensor]] = []  # of the first blocks: exponentials [N, block], logits subtracted [N]
         # With a soft-cap the slope needs the logits themselves.
-        room = _KEPT_BYTES if softcap is None and any(ctx.needs_input_grad) else 0
+        room = _KEPT_BYTES if softcap is None and with_grad and any(ctx.needs_input_grad) else 0
         for block in _vocabulary_blocks(hidden, weight):
             logits = _block_logits(hidden, weight, bias, softcap, block)
             columns, inside = _columns(targets, block)
             picked = torch.where(inside, logits.gather(1, columns[:, None])[:, 0], picked)
             # As torch.logsumexp, which would make two more tensors of this size.
-            largest = logits.amax(-1)
+            # Biases of -inf may fill a whole block: clamped, so that it adds 0 and not nan.
+            largest = logits.amax(-1).clamp_(min=torch.finfo(logits.dtype).min)
             exponentials = logits.sub_(largest[:, None]).exp_()
             normalisers = torch.logaddexp(normalisers, exponentials.sum(-1).log_().add_(largest))
             room -= exponentials.nbytes
@@ -172,6 +182,7 @@ class _BlockedLogprobs(torch.autograd.Function):
         return picked - normalisers
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, _ = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -179,9 +190,10 @@ class _BlockedLogprobs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=_logit_dtype(hidden)) if wants_hidden else None
         grad_weight = torch.empty_like(weight) if wants_weight else None
         grad_bias = torch.empty_like(bias) if wants_bias else None
+        kept, ctx.kept = ctx.kept, []  # another backward pass makes them again
         for block in _vocabulary_blocks(hidden, weight):
             # d logprob / d logits = onehot(target) - softmax, in the exponentials' own buffer.
-            exponentials, share, slope = _softmax(ctx, block)
+            exponentials, share, slope = _softmax(ctx, block, kept)
             d_logits = exponentials.mul_((-grads[0] * share)[:, None])
             columns, inside = _columns(targets, block)
             d_logits.scatter_add_(1, columns[:, None], torch.where(inside, grads[0], 0.0)[:, None])
@@ -197,17 +209,17 @@ class _BlockedLogprobs(torch.autograd.Function):
             elif grad_weight is not None:
                 grad_weight[block] = d_logits.T @ hidden
             del exponentials, d_logits  # before the next block is made
-        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None
 
 
-def _softmax(ctx: Any, block: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+def _softmax(ctx: Any, block: slice, kept: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Exponentials [N, block], what to multiply them by for the softmax [N], and the soft-cap's slope [N, block].
 
-    The caller may overwrite them. Blocks come in order.
+    The caller may overwrite them. Blocks come in order, first those that were `kept`, which are used up.
     """
     hidden, weight, bias, _, normalisers = ctx.saved_tensors
-    if ctx.kept:
-        exponentials, largest = ctx.kept.pop(0)  # another backward pass makes it again
+    if kept:
+        exponentials, largest = kept.pop(0)
         return exponentials, (largest - normalisers).exp(), None
     logits = _block_logits(hidden, weight, bias, ctx.softcap, block)
     slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square()

@@ -282,8 +282,11 @@ class Scorer(nn.Module):
         """The hidden states that predict scored tokens, in the compute dtype: [N, H]."""
         if batch.layout != self.layout:
             raise ValueError(f"a pack in layout {batch.layout} for a scorer that takes {self.layout}")
-        balances = self.balances_experts and torch.is_grad_enabled()  # over the tokens of all layers
-        last = batch.last_layer if self.last_layer_is_short and not balances else None
+        balances = self.balances_experts and torch.is_grad_enabled()
+        # Experts are balanced over all tokens of all layers. In training this holds without gradients too: a pass that
+        # is repeated with them must see the same dropout.
+        whole = not self.last_layer_is_short or (self.balances_experts and self.training)
+        last = None if whole else batch.last_layer
         index = batch.score_index if last is None else last.score_index
         return self._hidden_states(batch, last, balances).index_select(0, index).to(self.numerics.compute_dtype)
 
@@ -358,7 +361,8 @@ class Scorer(nn.Module):
 
     def check_ids(self, highest_id: int) -> None:
         """Raises UserError if the data hold token ids that the model has no embedding for."""
-        embeddings = cast(Tensor, self.base.get_input_embeddings().weight).shape[0]
+        layers = (self.base.get_input_embeddings(), self.base.get_output_embeddings())
+        embeddings = min(cast(Tensor, layer.weight).shape[0] for layer in layers)
         if highest_id >= embeddings:
             raise UserError(
                 f"the tokenizer makes token id {highest_id}, but the model's vocabulary has {embeddings} entries; "

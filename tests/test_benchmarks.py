@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -105,6 +106,17 @@ def test_useful_flops_by_hand() -> None:
     expected = 6 * SHAPE.body_parameters * 8 + 6 * SHAPE.head_parameters * 5 + attention
     assert workloads.useful_flops(SHAPE, [PAIR]) == expected
     assert workloads.useful_flops(SHAPE, [PAIR, PAIR], backward=False) == pytest.approx(2 * expected / 3)
+
+
+def test_flops_of_rows_by_hand() -> None:
+    """Rows of 3 + 2 and 3 + 3 tokens."""
+    attention = 3 * 4 * SHAPE.head_dim * SHAPE.heads * SHAPE.layers * (15 + 21)
+    body = 6 * SHAPE.body_parameters * 11 + attention
+    assert workloads.repeated_flops(SHAPE, [PAIR], score_prompts=False) == body + 6 * SHAPE.head_parameters * 5
+    assert workloads.repeated_flops(SHAPE, [PAIR], score_prompts=True) == body + 6 * SHAPE.head_parameters * 11
+    useful = workloads.useful_flops(SHAPE, [PAIR])
+    ratios = [f"{(body + 6 * SHAPE.head_parameters * scored) / useful:.2f}" for scored in (5, 11)]
+    assert re.findall(r"\d\.\d\d", comparison_report.work_line(SHAPE, [PAIR])) == ratios
 
 
 def test_written_text_has_the_ids_for_trl(tmp_path: Path) -> None:
@@ -250,6 +262,7 @@ def comparison(*rows: Any) -> Any:
         pairs=1,
         rates=[1e9, 2e9],
         rate_tokens=8,
+        work="rows need twice the work",
         rows=list(rows),
         targets=comparison_report.Targets(stock=2.0, patched=1.4, memory=0.7, share=0.6),
     )

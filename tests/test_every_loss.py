@@ -385,9 +385,13 @@ def test_a_coupled_loss_resumes_with_its_running_mean(llama: Path, eight_pairs: 
     assert cli.equal(cli.weights(resumed), cli.weights(whole))
 
 
-def test_coupled_losses_see_the_same_dropout_twice(llama: Path, eight_pairs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_coupled_losses_see_the_same_dropout_twice(architecture: str, eight_pairs: Path, tmp_path: Path) -> None:
     """With adapters' dropout, a coupled loss that happens to be a sum over pairs equals its uncoupled form."""
+    llama = tiny.make_model_folder(tmp_path / "model", architecture)
     fields = steps_of("bco_pair-none", "adamw") | ONE_BATCH
+    if architecture == "mixtral":
+        fields |= {"load_balancing_loss": True, "lora_target_modules": ["q_proj", "v_proj"]}
     fields |= {"use_lora": True, "lora_rank": 4, "lora_dropout": 0.5}
     fields |= {"learning_rate": 1e-2, "max_tokens_per_batch": 100}
     plain = cli.train(llama, eight_pairs, tmp_path / "plain" / "run", **fields)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from open_po import attention, last_layer
-from open_po.attention import KeysTaken, Segments, TakeKeys, packed_attention
+from open_po.attention import KeysTaken, MissingSegments, Segments, TakeKeys, packed_attention
 from open_po.last_layer import decoder_layer
 from open_po.model import checkpoint_gradients
 from open_po.packing import LastLayer, PackedBatch, Segment, pack
@@ -112,6 +112,17 @@ def test_keys_and_values_are_handed_out_before_anything_is_attended_to() -> None
     assert calls == []
 
 
+def test_keys_of_other_tokens_are_refused() -> None:
+    """As a layer that shares the keys of an earlier one would have, which was not cut."""
+    batch = batch_of([(3, [2, 2])], "shared")
+    query, key, value = inputs(batch, (1, 1))
+    last = of(batch)
+    segments = Segments(last.segments, CPU, last.query_lengths, context=(key, value), key_order=last.key_order)
+    own = query.index_select(2, last.scored_index)
+    with pytest.raises(MissingSegments, match="keys of other tokens"):
+        packed_attention(nn.Identity(), own, key, value, None, segments=segments)
+
+
 # -------------------------------------------------------------------------------------------------------- whole models
 
 
@@ -165,7 +176,7 @@ def wrong_order(value: Any, index: Tensor, tokens: int) -> Any:
 def test_a_model_that_it_does_not_suit_computes_its_last_layer_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny.make_model(tmp_path, "llama", initializer_range=0.3)
+    tiny.make_model(tmp_path, "llama")
     scorer = load(tmp_path).train()
     monkeypatch.setattr(last_layer, "_select", wrong_order)
     choice = choose(scorer)

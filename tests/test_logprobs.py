@@ -115,6 +115,19 @@ def test_bfloat16_gradients_of_the_states_add_up_in_float32() -> None:
     assert (got.float() - expected).norm() <= 4e-3 * expected.norm()  # 2^-8: rounded once
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_words_ruled_out_by_an_infinite_bias_add_nothing() -> None:
+    states, weight, bias = make(37, 24, 101, torch.float32, bias=True)
+    with torch.no_grad():
+        bias[:40] = -torch.inf  # two blocks of 16 and part of the third
+    targets = torch.randint(40, 101, (37,))
+    head = Head(weight, bias.detach())
+    got, got_grads = gradients(lambda *a: fused_logprobs(*a, use_liger=False), states, head, targets)
+    expected, expected_grads = gradients(naive_logprobs, states, head, targets)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(got_grads, expected_grads)
+
+
 def test_a_frozen_head_gets_no_gradient_and_costs_none() -> None:
     states, weight, _ = make(20, 8, 50, torch.float32, bias=False)
     targets = torch.randint(0, 50, (20,))
@@ -233,6 +246,18 @@ def test_the_memory_test_notices_heads_that_keep_logits(function: Callable[..., 
 
 def test_the_memory_test_accepts_another_head_that_recomputes() -> None:
     assert not grows_with_tokens_times_vocabulary(checkpointed_chunks)
+
+
+def test_without_gradients_one_block_at_a_time_is_held() -> None:
+    """Also where the weights ask for gradients, as a policy's do while it is its own reference."""
+    vocabulary, tokens = 131_072, 2048
+    with FakeTensorMode():
+        states, weight = torch.empty(tokens, 64), torch.empty(vocabulary, 64, requires_grad=True)
+        targets = torch.empty(tokens, dtype=torch.int64)
+        with torch.no_grad(), LiveBytes(states, weight, targets) as live:
+            fused_logprobs(states, Head(weight), targets, use_liger=False)
+    block = 4 * tokens * logprobs._LEAST_COLUMNS
+    assert block <= live.peak <= 1.2 * block
 
 
 def test_peak_is_the_tile_and_the_weight_gradient() -> None:

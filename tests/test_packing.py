@@ -464,12 +464,15 @@ def test_no_rank_is_idle_while_a_prompt_can_be_cut() -> None:
     for layout in get_args(Layout):
         planner = Planner(dataset=dataset, max_tokens=1000, layout=layout)
         packs = [planner.packs(range(4), rank=rank, world_size=4) for rank in range(4)]
-        assert sorted(indices for rank in packs for indices in rank) == [[0, 1], [2], [3]]  # two parts each, of 3 and 1
+        assert sorted(indices for rank in packs for indices in rank) == [[0], [1], [2], [3]]
         by_response = ResponsePlanner(dataset=dataset, layout=layout)
-        shares = [by_response.units(responses, rank=rank, world_size=7) for rank in range(7)]
-        sizes = sorted(len(unit.items) for share in shares for unit in share)
-        assert sizes == [1, 1, 2, 2, 2]  # four parts each, of six responses and of the one that (1, 1) has
-        assert sum(not share for share in shares) == 2
+        for ranks in (3, 7, 8):
+            shares = [by_response.units(responses, rank=rank, world_size=ranks) for rank in range(ranks)]
+            assert [len(share) for share in shares] == [1] * ranks
+            assert sorted(item for share in shares for unit in share for item in unit.items) == responses
+    planner = Planner(dataset=dataset, max_tokens=1000, layout="shared")
+    two = [planner.packs(range(4), rank=rank, world_size=2) for rank in range(2)]
+    assert two == [[[0, 1, 2]], [[3]]], "prompts stay whole where there are enough"
 
 
 # ------------------------------------------------------------------------------------------------------------ sampler

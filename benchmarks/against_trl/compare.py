@@ -11,9 +11,9 @@ TRL does that by itself, so it is left out there), and `open_po`.
 
 What a time is: the reference pass as each trainer does it, storing its results included. Loading the model is in no
 figure, nor is open_po's check of its layout (at most three pairs, scored three times), in place of which TRL's model
-scores a row first, so that both begin warm. A step from its first forward pass to the end of the optimizer's step, as
-each trainer's own loop sees it; the first step is not counted. Memory is the process's peak over reference pass and
-training.
+scores its longest batch first, so that both begin warm. A step from its first forward pass to the end of the
+optimizer's step, as each trainer's own loop sees it; the first step is not counted. Memory is the process's peak over
+reference pass and training.
 
 `--preset cuda` without a GPU, or `--dry-run`, prints what would run. `--settings FILE.json` takes settings that an
 earlier run found (it writes them beside --out) instead of searching.
@@ -182,6 +182,7 @@ def compare(bench: Bench, settings: dict[str, Settings], steps: int, repeats: in
         rate_tokens=tokens,
         rows=rows,
         targets=preset.targets.get(workload.name),
+        work=comparison_report.work_line(workload.shape, bench.ids),
     )
 
 
@@ -196,6 +197,7 @@ def describe(arguments: argparse.Namespace) -> None:
         say(f"\n{workload.name}: {workload.about}; {len(ids)} pairs")
         say(f"  model: {shape}; parameters: body {shape.body_parameters:,}, head {shape.head_parameters:,}")
         say(f"  tokens: {comparison_report.token_line(counts(ids))}")
+        say(f"  {comparison_report.work_line(shape, ids)}")
         say(f"  useful FLOPs of the first step: {useful_flops(shape, [ids[i] for i in bench.steps(1)[0]]):.3g}")
         say(f"  build: {' '.join(build_command(shape, bench.folder / 'model', seed)[1:])}")
         for side in sides_of(preset, workload):

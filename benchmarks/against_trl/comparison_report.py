@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from workloads import Ids, Shape, repeated_flops, useful_flops
+
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
@@ -52,6 +54,7 @@ class Comparison:
     rates: list[float]  # FLOP/s, one reading before and one after every round
     rate_tokens: int
     rows: list[Row]
+    work: str  # of rows, in units of the useful work
     targets: Targets | None = None
     searches: dict[str, list[str]] = field(default_factory=dict)  # Markdown rows by side
 
@@ -70,6 +73,15 @@ def token_line(found: dict[str, float]) -> str:
         f"means of prompt {found['prompt']:.0f}, chosen {found['chosen']:.0f}, rejected {found['rejected']:.0f}; "
         f"longest {found['longest']:.0f}; distinct tokens are {found['distinct_share']:.2f} of those with the prompt "
         f"repeated, scored ones {found['scored_share']:.2f} of the distinct"
+    )
+
+
+def work_line(shape: Shape, ids: Sequence[Ids]) -> str:
+    useful = useful_flops(shape, ids)
+    scored, everything = (repeated_flops(shape, ids, score_prompts=whole) / useful for whole in (False, True))
+    return (
+        f"rows with their prompts, without padding, need {scored:.2f} times the useful FLOPs, {everything:.2f} times "
+        "with every position in the head"
     )
 
 
@@ -228,7 +240,8 @@ class Report:
             f"## {comparison.workload}",
             "",
             f"{comparison.about[0].upper()}{comparison.about[1:]}. {comparison.pairs} pairs, "
-            f"{token_line(comparison.counts)}. Model: {comparison.shape}. Matmul rate {_rate_line(comparison)}. Other "
+            f"{token_line(comparison.counts)}; {comparison.work}. Model: {comparison.shape}. "
+            f"Matmul rate {_rate_line(comparison)}. Other "
             f"work took up to {max(row.others for row in comparison.rows):.0%} of the CPUs' time in a round.",
             "",
             *result_rows(comparison),

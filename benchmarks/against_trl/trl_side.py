@@ -161,11 +161,12 @@ def measure(job: TrlJob) -> dict[str, Any]:
     class Timed(DPOTrainer):
         losses: list[torch.Tensor]
 
-        def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
-            with torch.no_grad():  # open_po's model has scored a few rows by then, in the check of its layout
-                self.model(input_ids=torch.tensor([[*ids[0][0], *ids[0][1]]], device=self.model.device))
+        def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+            # open_po's model has scored its longest pairs by then, in the check of its layout.
+            batch = self.data_collator([dataset[index] for index in range(batch_size)])
+            self.compute_ref_log_probs(self.model, self._prepare_inputs(batch))
             start = now()
-            dataset = super()._precompute_ref_logps(*args, **kwargs)
+            dataset = super()._precompute_ref_logps(dataset, name, batch_size)
             clock["reference"] = now() - start
             return dataset
 

@@ -233,16 +233,15 @@ def _shares(
 ) -> list[list[Unit[Item]]]:
     """Each rank's units: the longest first, to whoever has the fewest tokens so far.
 
-    With fewer prompts than ranks each is cut into equal parts, so that no rank is idle that need not be.
+    While there are fewer prompts than ranks the longest that can be is cut in two, so that no rank is idle that need
+    not be.
     """
-    if units and len(units) < world_size:
-        parts = -(-world_size // len(units))
-        sizes = [-(-len(unit.items) // parts) for unit in units]
-        units = [
-            make(unit.items[start : start + size])
-            for unit, size in zip(units, sizes, strict=True)
-            for start in range(0, len(unit.items), size)
-        ]
+    units = list(units)
+    while len(units) < world_size and (several := [unit for unit in units if len(unit.items) > 1]):
+        longest = max(several, key=lambda unit: unit.tokens(layout))
+        units.remove(longest)
+        half = len(longest.items) // 2
+        units += [make(longest.items[:half]), make(longest.items[half:])]
     return _spread(_longest_first(units, lambda unit: unit.tokens(layout)), layout, world_size)
 
 

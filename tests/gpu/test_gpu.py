@@ -82,6 +82,7 @@ def test_shared_prompts_in_bfloat16_equal_transformers_one_by_one(
         checkpoint_gradients(scorer)
     choice = choose_layout(scorer, PAIRS, "on", longest=84, pad=2)
     assert choice.layout == "shared"
+    assert scorer.last_layer_is_short
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     expected = scores_one_by_one(plain, PAIRS, torch.float32)
     expected.sum().backward()
