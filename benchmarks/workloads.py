@@ -181,7 +181,10 @@ def visible_positions(pair: Ids) -> int:
 
 
 def useful_flops(shape: Shape, pairs: Sequence[Ids], *, backward: bool = True) -> float:
-    """FLOPs that these pairs need, however a trainer computes them; recomputation is not counted.
+    """FLOPs that these pairs need if every distinct token goes through the body; recomputation is not counted.
+
+    It is the measure that trainers are compared by, not the least that is possible: open_po's last layer leaves out
+    what nothing is predicted from, `skipped_flops`.
 
     Forward: 2 x body parameters x distinct tokens (p + a + b), 2 x head parameters x scored tokens (a + b), and for
     attention 4 x head_dim x heads x visible positions in every layer (two products, QK and AV). A training step is
@@ -191,6 +194,23 @@ def useful_flops(shape: Shape, pairs: Sequence[Ids], *, backward: bool = True) -
     scored = sum(len(chosen) + len(rejected) for _, chosen, rejected in pairs)
     attention = 4 * shape.head_dim * shape.heads * shape.layers * sum(map(visible_positions, pairs))
     forward = 2.0 * shape.body_parameters * distinct + 2.0 * shape.head_parameters * scored + attention
+    return forward * (3 if backward else 1)
+
+
+def skipped_flops(shape: Shape, pairs: Sequence[Ids], *, backward: bool = True) -> float:
+    """The part of `useful_flops` that open_po's last layer leaves out.
+
+    Of a prompt's tokens but the last all but keys and values (their queries are computed forward, but are of no use),
+    of a response's last token everything.
+    """
+    linears = {name: inputs * outputs for name, (inputs, outputs) in shape.linears().items()}
+    forward = 0.0
+    for prompt, *responses in pairs:
+        context = len(prompt) - 1
+        forward += 2.0 * context * sum(linears[name] for name in ("q", "o", "gate", "up", "down"))
+        forward += 2.0 * len(responses) * sum(linears.values())
+        visible = context * (context + 1) // 2 + sum(len(prompt) + len(response) for response in responses)
+        forward += 4.0 * shape.head_dim * shape.heads * visible
     return forward * (3 if backward else 1)
 
 

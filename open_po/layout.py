@@ -76,12 +76,11 @@ def choose_layout(
         limit = rope_limit(scorer.base.config)
         scorer.row_by_row = limit is not None and longest > limit
         refused: dict[Layout, str] = {}
-        if scorer.row_by_row:
+        wanted = [layout for layout in _WANTED[sharing] if layout == "rows" or not scorer.row_by_row]
+        if scorer.row_by_row and "shared" in _WANTED[sharing]:
             refused["shared"] = f"rotations depend on the length of rows beyond {limit} tokens"
         groups, expected = _finite(scorer, group_pairs(pairs)[0])
-        for layout in ("rows",) if scorer.row_by_row else get_args(Layout):
-            if layout not in _WANTED[sharing]:
-                continue
+        for layout in wanted:
             scorer.shorten_last_layer(None)
             found = _try(scorer, layout, groups, expected, pad)
             if found.wrong is not None:

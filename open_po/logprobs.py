@@ -1,4 +1,6 @@
-"""Log-probs of target tokens from hidden states, the head fused with the log-softmax; no [tokens x vocabulary] tensor.
+"""Log-probs of target tokens from hidden states, the head fused with the log-softmax.
+
+No [tokens x vocabulary] tensor is held, only as much of it as fits in 128 MiB.
 
 Letters in shapes: N scored tokens, H hidden, V vocabulary, R responses, P pairs.
 """

@@ -35,7 +35,7 @@ from measuring import BUSY, Bench, Measurement, MeasurementError, built, disagre
 from open_po_side import OpenPoSettings
 from presets import PRESETS, Preset, Settings, Side, Stage, sides_of
 from trl_side import TrlSettings, config_arguments
-from workloads import Workload, build_command, counts, useful_flops
+from workloads import Workload, build_command, counts, skipped_flops, useful_flops
 
 NOISE = 0.02  # of a speed that was measured once
 
@@ -130,7 +130,9 @@ def find_settings(
 def compare(bench: Bench, settings: dict[str, Settings], steps: int, repeats: int) -> comparison_report.Comparison:
     """The sides in turn, `repeats` times, with the matmul rate before, between and after."""
     preset, workload = bench.preset, bench.workload
-    flops = [useful_flops(workload.shape, [bench.ids[i] for i in step]) for step in bench.steps(steps)]
+    drawn = [[bench.ids[i] for i in step] for step in bench.steps(steps)]
+    flops = [useful_flops(workload.shape, pairs) for pairs in drawn]
+    computed = [useful - skipped_flops(workload.shape, pairs) for useful, pairs in zip(flops, drawn, strict=True)]
     ours = settings["open_po"]
     assert isinstance(ours, OpenPoSettings)
     tokens = min(ours.tokens, round(counts(bench.ids)["distinct"] * preset.global_batch))
@@ -164,6 +166,9 @@ def compare(bench: Bench, settings: dict[str, Settings], steps: int, repeats: in
                 reference=[run.reference_rate() for run in runs],
                 peak_bytes=[run.peak_bytes for run in runs],
                 share=statistics.median(run.share(flops, rate) for run in runs),
+                computed_share=statistics.median(run.share(computed, rate) for run in runs)
+                if name == "open_po"
+                else None,
                 reference_share=statistics.median(reference_flops / run.reference_seconds / rate for run in runs),
                 logp_difference=max(logps for logps, _ in differences),
                 loss_difference=max(losses for _, losses in differences),
