@@ -88,14 +88,7 @@ def choose_layout(
                 continue
             whole_last_layer = None
             if layout != "rows":
-                scorer.shorten_last_layer(decoder_layer(scorer.base, found.calls[-1]))
-                whole_last_layer = "its module is not known"
-                if scorer.last_layer_is_short:
-                    short = _try(scorer, layout, groups, expected, pad)
-                    whole_last_layer = short.wrong or _worse(short, found, scorer)
-                    found = found if whole_last_layer else short
-                if whole_last_layer is not None:
-                    scorer.shorten_last_layer(None)
+                found, whole_last_layer = _shorten(scorer, found, groups, expected, pad)
             return Choice(layout, found.difference, len(expected), refused, whole_last_layer)
     model = scorer.base.config.model_type
     reasons = "; ".join(f"{layout}: {reason}" for layout, reason in refused.items())
@@ -147,6 +140,22 @@ def _finite(scorer: Scorer, groups: Sequence[Group]) -> tuple[list[Group], list[
     if not finite:
         raise _not_finite(scorer)
     return [group for group, _ in finite], [score for _, scores in finite for score in scores]
+
+
+def _shorten(
+    scorer: Scorer, whole: Trial, groups: Sequence[Group], expected: Sequence[Tensor], pad: int
+) -> tuple[Trial, str | None]:
+    """Compute the last layer for scored tokens only, if that changes no score; the trial that holds, and why not."""
+    layer = decoder_layer(scorer.base, whole.calls[-1])
+    if layer is None:
+        return whole, "its module is not known"
+    scorer.shorten_last_layer(layer)
+    short = _try(scorer, scorer.layout, groups, expected, pad)
+    wrong = short.wrong or _worse(short, whole, scorer)
+    if wrong is None:
+        return short, None
+    scorer.shorten_last_layer(None)
+    return whole, wrong
 
 
 def _worse(short: Trial, whole: Trial, scorer: Scorer) -> str | None:
