@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from open_po.attention import KeysTaken, Segments, TakeKeys
-from open_po.packing import LastLayer
+from open_po.packing import LastLayer, Segment
 
 
 class SegmentsAndLast(Segments):
     """The segments of all layers but the last, and what to cut for that one."""
 
-    def __init__(self, ranges: Sequence[Any], last: LastLayer, device: torch.device) -> None:
+    def __init__(self, ranges: Sequence[Segment], last: LastLayer, device: torch.device) -> None:
         super().__init__(ranges, device)
         self.last = last
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from open_po import attention, last_layer
 from open_po.attention import KeysTaken, MissingSegments, Segments, TakeKeys, packed_attention
 from open_po.last_layer import decoder_layer
+from open_po.layout import Trial, _worse
 from open_po.model import checkpoint_gradients
 from open_po.packing import LastLayer, PackedBatch, Segment, pack
 from tests import tiny
 from tests.test_attention import CPU, assert_equal, batch_of, heads, inputs, layouts, lengths, naive_attention, windows
-from tests.test_layouts import ALL, LAYOUTS, assert_right, choose, truth
+from tests.test_layouts import ALL, BFLOAT16, LAYOUTS, assert_right, choose, truth
 from tests.test_model import load
 from tests.test_packing import seen_from
 
@@ -160,16 +161,18 @@ def test_it_can_be_switched_off(architecture: str, tmp_path: Path) -> None:
     assert_right(scorer, LAYOUTS[:2], truth(tmp_path))
 
 
-def wrong_order(value: Any, index: Tensor, tokens: int) -> Any:
+def rotations_left_alone(value: Any, index: Tensor, tokens: int) -> Any:
     """Cuts the hidden states, but not the rotations that belong to them."""
     if isinstance(value, Tensor) and value.shape[:2] == (1, tokens):
         return value.index_select(1, index)
     if isinstance(value, tuple) and len(value) == 2:
         return tuple(item[:, : len(index)] for item in value)
     if isinstance(value, tuple):
-        return tuple(wrong_order(item, index, tokens) for item in value)
+        return tuple(rotations_left_alone(item, index, tokens) for item in value)
     return (
-        {name: wrong_order(item, index, tokens) for name, item in value.items()} if isinstance(value, dict) else value
+        {name: rotations_left_alone(item, index, tokens) for name, item in value.items()}
+        if isinstance(value, dict)
+        else value
     )
 
 
@@ -178,7 +181,7 @@ def test_a_model_that_it_does_not_suit_computes_its_last_layer_whole(
 ) -> None:
     tiny.make_model(tmp_path, "llama")
     scorer = load(tmp_path).train()
-    monkeypatch.setattr(last_layer, "_select", wrong_order)
+    monkeypatch.setattr(last_layer, "_select", rotations_left_alone)
     choice = choose(scorer)
     assert choice.layout == "shared"
     assert not scorer.last_layer_is_short
@@ -189,6 +192,16 @@ def test_a_model_that_it_does_not_suit_computes_its_last_layer_whole(
     monkeypatch.undo()
     assert choose(scorer).whole_last_layer is None
     assert scorer.last_layer_is_short
+
+
+def test_a_short_last_layer_must_be_about_as_close_as_the_whole_one(tmp_path: Path) -> None:
+    """In bfloat16 the tolerance of 0.1 nats a token would let a wrong layer pass."""
+    tiny.make_model(tmp_path, "llama")
+    scorer = load(tmp_path, BFLOAT16)
+    assert _worse(Trial(None, 0.013), Trial(None, 0.002), scorer) is None
+    assert _worse(Trial(None, 0.05), Trial(None, 0.002), scorer) == (
+        "scores are off by 0.05 nats a token, by 0.002 otherwise"
+    )
 
 
 def test_the_layer_of_an_attention_module() -> None:

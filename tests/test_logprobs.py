@@ -260,7 +260,7 @@ def test_without_gradients_one_block_at_a_time_is_held() -> None:
     assert block <= live.peak <= 1.2 * block
 
 
-def test_peak_is_the_tile_and_the_weight_gradient() -> None:
+def test_peak_is_the_kept_blocks_and_the_weight_gradient() -> None:
     vocabulary, tokens = 131_072, 8192
     peak = peak_bytes(lambda *a: fused_logprobs(*a, use_liger=False), tokens, vocabulary)
     weight_gradient, states = vocabulary * 64 * 4, tokens * 64 * 4
