@@ -102,10 +102,13 @@ def load_scorer(
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         dropout = _switch_off_dropout(config)
+        # PyTorch's attention, the default, cannot cap scores; transformers 5.17 uses it for Gemma 2 all the same.
+        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
         model = AutoModelForCausalLM.from_pretrained(
             name,
             revision=revision,
             config=config,
+            attn_implementation="eager" if capped else None,
             dtype=numerics.weights_dtype,
             trust_remote_code=trust_remote_code,
         )

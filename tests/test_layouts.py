@@ -53,7 +53,10 @@ class Truth(NamedTuple):
 
 
 def plain_model(folder: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    """In eager attention: PyTorch's, the default, drops Gemma 2's soft-capping in transformers 5.17."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     return model.eval()
 
 
