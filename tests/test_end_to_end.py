@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 from collections.abc import Callable
@@ -315,7 +316,7 @@ def test_the_summary_counts_what_was_done(finished: Path) -> None:
         assert 0.1 < padding_avoided < 0.5
     assert content["reference"] == {"pairs_computed": 29, "pairs_reused": 0}
     assert 1e8 < content["peak_memory_bytes"] < 1e11
-    assert content["versions"]["torch"] == torch.__version__
+    assert content["versions"]["torch"] == importlib.metadata.version("torch")
     assert {"python", "open_po", "transformers"} <= set(content["versions"])
     last = cli.metrics(finished)[-1]
     assert content["eval"] == {name.removeprefix("eval/"): value for name, value in last.items()}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 from open_po import attention
@@ -52,14 +52,6 @@ class Truth(NamedTuple):
     gradients: dict[str, Tensor]
 
 
-def plain_model(folder: Path) -> PreTrainedModel:
-    """In eager attention: PyTorch's, the default, drops Gemma 2's soft-capping in transformers 5.17."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    return model.eval()
-
-
 def token_logps(model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
     """Log-prob of each token of one response, by the model's own forward."""
     logits = model(input_ids=torch.tensor([[*prompt, *response]]), use_cache=False).logits[0].float()
@@ -68,7 +60,7 @@ def token_logps(model: PreTrainedModel, prompt: Sequence[int], response: Sequenc
 
 def truth(folder: Path, *, fresh: bool = False) -> Truth:
     """`fresh`: by a model loaded anew for each response, for models that remember the longest row they have seen."""
-    model = plain_model(folder)
+    model = tiny.plain_model(folder)
     weights: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
     for pair, row in zip(ALL, WEIGHTS.tolist(), strict=True):
         for response, weight in zip((pair.chosen_ids, pair.rejected_ids), row, strict=True):
@@ -77,7 +69,7 @@ def truth(folder: Path, *, fresh: bool = False) -> Truth:
     found: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
     gradients: dict[str, Tensor] = {}
     for key, weight in weights.items():
-        model = plain_model(folder) if fresh else model
+        model = tiny.plain_model(folder) if fresh else model
         model.zero_grad()
         score = token_logps(model, *key).sum()
         (weight * score).backward()
@@ -131,7 +123,7 @@ def test_every_layout_equals_transformers(architecture: str, tmp_path: Path) -> 
     """Scores and gradients, with gradient checkpointing off and on; and sharing is what the model chooses."""
     tiny.make_model(tmp_path, architecture, **tiny.SHARING[architecture])
     expected = truth(tmp_path)
-    assert len(expected.gradients) == len(dict(plain_model(tmp_path).named_parameters()))
+    assert len(expected.gradients) == len(dict(tiny.plain_model(tmp_path).named_parameters()))
     scorer = load(tmp_path).train()
     choice = choose(scorer)
     assert (choice.layout, scorer.layout, choice.refused) == ("shared", "shared", {})
@@ -180,7 +172,7 @@ def test_qwen3_next_in_rows_equals_transformers_batch_of_padded_rows(tmp_path: P
     """The same rows padded the same way leave the usual rounding only."""
     tiny.make_model(tmp_path, "qwen3_next", **tiny.ROWS_ONLY["qwen3_next"])
     batch = pack(PAIRS, layout="rows", pad_token_id=2)
-    model = plain_model(tmp_path)
+    model = tiny.plain_model(tmp_path)
     logits = model(input_ids=batch.input_ids.view(len(batch.row_lengths), -1), use_cache=False).logits.flatten(0, 1)
     logps = logits.log_softmax(-1)[batch.score_index].gather(1, batch.target_ids[:, None])[:, 0]
     scores = torch.zeros(batch.num_responses).index_add(0, batch.response_id, logps)[batch.pairs]
@@ -217,12 +209,12 @@ def test_the_order_of_rows_changes_no_score_of_a_rope_that_depends_on_length(rop
     pairs = [short, long, longer]
     with torch.no_grad():
         scores = [
-            token_logps(plain_model(tmp_path), pair.prompt_ids, response).sum()
+            token_logps(tiny.plain_model(tmp_path), pair.prompt_ids, response).sum()
             for pair in pairs
             for response in (pair.chosen_ids, pair.rejected_ids)
         ]
         expected = torch.stack(scores).view(-1, 2)
-        remembering = plain_model(tmp_path)
+        remembering = tiny.plain_model(tmp_path)
         token_logps(remembering, longer.prompt_ids, longer.chosen_ids)
         late = token_logps(remembering, long.prompt_ids, long.chosen_ids).sum()
     changed = abs(late - expected[1, 0]) > 1e-3
@@ -259,7 +251,7 @@ def test_bfloat16_stays_within_a_percent(architecture: str, tmp_path: Path) -> N
     scorer = load(tmp_path, BFLOAT16)
     assert choose(scorer).layout == "shared"
     exact = truth(tmp_path).scores
-    model = plain_model(tmp_path)
+    model = tiny.plain_model(tmp_path)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         sides = [[(p.prompt_ids, r) for r in (p.chosen_ids, p.rejected_ids)] for p in ALL]
         theirs = torch.tensor([[token_logps(model, *key).sum() for key in pair] for pair in sides])
@@ -302,7 +294,7 @@ def test_load_balancing_counts_a_prompt_with_each_response(layout: Layout, tmp_p
     rows = [[*pair.prompt_ids, *response] for pair in ALL for response in (pair.chosen_ids, pair.rejected_ids)]
     ids = torch.tensor([row + [2] * (LONGEST - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (LONGEST - len(row)) for row in rows])
-    plain = plain_model(tmp_path)
+    plain = tiny.plain_model(tmp_path)
     expected = plain(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
     expected.backward()
     scorer = load(tmp_path).train()
@@ -326,7 +318,7 @@ def test_load_balancing_counts_a_prompt_with_each_response(layout: Layout, tmp_p
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_prompts_and_squares_in_every_layout(layout: Layout, llama: Path) -> None:
     """What ORPO's prompt likelihood and WPO's weights read."""
-    scorer, plain = load(llama), plain_model(llama)
+    scorer, plain = load(llama), tiny.plain_model(llama)
     scorer.use_layout(layout)
     with scorer.as_reference():
         batch = pack(ALL, layout=layout, pad_token_id=2, with_prompt=True)
@@ -356,7 +348,7 @@ def test_prompts_and_squares_in_every_layout(layout: Layout, llama: Path) -> Non
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ld_alpha_cuts_a_shared_response_at_the_length_of_each_pair(layout: Layout, alpha: float, llama: Path) -> None:
-    scorer, plain = load(llama).train(), plain_model(llama)
+    scorer, plain = load(llama).train(), tiny.plain_model(llama)
     scorer.use_layout(layout)
     got = as_matrix(scorer(pack(ALL, layout=layout, pad_token_id=2), ld_alpha=alpha))
     (got * WEIGHTS).sum().backward()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from open_po import logprobs
 from open_po.config import ModelConfig
@@ -62,7 +62,7 @@ def test_scores_and_gradients_equal_transformers(
     monkeypatch.setattr(logprobs, "_LEAST_COLUMNS", 64)
     monkeypatch.setattr(logprobs, "_BLOCK_BYTES", {"cpu": 1})  # several blocks
     tiny.make_model(tmp_path, architecture, tie_word_embeddings=tied)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    plain = tiny.plain_model(tmp_path)
     assert (plain.get_output_embeddings().weight is plain.get_input_embeddings().weight) == tied
     scorer = load(tmp_path).train()
     if checkpointing:
@@ -92,7 +92,7 @@ def test_scores_and_gradients_equal_transformers(
 def test_bfloat16_scores_stay_within_a_percent(architecture: str, tmp_path: Path) -> None:
     tiny.make_model(tmp_path, architecture)
     scorer = load(tmp_path, Numerics(compute_dtype=torch.bfloat16, weights_dtype=torch.float32, use_liger=False))
-    exact = scores_one_by_one(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), PAIRS, torch.float32)
+    exact = scores_one_by_one(tiny.plain_model(tmp_path), PAIRS, torch.float32)
     with scorer.as_reference():
         got = as_matrix(scorer(pack(PAIRS, layout="rows", pad_token_id=2)))
     assert got.dtype == torch.float32

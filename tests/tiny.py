@@ -203,3 +203,11 @@ def text_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def plain_model(folder: Path) -> PreTrainedModel:
+    """In eager attention: PyTorch's, the default, drops Gemma 2's soft-capping in transformers 5.17."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()

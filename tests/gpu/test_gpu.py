@@ -55,7 +55,7 @@ def on_gpu(folder: Path, numerics: Numerics) -> Scorer:
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_liger_models_equal_transformers(architecture: str, tmp_path: Path) -> None:
     tiny.make_model(tmp_path, architecture)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    plain = tiny.plain_model(tmp_path)
     expected = scores_one_by_one(plain, PAIRS, torch.float32)
     expected.sum().backward()
     scorer = on_gpu(tmp_path, Numerics(compute_dtype=torch.float32, weights_dtype=torch.float32, use_liger=True))
@@ -83,7 +83,7 @@ def test_shared_prompts_in_bfloat16_equal_transformers_one_by_one(
     choice = choose_layout(scorer, PAIRS, "on", longest=84, pad=2)
     assert choice.layout == "shared"
     assert scorer.last_layer_is_short
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    plain = tiny.plain_model(tmp_path)
     expected = scores_one_by_one(plain, PAIRS, torch.float32)
     expected.sum().backward()
     got = as_matrix(scorer(pack(PAIRS, layout="shared", pad_token_id=2)))
