@@ -24,6 +24,8 @@ from transformers import AttentionInterface
 from open_po.packing import Segment
 
 ATTENTION_NAME = "open_po_packed"
+# Part of the reference cache's key: raise it when the same inputs give other values than before.
+ATTENTION_VERSION = 1
 _FLASH_HEAD_DIM = 256  # the largest that FlashAttention takes
 _FLASH_MULTIPLE = 8
 _FLASH_CAPABILITY = (8, 0)  # Ampere

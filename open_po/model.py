@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from open_po.attention import ATTENTION_NAME, Segments
+from open_po.attention import ATTENTION_NAME, ATTENTION_VERSION, Segments
 from open_po.config import ModelConfig
 from open_po.data.chat_templates import chat_template
 from open_po.errors import UserError, first_line
 from open_po.last_layer import SegmentsAndLast, compute_scored_tokens_only
 from open_po.logprobs import LOGPROB_VERSION, Head, fused_logprobs, log_sum_squares, pair_logps
 from open_po.losses import Extra, PairLogps
+from open_po.model_files import ModelSource, adapter_base
 from open_po.packing import LastLayer, Layout, PackedBatch
 
 
@@ -56,7 +57,8 @@ class Numerics:
         return {
             "compute_dtype": str(self.compute_dtype).removeprefix("torch."),
             "weights_dtype": str(self.weights_dtype).removeprefix("torch."),
-            "kernels": "liger" if self.use_liger else "torch",
+            "kernels": "liger" if self.use_liger else "torch",  # of the head too
+            "attention_version": ATTENTION_VERSION,
             "logprob_version": LOGPROB_VERSION,
         }
 
@@ -72,7 +74,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The run's tokenizer with its chat template. Raises UserError if it cannot be loaded or has no EOS."""
     name = config.tokenizer_name or config.model_name_or_path
     revision = None if config.tokenizer_name else config.model_revision
-    _refuse_missing_folder(name, "tokenizer_name" if config.tokenizer_name else "model_name_or_path", revision)
+    source = ModelSource(name=name, revision=revision)
+    source.refuse_missing("tokenizer_name" if config.tokenizer_name else "model_name_or_path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and others for a bad folder
@@ -87,44 +90,66 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
+def refuse_other_vocabulary(source: ModelSource, tokenizer: PreTrainedTokenizerBase, highest_id: int) -> None:
+    """Raises UserError if the tokenizer that lies beside a reference model means other tokens by the ids of the data.
+
+    A reference without a tokenizer is not refused: its own is not used for anything.
+    """
+    try:
+        other = AutoTokenizer.from_pretrained(source.name, revision=source.revision)
+        theirs, ours = ({number: token for token, number in t.get_vocab().items()} for t in (other, tokenizer))
+    except Exception:  # see load_tokenizer
+        return
+    for number in sorted(theirs.keys() & ours.keys()):
+        if number <= highest_id and theirs[number] != ours[number]:
+            raise UserError(
+                f"reference_model_name_or_path: {source.name} was trained with another tokenizer than the policy, id "
+                f"{number} is {theirs[number]!r} there and {ours[number]!r} here; policy and reference must share one"
+            )
+
+
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id rows are filled up with; it is never scored nor attended to, so EOS serves where there is no pad token."""
     return cast(int, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
-def load_scorer(
-    name: str, revision: str | None, numerics: Numerics, device: torch.device, *, trust_remote_code: bool
-) -> Scorer:
+def load_scorer(source: ModelSource, numerics: Numerics, device: torch.device) -> Scorer:
     """A causal language model on `device`, dropout off, its weights in `numerics.weights_dtype`.
 
-    Dropout would make the policy differ from the reference it starts from. Raises UserError if it cannot be loaded.
+    A folder of adapters gives their base model with the adapters merged into it. Dropout would make the policy differ
+    from the reference it starts from. Raises UserError if the model cannot be loaded.
     """
+    folder = source.folder()
+    base = adapter_base(folder, source.trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-        dropout = _switch_off_dropout(config)
-        # PyTorch's attention, the default, cannot cap scores; transformers 5.17 uses it for Gemma 2 all the same.
-        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=revision,
-            config=config,
-            attn_implementation="eager" if capped else None,
-            dtype=numerics.weights_dtype,
-            trust_remote_code=trust_remote_code,
-        )
+        model, dropout = _load_whole(folder if base is None else base.folder(), source.trust_remote_code, numerics)
+        if base is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    except UserError:
+        raise
     except Exception as error:  # see load_tokenizer
-        raise UserError(f"{name}: no causal language model can be loaded ({first_line(error)})") from error
+        raise UserError(f"{source.name}: no causal language model can be loaded ({first_line(error)})") from error
     if numerics.use_liger:
         apply_liger(model)
     return Scorer(cast(nn.Module, model).to(device), numerics, dropout)
 
 
-def _refuse_missing_folder(name: str, field: str, revision: str | None) -> None:
-    if revision is not None and Path(name).is_dir():
-        raise UserError(f"{field}: {name} is a folder, which has no revision {revision}; revisions are of Hub models")
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).is_dir():
-        raise UserError(f"{field}: {name} is no folder")
+def _load_whole(folder: Path, trust_remote_code: bool, numerics: Numerics) -> tuple[PreTrainedModel, dict[str, float]]:
+    """The model of a folder without adapters, and the dropout rates that were switched off."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    dropout = _switch_off_dropout(config)
+    # PyTorch's attention, the default, cannot cap scores; transformers 5.17 uses it for Gemma 2 all the same.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        attn_implementation="eager" if capped else None,
+        dtype=numerics.weights_dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    return model, dropout
 
 
 def _switch_off_dropout(config: Any) -> dict[str, float]:

@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from open_po.checkpoint import RunningMean, TrainingProgress, TrainingState, latest_checkpoint, prune
-from open_po.config import RunConfig, Sharing, help_text, load_config
-from open_po.data import PairDataset, load_pairs
-from open_po.data.tokenization import Truncation
-from open_po.errors import ConfigError, UserError
+from open_po.command import run_command
+from open_po.config import RunConfig, help_text, load_config
 from open_po.evaluate import HeldOut
 from open_po.hub import create_repository, upload
-from open_po.layout import choose_layout
-from open_po.model import (
-    Numerics,
-    Scorer,
-    attach_lora,
-    checkpoint_gradients,
-    load_scorer,
-    load_tokenizer,
-    pad_token_id,
-    release_memory,
-    save_model,
-    trainable_parameters,
-)
+from open_po.model import Numerics, Scorer, save_model, trainable_parameters
+from open_po.model_files import FileHashes, model_identity
 from open_po.optim import make_optimizer, make_schedule, total_steps
 from open_po.output import RunFolder
-from open_po.packing import Layout, PackingStats, Planner, Sampler
-from open_po.reference import PassSummary, ReferenceStore, fill_store, model_identity
+from open_po.packing import Planner, Sampler
+from open_po.prepare import Data, load_alike, load_policy, policy_source, prepare_data, reference_source
+from open_po.reference import Reference, ensure_reference, open_cache, separate_reference
 from open_po.report import evaluations, packing_line, plot_curves, summary_table, versions
-from open_po.runtime import Runtime, user_line
+from open_po.runtime import Runtime
 from open_po.tracking import (
     JsonlTracker,
     Metrics,
@@ -56,56 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(help_text())
         return 0
-    try:
-        config = load_config(arguments)
-    except ConfigError as error:
-        for problem in error.problems if os.environ.get("RANK", "0") == "0" else ():
-            print(f"config error: {problem}", file=sys.stderr)
-        return error.exit_code
-    try:
-        runtime = Runtime.start(config.train.seed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    try:
-        run(config, runtime)
-    except (Exception, KeyboardInterrupt) as error:
-        line = user_line(error)
-        if line is None:
-            raise
-        told_by_main = isinstance(error, UserError) and error.shared
-        if runtime.is_main or not told_by_main:
-            print(f"error: {'' if runtime.is_main else f'rank {runtime.rank}: '}{line}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
-    runtime.close()  # after an error the others may wait in a collective: then only the process's end frees them
-    return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """The run's pairs and the tokenizer that made them."""
-
-    tokenizer: PreTrainedTokenizerBase
-    pad: int
-    train: PairDataset
-    held_out: PairDataset | None
-
-    @property
-    def parts(self) -> list[PairDataset]:
-        return [self.train] if self.held_out is None else [self.train, self.held_out]
-
-    def prepare(self, scorer: Scorer, sharing: Sharing, name: str, runtime: Runtime) -> None:
-        """Set the scorer to the best layout that it takes, and say which.
-
-        Raises UserError if the model cannot score these pairs, or scores them differently from its own forward.
-        """
-        longest = max(part.longest_row for part in self.parts)
-        scorer.check_ids(max(part.highest_id for part in self.parts))
-        scorer.check_length(longest)
-        samples = [self.train[index] for index in range(min(2, len(self.train)))]
-        samples += [part[index] for part in self.parts for index in [part.longest_pair] if part.longest_row == longest]
-        choice = choose_layout(scorer, samples, sharing, longest=longest, pad=self.pad)
-        runtime.say(f"{name}: {choice.describe()}")
+    return run_command(lambda: load_config(arguments), run, seed=lambda config: config.train.seed)
 
 
 def run(config: RunConfig, runtime: Runtime) -> None:
@@ -138,16 +73,24 @@ def _run_in(folder: RunFolder, config: RunConfig, numerics: Numerics, runtime: R
 
 def _train(folder: RunFolder, config: RunConfig, numerics: Numerics, runtime: Runtime) -> None:
     """Everything from the data to the saved model."""
-    data = prepare_data(config, runtime)
-    needs_reference = config.loss.mix().needs_reference
-    reference = separate_reference(config, runtime, data) if needs_reference and _is_separate(config) else None
-    policy = _load_alike(lambda: load_policy(config, numerics, runtime, data), runtime)
-    model = config.model
-    identity = runtime.on_main(
-        lambda: model_identity(model.model_name_or_path, model.model_revision, model.trust_remote_code)
+    needs_reference, source, separate = (
+        config.loss.mix().needs_reference,
+        policy_source(config),
+        reference_source(config),
     )
+    if separate is not None:
+        separate.refuse_missing("reference_model_name_or_path")
+    hashes = runtime.on_main(lambda: open_cache(config)) if needs_reference else FileHashes(None)
+    data = prepare_data(config, runtime)
+    reference = None
+    if separate is not None:
+        reference = separate_reference(separate, config, runtime, data, hashes)
+    policy = load_alike(lambda: load_policy(config, numerics, runtime, data), runtime)
+    identity = runtime.on_main(lambda: model_identity(source, hashes))
     if needs_reference and reference is None:
-        reference = fill_reference(lambda: policy, identity, numerics, config, runtime, data)
+        reference = ensure_reference(lambda: policy, source, identity, numerics, config, runtime, data)
+    if reference is not None and reference.summary.packing is not None:
+        runtime.say(f"Reference packing: {packing_line(reference.summary.packing)}")
     trainer = make_trainer(config, runtime, data, policy, identity, reference, folder)
     trainer.train()
     trainer.trackers.close()
@@ -165,151 +108,7 @@ def _upload(folder: RunFolder, repository: str, config: RunConfig, runtime: Runt
     runtime.say(f"Uploaded to the Hub: {repository}")
 
 
-def prepare_data(config: RunConfig, runtime: Runtime) -> Data:
-    """Tokenizer and pairs. Rank 0 tokenises, the others read its cache."""
-
-    def load() -> Data:
-        tokenizer = load_tokenizer(config.model)
-        data = config.data
-        truncation = Truncation(data.max_seq_length, data.max_prompt_length)
-        workers = data.preprocessing_num_workers
-        train = load_pairs(
-            data.mixer_list or [],
-            data.mixer_list_splits,
-            tokenizer,
-            truncation,
-            max_rows=data.max_train_samples,
-            num_workers=workers,
-        )
-        held_out = None
-        if data.eval_mixer_list is not None:
-            held_out = load_pairs(
-                data.eval_mixer_list, data.eval_mixer_list_splits, tokenizer, truncation, num_workers=workers
-            )
-        return Data(tokenizer=tokenizer, pad=pad_token_id(tokenizer), train=train, held_out=held_out)
-
-    if runtime.world_size > 1:
-        runtime.on_main(lambda: bool(load()))
-    loaded = load()
-    for label, part in (("Training data", loaded.train), ("Held-out data", loaded.held_out)):
-        for line in part.describe() if part is not None else []:
-            runtime.say(f"{label}: {line}")
-    return loaded
-
-
-# --------------------------------------------------------------------------------------------------------- reference
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """A filled store and what filling it took."""
-
-    store: ReferenceStore
-    summary: PassSummary
-
-
-def _is_separate(config: RunConfig) -> bool:
-    reference, model = config.reference, config.model
-    same = (reference.reference_model_name_or_path, reference.reference_model_revision) == (
-        model.model_name_or_path,
-        model.model_revision,
-    )
-    return reference.reference_model_name_or_path is not None and not same
-
-
-def separate_reference(config: RunConfig, runtime: Runtime, data: Data) -> Reference:
-    """Log-probs of a reference model that is not the policy; it is loaded only if some are missing, and freed."""
-    name, revision = config.reference.reference_model_name_or_path or "", config.reference.reference_model_revision
-    numerics = Numerics.choose(config.model, runtime.device, trainable_weights=False)
-
-    def load() -> Scorer:
-        scorer = load_scorer(name, revision, numerics, runtime.device, trust_remote_code=config.model.trust_remote_code)
-        data.prepare(scorer, config.model.prompt_sharing, "Reference model", runtime)
-        return scorer
-
-    trust = config.model.trust_remote_code
-    identity = runtime.on_main(lambda: model_identity(name, revision, trust))
-    reference = fill_reference(load, identity, numerics, config, runtime, data)
-    release_memory()
-    return reference
-
-
-def fill_reference(
-    load: Callable[[], Scorer],
-    identity: dict[str, str],
-    numerics: Numerics,
-    config: RunConfig,
-    runtime: Runtime,
-    data: Data,
-) -> Reference:
-    """The store of the model `identity` with all of `data`'s pairs in it.
-
-    `load` is called only if some are missing.
-    """
-    start = time.monotonic()
-    cache_dir = Path(config.reference.reference_cache_dir)
-    facts = {"model": identity, "numerics": numerics.key()}
-
-    by_token = config.loss.mix().ld_alpha != 1.0
-    store: ReferenceStore | None = None
-
-    def count() -> tuple[Path, int]:
-        nonlocal store
-        store = ReferenceStore(ReferenceStore.create(cache_dir, facts))
-        return store.folder, sum(len({r.pair for r in store.missing(part, by_token=by_token)}) for part in data.parts)
-
-    # Rank 0 counts and the others read the store afterwards: rows of other ranks and runs may appear at any moment.
-    folder, missing = runtime.on_main(count)
-    store = store or ReferenceStore(folder)
-    done = PackingStats()
-    usual = (4 if runtime.device.type == "cuda" else 1) * (config.train.max_tokens_per_batch or 0)
-    max_tokens = config.reference.reference_max_tokens_per_batch or usual
-    if missing:
-        scorer = _load_alike(load, runtime)
-        for part in data.parts:
-            done += fill_store(store, scorer, part, runtime, by_token=by_token, max_tokens=max_tokens, pad=data.pad)
-    reused = sum(map(len, data.parts)) - missing
-    if reused:
-        runtime.say(f"Reference log-probs: {reused:,} pairs from the cache {store.folder}")
-    seconds = time.monotonic() - start
-    packing = done.summary() if done.packs else None
-    if packing is not None:
-        runtime.say(f"Reference packing: {packing_line(packing)}")
-    summary = PassSummary(seconds=seconds, pairs_computed=missing, pairs_reused=reused, packing=packing)
-    return Reference(store=store, summary=summary)
-
-
-def _load_alike(load: Callable[[], Scorer], runtime: Runtime) -> Scorer:
-    """A model on every rank, all with the same layout, since each plans for all."""
-    scorer = runtime.on_all(load)
-    layouts = runtime.gather(scorer.layout)
-    scorer.use_layout(max(layouts, key=get_args(Layout).index))
-    if len(set(layouts)) > 1:
-        runtime.say(f"The ranks found different layouts ({', '.join(layouts)}); all take {scorer.layout}")
-    return scorer
-
-
 # ---------------------------------------------------------------------------------------------------------- training
-
-
-def load_policy(config: RunConfig, numerics: Numerics, runtime: Runtime, data: Data) -> Scorer:
-    """The policy at its starting weights, checked against its own forward, with adapters if the run trains them."""
-    model = config.model
-    scorer = load_scorer(
-        model.model_name_or_path,
-        model.model_revision,
-        numerics,
-        runtime.device,
-        trust_remote_code=model.trust_remote_code,
-    )
-    data.prepare(scorer, model.prompt_sharing, "Policy", runtime)
-    if config.loss.load_balancing_loss:
-        scorer.balance_experts()
-    if model.gradient_checkpointing:
-        checkpoint_gradients(scorer)
-    if model.use_lora:
-        attach_lora(scorer, model)
-    return scorer
 
 
 def make_trainer(

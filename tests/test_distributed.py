@@ -78,7 +78,7 @@ def test_two_ranks_leave_a_reference_that_one_process_finds_whole(
     assert cli.summary(one)["reference"]["pairs_computed"] == 0
 
 
-@pytest.mark.parametrize("slow", ["__init__", "reload"])
+@pytest.mark.parametrize("slow", ["__init__", "refresh"])
 def test_a_rank_that_reads_the_store_late_shares_the_same_work(
     slow: str, llama: Path, nine_pairs: Path, tmp_path: Path
 ) -> None:
@@ -93,9 +93,9 @@ def test_a_rank_that_reads_the_store_late_shares_the_same_work(
 def delay(method: str) -> None:
     original = getattr(ReferenceStore, method)
 
-    def late(self: ReferenceStore, *arguments: Any) -> None:
+    def late(self: ReferenceStore, *positional: Any, **named: Any) -> Any:
         time.sleep(1.5)
-        original(self, *arguments)
+        return original(self, *positional, **named)
 
     setattr(ReferenceStore, method, late)
 

@@ -314,7 +314,12 @@ def test_the_summary_counts_what_was_done(finished: Path) -> None:
     assert 0.3 < reference["fill"] < 1, "on a CPU the budget is that of training"
     for padding_avoided in (packing["padding_avoided"], reference["padding_avoided"]):
         assert 0.1 < padding_avoided < 0.5
-    assert content["reference"] == {"pairs_computed": 29, "pairs_reused": 0}
+    assert content["reference"] == {
+        "pairs_computed": 29,
+        "pairs_reused": 0,
+        "responses_computed": 58,
+        "rows_verified": 0,
+    }
     assert 1e8 < content["peak_memory_bytes"] < 1e11
     assert content["versions"]["torch"] == importlib.metadata.version("torch")
     assert {"python", "open_po", "transformers"} <= set(content["versions"])

@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-import open_po.reference
+import open_po.reference.fill
 from open_po.packing import Sampler
 from open_po.trainer import Trainer
 from tests import cli, tiny
@@ -267,7 +267,7 @@ def test_a_disk_that_is_full_in_the_reference_pass_keeps_what_was_computed(
     capsys: Capture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(open_po.reference, "_FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(open_po.reference.fill, "_SHARD_SECONDS", 0.0)
     cache = disk("24k") / "cache"
     fields = {"max_tokens_per_batch": 1, "reference_max_tokens_per_batch": 60}  # a prompt or two a file
     words = cli.arguments(llama, pairs_file, tmp_path / "run", reference_cache_dir=cache, **fields)
@@ -297,15 +297,18 @@ def test_damaged_reference_log_probs(
     damage: str, llama: Path, pairs_file: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     cli.train(llama, pairs_file, tmp_path / "first", max_train_steps=1)
-    (rows,) = (tmp_path / "reference").glob("*/*.parquet")
+    (rows,) = (tmp_path / "reference").glob("*/rows-*")
     content = rows.read_bytes()
     rows.write_bytes({"cut": content[:-100], "empty": b"", "noise": b"\x07" * len(content)}[damage])
-    words = cli.arguments(llama, pairs_file, tmp_path / "run", max_train_steps=1)
-    line = cli.failure(capsys, words)
-    assert f"{rows}: damaged reference log-probs" in line
-    rows.unlink()  # as the line says
-    assert cli.main(words) == 0
+    capsys.readouterr()
+    assert cli.main(cli.arguments(llama, pairs_file, tmp_path / "run", max_train_steps=1)) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Damaged")]
+    assert said == [
+        f"Damaged reference log-probs are set aside and computed again: {rows}: its content does not fit the hash in "
+        "its name"
+    ]
     assert cli.summary(tmp_path / "run")["reference"]["pairs_computed"] == 24
+    assert (rows.parent / f"damaged-{rows.name}").is_file()
 
 
 # -------------------------------------------------------------------------------------------------- numbers, interrupts

@@ -19,6 +19,7 @@ from open_po.errors import UserError
 from open_po.layout import choose_layout
 from open_po.losses import PairLogps
 from open_po.model import Numerics, Scorer, checkpoint_gradients, load_scorer, load_tokenizer, pad_token_id
+from open_po.model_files import ModelSource
 from open_po.packing import pack
 from tests import tiny
 
@@ -32,7 +33,7 @@ PAIRS = [
 
 
 def load(folder: Path, numerics: Numerics = FLOAT32) -> Scorer:
-    return load_scorer(str(folder), None, numerics, CPU, trust_remote_code=False)
+    return load_scorer(ModelSource(name=str(folder)), numerics, CPU)
 
 
 def scores_one_by_one(model: PreTrainedModel, pairs: list[PreferencePair], dtype: torch.dtype) -> Tensor:

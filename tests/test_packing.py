@@ -57,8 +57,7 @@ def dataset_of(items: Sequence[PreferencePair]) -> PairDataset:
         prompt_lengths=np.array([len(ids) for ids in prompts]),
         chosen_lengths=np.array([len(ids) for ids in chosen]),
         rejected_lengths=np.array([len(ids) for ids in rejected]),
-        chosen_keys=keys[0],
-        rejected_keys=keys[1],
+        response_keys=np.array(keys, dtype="V16").T,
         prompt_numbers=np.array([number(*prompt) for prompt in prompts]),
         response_numbers=np.array([[number(key) for key in pair] for pair in zip(*keys, strict=True)]),
         highest_id=300,
@@ -416,34 +415,32 @@ def test_counts_are_those_of_the_pairs(items: list[PreferencePair]) -> None:
 # -------------------------------------------------------------------------------------------------- plans of responses
 
 
-@given(datasets, st.integers(1, 300), st.integers(1, 4), layouts, st.randoms(use_true_random=False))
+@given(datasets, st.integers(1, 300), layouts, st.randoms(use_true_random=False))
 @settings(max_examples=200, deadline=None)
 def test_every_distinct_response_is_computed_once(
-    dataset: PairDataset, budget: int, world_size: int, layout: Layout, random: Any
+    dataset: PairDataset, budget: int, layout: Layout, random: Any
 ) -> None:
     every = [Response(pair, side) for pair in range(len(dataset)) for side in (0, 1)]
     wanted = random.sample(every, random.randint(1, len(every)))
     planner = ResponsePlanner(dataset=dataset, layout=layout)
     numbers = [int(dataset.response_numbers[response]) for response in wanted]
     placed: list[int] = []
-    for rank in range(world_size):
-        units = planner.units(wanted, rank=rank, world_size=world_size)
-        rows: list[int] = []
-        for pack_ in planner.packs(units, budget):
-            responses = [response for unit in pack_ for response in unit.items]
-            placed += [int(dataset.response_numbers[response]) for response in responses]
-            batch = planner.batch(pack_, 2)
-            assert size_of(batch) <= budget or len(responses) == 1
-            load = planner.stats(pack_, budget)
-            assert (load.computed, load.budget) == (size_of(batch), max(budget, size_of(batch)))
-            assert load.padding == (len(batch.input_ids) - sum(batch.row_lengths) if layout == "rows" else 0)
-            assert load.prompts_repeated == sum(int(dataset.prompt_lengths[r.pair]) for r in responses)
-            for number, response in enumerate(responses):
-                pair = dataset[response.pair]
-                ids = (pair.chosen_ids, pair.rejected_ids)[response.side]
-                assert scored(batch, number) == expected_scores(pair.prompt_ids, ids)
-            rows.append(max(len(scored(batch, n)[-1][0]) for n in range(len(responses))))
-        assert rows == sorted(rows, reverse=True), "the longest rows come first"
+    rows: list[int] = []
+    for pack_ in planner.packs(planner.units(wanted), budget):
+        responses = [response for unit in pack_ for response in unit.items]
+        placed += [int(dataset.response_numbers[response]) for response in responses]
+        batch = planner.batch(pack_, 2)
+        assert size_of(batch) <= budget or len(responses) == 1
+        load = planner.stats(pack_, budget)
+        assert (load.computed, load.budget) == (size_of(batch), max(budget, size_of(batch)))
+        assert load.padding == (len(batch.input_ids) - sum(batch.row_lengths) if layout == "rows" else 0)
+        assert load.prompts_repeated == sum(int(dataset.prompt_lengths[r.pair]) for r in responses)
+        for number, response in enumerate(responses):
+            pair = dataset[response.pair]
+            ids = (pair.chosen_ids, pair.rejected_ids)[response.side]
+            assert scored(batch, number) == expected_scores(pair.prompt_ids, ids)
+        rows.append(max(len(scored(batch, n)[-1][0]) for n in range(len(responses))))
+    assert rows == sorted(rows, reverse=True), "the longest rows come first"
     assert sorted(placed) == sorted(set(numbers))
 
 
@@ -460,16 +457,10 @@ def test_a_prompt_with_too_many_responses_is_cut_by_response() -> None:
 
 def test_no_rank_is_idle_while_a_prompt_can_be_cut() -> None:
     dataset = sized([(10, [(5, 6), (7, 8), (3, 4)]), (2, [(1, 1)])])
-    responses = [Response(pair, side) for pair in range(4) for side in (0, 1)]
     for layout in get_args(Layout):
         planner = Planner(dataset=dataset, max_tokens=1000, layout=layout)
         packs = [planner.packs(range(4), rank=rank, world_size=4) for rank in range(4)]
         assert sorted(indices for rank in packs for indices in rank) == [[0], [1], [2], [3]]
-        by_response = ResponsePlanner(dataset=dataset, layout=layout)
-        for ranks in (3, 7, 8):
-            shares = [by_response.units(responses, rank=rank, world_size=ranks) for rank in range(ranks)]
-            assert [len(share) for share in shares] == [1] * ranks
-            assert sorted(item for share in shares for unit in share for item in unit.items) == responses
     planner = Planner(dataset=dataset, max_tokens=1000, layout="shared")
     two = [planner.packs(range(4), rank=rank, world_size=2) for rank in range(2)]
     assert two == [[[0, 1, 2]], [[3]]], "prompts stay whole where there are enough"

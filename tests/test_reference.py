@@ -10,16 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import open_po.run
+import open_po.prepare
+import open_po.reference.ensure
 from open_po.data.tokenization import response_key
 from open_po.model import Scorer, load_scorer
+from open_po.model_files import ModelSource
 from tests import cli, tiny
 
 Rows = dict[bytes, tuple[float, int]]
@@ -33,10 +35,12 @@ def stored(cache: Path) -> Rows:
     """All rows of a cache's only store."""
     (store,) = stores(cache)
     rows: Rows = {}
-    for path in store.glob("*.parquet"):
-        for row in pq.read_table(path).to_pylist():
-            assert row["response_key"] not in rows, "a response was stored twice"
-            rows[row["response_key"]] = (row["logp"], row["tokens"])
+    for path in store.glob("rows-*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            keys, logps, tokens = (file.get_tensor(name) for name in ("keys", "logps", "tokens"))
+        for key, logp, count in zip(keys, logps.tolist(), tokens.tolist(), strict=True):
+            assert key.tobytes() not in rows, "a response was stored twice"
+            rows[key.tobytes()] = (logp, count)
     return rows
 
 
@@ -73,11 +77,12 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The models that runs load, in order."""
     names: list[str] = []
 
-    def load(name: str, *positional: Any, **named: Any) -> Scorer:
-        names.append(name)
-        return load_scorer(name, *positional, **named)
+    def load(source: ModelSource, *positional: Any) -> Scorer:
+        names.append(source.name)
+        return load_scorer(source, *positional)
 
-    monkeypatch.setattr(open_po.run, "load_scorer", load)
+    for module in (open_po.prepare, open_po.reference.ensure):
+        monkeypatch.setattr(module, "load_scorer", load)
     return names
 
 
@@ -209,15 +214,18 @@ def test_a_separate_reference_model_is_used(
     assert record["rewards/accuracy"] == pytest.approx(float((margins > 0).float().mean()))
 
 
-def test_a_cached_reference_model_is_not_loaded(
+def test_a_cached_reference_model_is_loaded_only_to_be_verified(
     llama: Path, other_llama: Path, pairs_file: Path, tmp_path: Path, loaded: list[str]
 ) -> None:
     fields = {"reference_model_name_or_path": other_llama}
     first = cli.train(llama, pairs_file, tmp_path / "first", **fields)
     loaded.clear()
-    second = cli.train(llama, pairs_file, tmp_path / "second", **fields)
+    second = cli.train(llama, pairs_file, tmp_path / "second", verify_reference_rows=0, **fields)
     assert loaded == [str(llama)]
     assert cli.equal(cli.weights(first), cli.weights(second))
+    third = cli.train(llama, pairs_file, tmp_path / "third", **fields)
+    assert loaded[1:] == [str(other_llama), str(llama)], "some of its rows are verified"
+    assert [cli.summary(run)["reference"]["rows_verified"] for run in (first, second, third)] == [0, 0, 4]
 
 
 def test_a_separate_reference_model_is_freed_before_the_policy_loads(
@@ -226,16 +234,17 @@ def test_a_separate_reference_model_is_freed_before_the_policy_loads(
     alive: list[weakref.ref[nn.Module]] = []
     seen_at_load: list[int] = []
 
-    def load(name: str, *positional: Any, **named: Any) -> Scorer:
+    def load(source: ModelSource, *positional: Any) -> Scorer:
         seen_at_load.append(sum(reference() is not None for reference in alive))
-        scorer = load_scorer(name, *positional, **named)
+        scorer = load_scorer(source, *positional)
         alive.append(weakref.ref(scorer.model))
         return scorer
 
     gc.collect()
     gc.disable()  # freed by the run itself, not by chance
     try:
-        monkeypatch.setattr(open_po.run, "load_scorer", load)
+        for module in (open_po.prepare, open_po.reference.ensure):
+            monkeypatch.setattr(module, "load_scorer", load)
         cli.train(llama, pairs_file, tmp_path / "run", reference_model_name_or_path=other_llama, max_train_steps=1)
     finally:
         gc.enable()

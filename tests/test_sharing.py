@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-import open_po.reference
+import open_po.prepare
+import open_po.reference.fill
 import open_po.run
 from open_po.layout import Choice, choose_layout
 from open_po.losses import PairLogps
@@ -97,7 +98,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Computed:
         done.pairs.append(batch)
         return by_pair(self, batch, **named)
 
-    monkeypatch.setattr(open_po.run, "choose_layout", choose)
+    monkeypatch.setattr(open_po.prepare, "choose_layout", choose)
     monkeypatch.setattr(Scorer, "token_logprobs", token_logprobs)
     monkeypatch.setattr(Scorer, "forward", forward)
     return done
@@ -219,7 +220,7 @@ def only_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         scorer.use_layout("rows")
         return Choice("rows", choice.difference, choice.responses, {})
 
-    monkeypatch.setattr(open_po.run, "choose_layout", choose)
+    monkeypatch.setattr(open_po.prepare, "choose_layout", choose)
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +331,7 @@ def test_the_check_at_start_compares_the_longest_pair(
         assert max(rows) == longest
         return choose_layout(scorer, pairs, *positional, longest=longest, pad=pad)
 
-    monkeypatch.setattr(open_po.run, "choose_layout", choose)
+    monkeypatch.setattr(open_po.prepare, "choose_layout", choose)
     data, other = (tiny.write_jsonl(tmp_path / f"{n}.jsonl", r) for n, r in enumerate((training, held_out)))
     cli.train(llama, data, tmp_path / "run", eval_mixer_list=[other, "1.0"], max_train_steps=1)
     assert len(checked) == 3
@@ -341,7 +342,7 @@ def test_all_ranks_take_the_layout_that_each_can(llama: Path, ranked: Path, tmp_
         return choose_layout(scorer, pairs, "off", **named)
 
     words = cli.arguments(llama, ranked, tmp_path / "run", max_train_steps=1)
-    prepare = lambda rank: setattr(open_po.run, "choose_layout", choose) if rank == 1 else None  # noqa: E731
+    prepare = lambda rank: setattr(open_po.prepare, "choose_layout", choose) if rank == 1 else None  # noqa: E731
     assert cli.forked_ranks(words, prepare) == [0, 0]
     assert cli.summary(tmp_path / "run")["train"]["layout"] == "unshared"
     assert_same(stored(tmp_path / "reference"), expected_rows(llama, ROWS))
@@ -352,10 +353,10 @@ def test_all_ranks_take_the_layout_that_each_can(llama: Path, ranked: Path, tmp_
 
 def fail_beyond(tokens: int, error: Callable[[], RuntimeError], after: int = 0) -> None:
     """Let reference passes run out of memory in packs of more than `tokens`, from pack number `after` on."""
-    real = open_po.reference.Pass.run
+    real = open_po.reference.fill.Pass.run
     done = 0
 
-    def run(self: open_po.reference.Pass, *positional: Any) -> None:
+    def run(self: open_po.reference.fill.Pass, *positional: Any) -> None:
         score = self.scorer.token_logprobs
 
         def limited(batch: PackedBatch) -> Tensor:
@@ -371,14 +372,14 @@ def fail_beyond(tokens: int, error: Callable[[], RuntimeError], after: int = 0) 
         finally:
             del self.scorer.token_logprobs
 
-    open_po.reference.Pass.run = run  # type: ignore[method-assign]
+    open_po.reference.fill.Pass.run = run  # type: ignore[method-assign]
 
 
 @pytest.fixture
 def restored() -> Iterator[None]:
-    real = open_po.reference.Pass.run
+    real = open_po.reference.fill.Pass.run
     yield
-    open_po.reference.Pass.run = real  # type: ignore[method-assign]
+    open_po.reference.fill.Pass.run = real  # type: ignore[method-assign]
 
 
 def gpu_memory_ends() -> RuntimeError:
@@ -442,9 +443,9 @@ def limit_memory(room: int) -> Callable[[], object]:
     """For `cli.forked`: reference passes get `room` bytes of address space more than the process has."""
 
     def prepare() -> None:
-        real = open_po.reference.Pass.run
+        real = open_po.reference.fill.Pass.run
 
-        def run(self: open_po.reference.Pass, *positional: Any) -> None:
+        def run(self: open_po.reference.fill.Pass, *positional: Any) -> None:
             score = self.scorer.token_logprobs
 
             def limited(batch: PackedBatch) -> Tensor:
@@ -460,7 +461,7 @@ def limit_memory(room: int) -> Callable[[], object]:
             real(self, *positional)
             del self.scorer.token_logprobs
 
-        open_po.reference.Pass.run = run  # type: ignore[method-assign]
+        open_po.reference.fill.Pass.run = run  # type: ignore[method-assign]
 
     return prepare
 

@@ -80,17 +80,17 @@ class OpenPoJob:
 
 def read_result(job: OpenPoJob, ids: Sequence[Ids]) -> dict[str, Any]:
     """What a finished run measured. Raises if it did not score exactly the responses `ids`."""
-    import pyarrow.parquet as pq
-
     from open_po.data.tokenization import response_key
+    from open_po.reference.shards import read_shard, shard_files
 
     run = Path(job.output, "run")
     summary = json.loads((run / "run_summary.json").read_text())
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logps: dict[bytes, float] = {}
-    for path in Path(job.output, "reference").glob("*/rows-*.parquet"):
-        table = pq.read_table(path, columns=["response_key", "logp"]).to_pydict()
-        logps |= zip(table["response_key"], table["logp"], strict=True)
+    for folder in Path(job.output, "reference").iterdir():
+        for path in shard_files(folder):
+            shard = read_shard(path)
+            logps |= zip(shard.keys.tolist(), shard.logps.tolist(), strict=True)
     keys = [(response_key(p, a), response_key(p, b)) for p, a, b in ids]
     assert set(logps) == {key for pair in keys for key in pair}, "open_po's token ids differ from the workload's"
     return {

@@ -82,7 +82,7 @@ _POSITIVE = (
     "lora_alpha",
     "load_balancing_weight",
 )
-_NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "seed", "lora_dropout", "warmup_ratio")
+_NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "seed", "lora_dropout", "warmup_ratio", "verify_reference_rows")
 
 
 def _range_problems(values: Mapping[str, Any]) -> Iterator[str]:
@@ -151,6 +151,8 @@ def _loss_problems(config: RunConfig) -> Iterator[str]:
         return
     if reference.reference_model_name_or_path is not None and not mix.needs_reference:
         yield f"reference_model_name_or_path: loss_type {', '.join(config.loss.names)} uses no reference model"
+    if reference.reference_cache_level == "sum" and mix.ld_alpha != 1.0:
+        yield "reference_cache_level: ld_alpha needs token, got sum"
 
 
 def resolve(config: RunConfig) -> RunConfig:

@@ -93,6 +93,21 @@ class ReferenceConfig:
     reference_cache_dir: str = option(
         "~/.cache/open_po/reference", "where reference log-probs are kept", shapes_result=False
     )
+    reference_cache_read_only: list[str] | None = option(
+        None, "more such folders, a team's for example, that are looked into and never written to", shapes_result=False
+    )
+    reference_cache_level: Literal["auto", "sum", "token"] = option(
+        "auto",
+        "sum: one log-prob for a response; token: also that of each of its tokens, which ld_alpha needs. auto: token "
+        "with ld_alpha, else sum",
+        shapes_result=False,
+    )
+    verify_reference_rows: int = option(
+        4,
+        "cached log-probs that are computed once more at the start and compared; 0: none, and a reference model with "
+        "everything cached is not loaded",
+        shapes_result=False,
+    )
     reference_max_tokens_per_batch: int | None = option(
         None,
         "tokens of one forward pass of the reference, which keeps no activations; default 4 x max_tokens_per_batch on "

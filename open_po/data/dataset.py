@@ -19,7 +19,15 @@ from transformers import PreTrainedTokenizerBase
 
 from open_po.data.formats import RowError, parse_row
 from open_po.data.sources import Part, load_mixture, row_fields
-from open_po.data.tokenization import LeftOut, PreferencePair, Truncation, response_key, tokenise, tokenizer_digest
+from open_po.data.tokenization import (
+    KEY_DTYPE,
+    LeftOut,
+    PreferencePair,
+    Truncation,
+    response_key,
+    tokenise,
+    tokenizer_digest,
+)
 from open_po.errors import UserError
 
 # Part of the name under which tokenised rows are kept: raise it when the same row gives other ids than before.
@@ -39,8 +47,7 @@ class PairDataset:
     prompt_lengths: NDArray[np.int64]
     chosen_lengths: NDArray[np.int64]
     rejected_lengths: NDArray[np.int64]
-    chosen_keys: Sequence[bytes]  # `response_key` of each pair's responses
-    rejected_keys: Sequence[bytes]
+    response_keys: NDArray[np.void]  # [P, 2] `response_key` of chosen and rejected, 16 bytes each
     prompt_numbers: NDArray[np.int64]  # [P]
     response_numbers: NDArray[np.int64]  # [P, 2], chosen and rejected
     highest_id: int  # of all tokens
@@ -113,14 +120,14 @@ def load_pairs(
     columns = trainable.with_format("numpy", columns=["lengths", "cut"])[:]
     lengths, cut = columns["lengths"].astype(np.int64), columns["cut"].astype(bool)
     chosen_keys, rejected_keys = trainable["chosen_key"][:], trainable["rejected_key"][:]
+    by_side = np.frombuffer(b"".join(chain(chosen_keys, rejected_keys)), dtype=KEY_DTYPE).reshape(2, -1)
     return PairDataset(
         rows=trainable.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]),
         origins=[origins[index] for index in kept],
         prompt_lengths=lengths[:, 0],
         chosen_lengths=lengths[:, 1],
         rejected_lengths=lengths[:, 2],
-        chosen_keys=chosen_keys,
-        rejected_keys=rejected_keys,
+        response_keys=np.ascontiguousarray(by_side.T),
         prompt_numbers=_numbers(trainable["prompt_key"][:]),
         response_numbers=_numbers([*chosen_keys, *rejected_keys]).reshape(2, -1).T,
         highest_id=max(trainable["highest_id"][:]),

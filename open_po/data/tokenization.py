@@ -87,6 +87,9 @@ def tokenise(
     return cut, prompt_cut, response_cut
 
 
+KEY_DTYPE = np.dtype("V16")  # of arrays of response keys
+
+
 def response_key(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> bytes:
     """Name of "this response after this prompt", 16 bytes: what a cached log-prob is found by."""
     digest = hashlib.blake2b(np.asarray([len(prompt_ids)], dtype="<i8").tobytes(), digest_size=16)

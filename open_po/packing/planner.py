@@ -137,12 +137,12 @@ class ResponsePlanner:
     dataset: PairDataset
     layout: Layout
 
-    def units(self, responses: Iterable[Response], *, rank: int = 0, world_size: int = 1) -> list[Unit[Response]]:
-        """This rank's prompts with the distinct ones of `responses`."""
+    def units(self, responses: Iterable[Response]) -> list[Unit[Response]]:
+        """The prompts with the distinct ones of `responses`."""
         numbers = self.dataset.response_numbers
         distinct = {int(numbers[response]): response for response in responses}
         by_prompt = _by_key(distinct.values(), lambda response: int(self.dataset.prompt_numbers[response.pair]))
-        return _shares([self._unit(items) for items in by_prompt], self._unit, self.layout, world_size)[rank]
+        return [self._unit(items) for items in by_prompt]
 
     def packs(self, units: Iterable[Unit[Response]], max_tokens: int) -> list[list[Unit[Response]]]:
         """Packs of at most `max_tokens`, longest rows first; a prompt above that is cut by response."""

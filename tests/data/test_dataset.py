@@ -85,13 +85,15 @@ def test_lengths_and_keys_belong_to_the_ids(tokenizer: PreTrainedTokenizerFast, 
         row("q", " ", "x"),
     ]
     pairs = load(write(rows), tokenizer)
-    assert len(pairs) == 33 == len(pairs.chosen_keys) == len(pairs.rejected_keys) == len(pairs.origins)
+    assert len(pairs) == 33 == len(pairs.response_keys) == len(pairs.origins)
     for index, pair in enumerate(tokens(pairs)):
         assert pairs.prompt_lengths[index] == len(pair.prompt_ids)
         assert pairs.chosen_lengths[index] == len(pair.chosen_ids)
         assert pairs.rejected_lengths[index] == len(pair.rejected_ids)
-        assert pairs.chosen_keys[index] == response_key(pair.prompt_ids, pair.chosen_ids)
-        assert pairs.rejected_keys[index] == response_key(pair.prompt_ids, pair.rejected_ids)
+        assert pairs.response_keys[index].tolist() == [
+            response_key(pair.prompt_ids, pair.chosen_ids),
+            response_key(pair.prompt_ids, pair.rejected_ids),
+        ]
     for lengths in (pairs.prompt_lengths, pairs.chosen_lengths, pairs.rejected_lengths):
         assert (lengths.shape, lengths.dtype) == ((33,), np.int64)
 
@@ -102,7 +104,7 @@ def test_keys_are_equal_where_prompt_and_response_are(
     rows = [row("q1:", "a", "b"), row("q1:", "b", "c"), row("q2:", "a", "b"), row("q1:", "c", "a")]
     pairs = load(write(rows), tokenizer)
     ids = [(p.prompt_ids, r) for p in tokens(pairs) for r in (p.chosen_ids, p.rejected_ids)]
-    keys = [key for both in zip(pairs.chosen_keys, pairs.rejected_keys, strict=True) for key in both]
+    keys = pairs.response_keys.ravel().tolist()
     assert [[a == b for b in ids] for a in ids] == [[a == b for b in keys] for a in keys]
     assert len(set(keys)) == 5
 
@@ -279,7 +281,8 @@ def test_rows_are_tokenised_once(
     assert len(tokenised) == 21
     assert tokens(first) == tokens(second)
     assert first.describe() == second.describe()
-    assert (first.origins, first.chosen_keys, first.left_out) == (second.origins, second.chosen_keys, second.left_out)
+    assert (first.origins, first.left_out) == (second.origins, second.left_out)
+    assert (first.response_keys == second.response_keys).all()
 
 
 def test_a_faulty_file_is_not_cached_as_good(
@@ -377,8 +380,7 @@ def test_two_workers_give_what_one_gives(
     assert parallel.describe() == serial.describe()
     assert parallel.origins == serial.origins
     assert parallel.left_out == serial.left_out
-    assert parallel.chosen_keys == serial.chosen_keys
-    assert parallel.rejected_keys == serial.rejected_keys
+    assert (parallel.response_keys == serial.response_keys).all()
     assert parallel.prompt_lengths.tolist() == serial.prompt_lengths.tolist()
 
 

@@ -14,6 +14,7 @@ from open_po.attention import Segments, _by_flash, _by_sdpa
 from open_po.layout import choose_layout
 from open_po.logprobs import Head, fused_logprobs
 from open_po.model import Numerics, Scorer, checkpoint_gradients, load_scorer
+from open_po.model_files import ModelSource
 from open_po.packing import Segment, pack
 from open_po.run import main
 from tests import tiny
@@ -49,7 +50,7 @@ def test_liger_head_equals_naive(bias: bool, softcap: float | None, dtype: torch
 
 
 def on_gpu(folder: Path, numerics: Numerics) -> Scorer:
-    return load_scorer(str(folder), None, numerics, torch.device("cuda"), trust_remote_code=False)
+    return load_scorer(ModelSource(name=str(folder)), numerics, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

@@ -1,0 +1,147 @@
+"""Which files a model is, wherever it comes from, and their hashes: what it is known by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from open_po.errors import UserError
+from open_po.output import write_atomically
+
+_SAFE = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+_OTHER = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_NO_WEIGHTS = "holds no weights, neither model.safetensors nor pytorch_model.bin nor adapter_model.safetensors"
+_MEMO = "file_hashes.json"
+# A file that was changed less than this before it was read might change again without a new time stamp.
+_SETTLED_NS = 2_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where a model comes from, as the user says it."""
+
+    name: str  # a folder, or a Hub model
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def refuse_missing(self, field: str) -> None:
+        """Raises UserError if the name is a path to no folder, or a folder is asked for a revision."""
+        if self.revision is not None and Path(self.name).is_dir():
+            raise UserError(
+                f"{field}: {self.name} is a folder, which has no revision {self.revision}; revisions are of Hub models"
+            )
+        looks_local = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1
+        if looks_local and not Path(self.name).is_dir():
+            raise UserError(f"{field}: {self.name} is no folder")
+
+    def folder(self) -> Path:
+        """The folder with the model's files; a Hub model's are downloaded if they are not yet here.
+
+        Raises UserError if it cannot be reached or holds no weights.
+        """
+        if Path(self.name).is_dir():
+            return Path(self.name)
+        try:
+            for weights in ((*_ADAPTER, *_SAFE), _OTHER):
+                # A Hub pattern's * also matches `/`: these take neither sub-folders nor variants such as
+                # model.fp16.safetensors.
+                patterns = ["config.json", "generation_config.json", "*.py", *weights]
+                folder = Path(snapshot_download(self.name, revision=self.revision, allow_patterns=patterns))
+                if any(any(folder.glob(pattern)) for pattern in weights):
+                    return folder
+        except Exception as error:  # the client's own errors, or those of the HTTP library it is built on
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{self.name}: neither a local folder nor a Hub model that can be reached ({reason})"
+            ) from error
+        raise UserError(f"{self.name}: the Hub repository {_NO_WEIGHTS}")
+
+
+def adapter_base(folder: Path, trust_remote_code: bool) -> ModelSource | None:
+    """The model that the adapters in `folder` are for; None if it holds none. Raises UserError for a damaged file."""
+    path = folder / _ADAPTER[0]
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        name, revision = content["base_model_name_or_path"], content.get("revision")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: names no base model ({error}); set its base_model_name_or_path") from error
+    return ModelSource(name=name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+class FileHashes:
+    """SHA-256 of files, remembered in `folder`, if there is one, for as long as their size, times and inode stay."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.path = None if folder is None else folder / _MEMO
+        self._known = self._read()
+        self._fresh = False
+
+    def _read(self) -> dict[str, list[Any]]:
+        try:
+            content = {} if self.path is None else json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def of(self, path: Path) -> str:
+        """The hash of a file's content. Raises OSError."""
+        name, status = str(path.resolve()), path.stat()
+        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
+        known = self._known.get(name)
+        if isinstance(known, list) and known[:-1] == stamp:
+            return str(known[-1])
+        settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_NS
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if settled:
+            self._known[name] = [*stamp, digest]
+            self._fresh = True
+        return digest
+
+    def save(self) -> None:
+        """Keep what is new for the next process. What cannot be kept is hashed again then."""
+        if self._fresh and self.path is not None:
+            content = {name: facts for name, facts in (self._read() | self._known).items() if Path(name).exists()}
+            with suppress(OSError):
+                write_atomically(self.path, lambda path: path.write_text(json.dumps(content, indent=0)))
+
+
+def model_identity(source: ModelSource, hashes: FileHashes) -> dict[str, str]:
+    """SHA-256 of a model's configuration, weight files and, if it may run, its own code, by file name.
+
+    The files of a folder of adapters are followed by those of its base model, as `base/NAME`. Raises UserError if there
+    are no weights, or they cannot be reached.
+    """
+    folder = source.folder()
+    try:
+        identity = {path.name: hashes.of(path) for path in _files(folder, source)}
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    base = adapter_base(folder, source.trust_remote_code)
+    if base is not None:
+        identity |= {f"base/{name}": digest for name, digest in model_identity(base, hashes).items()}
+    hashes.save()
+    return identity
+
+
+def _files(folder: Path, source: ModelSource) -> list[Path]:
+    """The files that decide what a model computes: transformers prefers safetensors, and adapters to whole weights."""
+    adapter = [folder / name for name in _ADAPTER if (folder / name).is_file()]
+    if adapter:
+        return adapter
+    for patterns in (_SAFE, _OTHER):
+        weights = {path for pattern in patterns for path in folder.glob(pattern)}
+        if weights:
+            code = folder.glob("*.py") if source.trust_remote_code else ()
+            return sorted({*weights, *folder.glob("config.json"), *code})
+    raise UserError(f"{source.name}: {_NO_WEIGHTS}")

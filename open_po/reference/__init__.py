@@ -1,0 +1,6 @@
+"""Reference log-probs: computed once per response and model, kept on disk, found by pair."""
+
+from open_po.reference.ensure import Reference, ensure_reference, open_cache, separate_reference
+from open_po.reference.store import ReferenceStore, lookup
+
+__all__ = ["Reference", "ReferenceStore", "ensure_reference", "lookup", "open_cache", "separate_reference"]

@@ -1,0 +1,195 @@
+"""From a configuration to a store that holds the reference log-probs of all its pairs, whatever was there before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from open_po.config import RunConfig
+from open_po.data import PairDataset
+from open_po.errors import UserError
+from open_po.logprobs import response_sums
+from open_po.model import Numerics, Scorer, load_scorer, refuse_other_vocabulary, release_memory
+from open_po.model_files import FileHashes, ModelSource, model_identity
+from open_po.packing import Group, PackingStats, pack_responses
+from open_po.prepare import Data, load_alike
+from open_po.reference.fill import Pass
+from open_po.reference.store import Facts, ReferenceStore, read_manifest
+from open_po.runtime import Runtime
+
+T = TypeVar("T")
+
+# How far a recomputed log-prob may be from the stored one: other packs, libraries or devices round differently.
+_SUM_TOLERANCE = 1e-4  # float32, times the sum, if that is larger than 1 nat
+_TOKEN_TOLERANCE = 0.05  # bfloat16, nats a token
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassSummary:
+    """What a reference pass did; the `reference` entry of run_summary.json."""
+
+    seconds: float
+    pairs_computed: int  # with a response that was not stored at the start
+    pairs_reused: int
+    responses_computed: int  # by this run's processes; others may have computed the rest at the same time
+    rows_verified: int
+    packing: dict[str, float] | None  # of the first rank's packs, see `PackingStats.summary`; None if there were none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A filled store and what filling it took."""
+
+    store: ReferenceStore
+    summary: PassSummary
+
+
+class Sample(NamedTuple):
+    """A stored response that is computed once more."""
+
+    part: int
+    pair: int
+    side: int
+
+
+def open_cache(config: RunConfig) -> FileHashes:
+    """Make the cache's folder, if need be; returns the hashes of model files that it remembers. Raises UserError."""
+    path = Path(config.reference.reference_cache_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"reference_cache_dir {path}: no folder can be made there ({error.strerror})") from error
+    for folder in config.reference.reference_cache_read_only or ():
+        if not Path(folder).is_dir():
+            raise UserError(f"reference_cache_read_only: {folder} is no folder")
+    return FileHashes(path)
+
+
+def separate_reference(
+    source: ModelSource, config: RunConfig, runtime: Runtime, data: Data, hashes: FileHashes
+) -> Reference:
+    """Log-probs of a model that is not the policy. It is gone when this returns."""
+    numerics = runtime.on_main(lambda: Numerics.choose(config.model, runtime.device, trainable_weights=False))
+
+    def load() -> Scorer:
+        scorer = load_scorer(source, numerics, runtime.device)
+        data.prepare(scorer, config.model.prompt_sharing, "Reference model", runtime)
+        return scorer
+
+    runtime.on_main(lambda: refuse_other_vocabulary(source, data.tokenizer, data.highest_id))
+    identity = runtime.on_main(lambda: model_identity(source, hashes))
+    reference = ensure_reference(load, source, identity, numerics, config, runtime, data)
+    release_memory()
+    return reference
+
+
+def ensure_reference(
+    load: Callable[[], Scorer],
+    source: ModelSource,
+    identity: dict[str, str],
+    numerics: Numerics,
+    config: RunConfig,
+    runtime: Runtime,
+    data: Data,
+) -> Reference:
+    """The store of the model `identity` with all of `data`'s pairs in it.
+
+    `load` gives the model, on all ranks alike; it is called only if rows are missing or are to be verified. Raises
+    UserError if a row that is stored differs from what the model gives now.
+    """
+    start = time.monotonic()
+    facts = Facts(model=identity, numerics=numerics.key())
+    caches = [Path(config.reference.reference_cache_dir), *map(Path, config.reference.reference_cache_read_only or ())]
+
+    def open_store() -> ReferenceStore:
+        folder, *beneath = (cache / facts.key for cache in caches)
+        for each in (folder, *beneath):
+            read_manifest(each)
+        level = config.reference.reference_cache_level
+        by_token = level == "token" or (level == "auto" and config.loss.mix().ld_alpha != 1.0)
+        return ReferenceStore(folder, beneath=beneath, by_token=by_token, warn=runtime.say_here)
+
+    opened: list[ReferenceStore] = []
+
+    def count() -> int:
+        opened.append(open_store())
+        return sum(_missing_pairs(opened[0], part) for part in data.parts)
+
+    # Rank 0 sets damaged files aside and counts; others read afterwards: rows may appear at any moment.
+    missing = runtime.on_main(count)
+    store = opened[0] if opened else open_store()
+    pairs = sum(map(len, data.parts))
+    if missing < pairs:
+        runtime.say(f"Reference log-probs: {pairs - missing:,} pairs from the cache {store.folder}")
+    samples = runtime.on_main(lambda: _samples(store, data, config.reference.verify_reference_rows))
+    done, computed = PackingStats(), 0
+    if missing or samples:
+        scorer = load_alike(load, runtime)
+        runtime.on_all(lambda: _verify(samples, store, scorer, source, data))
+        if missing:
+            runtime.on_all(lambda: store.prepare(facts, {"model": source.name, "revision": source.revision}))
+        usual = (4 if runtime.device.type == "cuda" else 1) * (config.train.max_tokens_per_batch or 0)
+        max_tokens = config.reference.reference_max_tokens_per_batch or usual
+        for part in data.parts if missing else ():
+            work = Pass(store, scorer, part, runtime, max_tokens=max_tokens, pad=data.pad)
+            runtime.on_all(work.run)
+            done, computed = done + work.stats, computed + work.computed
+    summary = PassSummary(
+        seconds=time.monotonic() - start,
+        pairs_computed=missing,
+        pairs_reused=pairs - missing,
+        responses_computed=sum(runtime.gather(computed)),
+        rows_verified=len(samples),
+        packing=done.summary() if done.packs else None,
+    )
+    return Reference(store=store, summary=summary)
+
+
+def _missing_pairs(store: ReferenceStore, part: PairDataset) -> int:
+    known = store.find(part.response_keys.ravel()).reshape(-1, 2) >= 0
+    return int((~known.all(axis=1)).sum())
+
+
+def _samples(store: ReferenceStore, data: Data, count: int) -> list[Sample]:
+    """Up to `count` stored responses, spread over the data."""
+    found: list[Sample] = []
+    for number, part in enumerate(data.parts):
+        stored = np.flatnonzero(store.find(part.response_keys.ravel()) >= 0).tolist()
+        found += [Sample(number, place // 2, place % 2) for place in _spread(stored, count)]
+    return _spread(found, count)
+
+
+def _spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of `items`, evenly spread."""
+    count = min(count, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
+
+
+def _verify(samples: Sequence[Sample], store: ReferenceStore, scorer: Scorer, source: ModelSource, data: Data) -> None:
+    """Compute stored responses once more. Raises UserError for the first that differs."""
+    for sample in samples:
+        part = data.parts[sample.part]
+        (row,) = store.find(part.response_keys[sample.pair, sample.side : sample.side + 1])
+        if row < 0:  # not visible on this machine yet
+            continue
+        pair, side = part[sample.pair], ("chosen", "rejected")[sample.side]
+        group = Group(pair.prompt_ids, [(pair.chosen_ids, pair.rejected_ids)[sample.side]])
+        batch = pack_responses([group], layout=scorer.layout, pad_token_id=data.pad)
+        with scorer.as_reference():
+            got = float(response_sums(scorer.token_logprobs(batch), batch))
+        stored, tokens, made = store.row(int(row))
+        exact = scorer.numerics.compute_dtype == torch.float32
+        tolerance = _SUM_TOLERANCE * max(1.0, abs(stored)) if exact else _TOKEN_TOLERANCE * tokens
+        if not abs(got - stored) <= tolerance:
+            raise UserError(
+                f"{part.origins[sample.pair]}: the reference log-prob of the {side} response is {stored:.4f} in the "
+                f"cache {store.folder} (made with {made}), but {source.name} now gives {got:.4f}; they may differ by "
+                f"{tolerance:.2g}. Remove the cached ones (python -m open_po cache prune --key {store.folder.name}), "
+                "or take them as they are (verify_reference_rows 0)"
+            )

@@ -1,0 +1,307 @@
+"""The reference pass: what a store lacks is cut into packs, and every process computes those that no other does.
+
+All processes of a run, and other runs on the same data, make the same plan of packs. Each takes the next packs that are
+neither stored nor claimed, for about a minute's work, claims them, computes them and stores them as one file. So they
+share the work evenly however fast each is, and of a process that is killed one file's worth is lost. Packs hold the
+same responses whoever computes them, in whatever order: a pass that was killed and goes on gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from open_po.data import PairDataset
+from open_po.data.tokenization import KEY_DTYPE
+from open_po.errors import UserError, first_line
+from open_po.logprobs import response_sums
+from open_po.model import Scorer, release_memory
+from open_po.packing import Layout, PackedBatch, PackingStats, Response, ResponsePlanner, Unit
+from open_po.reference.claims import Claims
+from open_po.reference.shards import Keys, Row, find, origin
+from open_po.reference.store import ReferenceStore
+from open_po.runtime import Runtime, is_out_of_memory
+from open_po.tracking import Progress
+
+_SHARD_SECONDS = 60.0  # so much of a pass is lost, at most, when it is killed
+_SHARD_ROWS = 16_384
+_POLL_SECONDS = 0.2  # between looks at what other processes have stored
+
+
+@dataclass(frozen=True)
+class ResponsePack:
+    """Responses that are computed in one forward pass."""
+
+    units: list[Unit[Response]]
+    numbers: NDArray[np.int64]  # of its responses, in the units' order
+    stats: PackingStats
+
+    @property
+    def items(self) -> list[Response]:
+        """Its responses."""
+        return [response for unit in self.units for response in unit.items]
+
+
+class Responses:
+    """The distinct responses of a data set by number, their keys, and which of them are stored."""
+
+    def __init__(self, dataset: PairDataset) -> None:
+        self.dataset = dataset
+        numbers = dataset.response_numbers.ravel()
+        self.keys: Keys = np.empty(int(numbers.max()) + 1, dtype=KEY_DTYPE)  # by number
+        self.keys[numbers] = dataset.response_keys.ravel()
+        self.stored = np.zeros(len(self.keys), dtype=bool)
+        self._order = np.argsort(self.keys, kind="stable")
+        self._sorted = self.keys[self._order]
+
+    def numbers(self, keys: Keys) -> NDArray[np.int64]:
+        """The numbers of those of `keys` that belong to the data set."""
+        places = find(self._sorted, keys)
+        found: NDArray[np.int64] = self._order[places[places >= 0]]
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackPlanner:
+    """Cuts the responses of a data set that are not stored into packs, alike in every process."""
+
+    responses: Responses
+    layout: Layout
+    budget: int  # tokens of a pack, as asked for
+    pad: int
+
+    @property
+    def _planner(self) -> ResponsePlanner:
+        return ResponsePlanner(dataset=self.responses.dataset, layout=self.layout)
+
+    def plan(self, world_size: int) -> list[ResponsePack]:
+        """Packs within the budget, and small enough that there is one for every rank.
+
+        They are cut from all responses of the data set, so that a pass that goes on after a kill, with whole packs
+        stored, cuts the same. Only what packs that are stored in part lack is packed anew.
+        """
+        dataset = self.responses.dataset
+        every = [Response(pair, side) for pair in range(len(dataset)) for side in (0, 1)]
+        whole: list[ResponsePack] = []
+        rest: list[Response] = []
+        for pack in self._cut_for(every, world_size):
+            lacking = self.lacking(pack)
+            if len(lacking) == len(pack.numbers):
+                whole.append(pack)
+            else:
+                rest += lacking
+        return whole + self._cut_for(rest, world_size)
+
+    def _cut_for(self, items: Sequence[Response], world_size: int) -> list[ResponsePack]:
+        tokens = sum(unit.tokens(self.layout) for unit in self._planner.units(items))
+        return self.cut(items, max(1, min(self.budget, math.ceil(tokens / world_size))))
+
+    def cut(self, items: Iterable[Response], max_tokens: int) -> list[ResponsePack]:
+        """Packs of at most `max_tokens`; a response that needs more goes alone."""
+        planner = self._planner
+        found = []
+        for units in planner.packs(planner.units(items), max_tokens):
+            numbers = [self.responses.dataset.response_numbers[item] for unit in units for item in unit.items]
+            found.append(ResponsePack(units, np.array(numbers, dtype=np.int64), planner.stats(units, self.budget)))
+        return found
+
+    def lacking(self, pack: ResponsePack) -> list[Response]:
+        """The responses of a pack that are not stored."""
+        stored = self.responses.stored[pack.numbers]
+        if stored.all():
+            return []
+        return [item for item, known in zip(pack.items, stored.tolist(), strict=True) if not known]
+
+    def batch(self, pack: ResponsePack) -> PackedBatch:
+        """The tensors of a pack."""
+        return self._planner.batch(pack.units, self.pad)
+
+
+class Pass:
+    """This process's part in computing what a store lacks of a data set."""
+
+    def __init__(
+        self,
+        store: ReferenceStore,
+        scorer: Scorer,
+        dataset: PairDataset,
+        runtime: Runtime,
+        *,
+        max_tokens: int,
+        pad: int,
+    ) -> None:
+        self.store, self.scorer, self.dataset, self.runtime = store, scorer, dataset, runtime
+        self.max_tokens = max_tokens
+        self.responses = Responses(dataset)
+        self.planner = PackPlanner(responses=self.responses, layout=scorer.layout, budget=max_tokens, pad=pad)
+        self.responses.stored[:] = store.find(self.responses.keys) >= 0
+        self.claims = Claims(store.folder)
+        self.stats = PackingStats()
+        self.computed = 0  # responses, by this process
+        self._made = origin(runtime.device)
+        self._rate: float | None = None  # tokens a second, as far as is known
+
+    def run(self) -> None:
+        """Compute and store packs until nothing is missing, whoever computed it.
+
+        Raises UserError naming the pair if a log-prob is not finite, which is never stored, or if a single response
+        does not fit in memory.
+        """
+        left = self.planner.plan(self.runtime.world_size)
+        if not left:
+            return
+        lacking = int((~self.responses.stored).sum())
+        try:
+            label, unit = "Reference log-probs", "distinct responses"
+            progress = Progress(self.runtime.console, label, total=lacking, unit=unit)
+            with progress, self.scorer.as_reference():
+                while window := self._claim(left, progress):
+                    self._compute(window, progress)
+        finally:
+            self.claims.release()
+
+    # ------------------------------------------------------------------------------------------------ who computes what
+
+    def _claim(self, left: list[ResponsePack], progress: Progress) -> list[ResponsePack]:
+        """The next packs for this process, claimed; empty when nothing is left. Waits for what others are computing."""
+        pause = 0.0
+        while True:
+            time.sleep(pause)
+            self._take_note(progress)
+            left[:] = self._lacking(left)
+            if not left:
+                return []
+            others = self._claimed()
+            free = [pack for pack in left if not others[pack.numbers].any()]
+            if not free:
+                pause = _POLL_SECONDS
+                continue
+            window = self._window(free)
+            self._write_claim(window)
+            theirs = self._claimed()
+            if any(theirs[pack.numbers].any() for pack in window):  # chosen at the same moment: both let go
+                self.claims.release()
+                pause = random.uniform(0, _POLL_SECONDS)
+                continue
+            self._take_note(progress)  # of what was stored between the first look and the claim
+            if window := self._lacking(window):
+                return window
+            pause = 0.0
+
+    def _take_note(self, progress: Progress) -> None:
+        """Of what others have stored."""
+        fresh = self.responses.numbers(self.store.refresh())
+        progress.advance(int((~self.responses.stored[np.unique(fresh)]).sum()), tokens=0)
+        self.responses.stored[fresh] = True
+
+    def _lacking(self, packs: Iterable[ResponsePack]) -> list[ResponsePack]:
+        """`packs` without what is stored."""
+        found = []
+        for pack in packs:
+            lacking = self.planner.lacking(pack)
+            if len(lacking) == len(pack.numbers):
+                found.append(pack)
+            elif lacking:
+                found += self.planner.cut(lacking, self.max_tokens)
+        return found
+
+    def _claimed(self) -> NDArray[np.bool_]:
+        """By number, which responses other processes are computing."""
+        found = np.zeros(len(self.responses.keys), dtype=bool)
+        self._others = 0
+        for keys in self.claims.others():
+            mine = self.responses.numbers(keys)
+            found[mine] = True
+            self._others += bool(len(mine))
+        return found
+
+    def _window(self, free: Sequence[ResponsePack]) -> list[ResponsePack]:
+        """The first of `free`: one file's worth, less towards the end so that all processes end together."""
+        workers = max(self.runtime.world_size, 1 + self._others)
+        most = len(free) if workers == 1 else max(1, len(free) // (2 * workers))
+        window: list[ResponsePack] = []
+        tokens = rows = 0
+        for pack in free[:most]:
+            tokens += pack.stats.computed
+            rows += len(pack.numbers)
+            if window and (self._rate is None or tokens > self._rate * _SHARD_SECONDS or rows > _SHARD_ROWS):
+                break
+            window.append(pack)
+        return window
+
+    def _write_claim(self, window: Sequence[ResponsePack]) -> None:
+        keys = self.responses.keys[np.concatenate([pack.numbers for pack in window])]
+        tokens = sum(pack.stats.computed for pack in window)
+        expected = _SHARD_SECONDS if self._rate is None else tokens / self._rate
+        try:
+            self.claims.take(keys, _SHARD_SECONDS + 5 * expected)
+        except OSError as error:
+            raise self.store.unwritable(error) from error
+
+    # -------------------------------------------------------------------------------------------------------- computing
+
+    def _compute(self, window: Sequence[ResponsePack], progress: Progress) -> None:
+        """Score packs and store their rows in one file; what was scored before an error is stored too."""
+        rows: dict[bytes, Row] = {}
+        start, tokens = time.monotonic(), 0
+        try:
+            for pack in window:
+                fits = pack.stats.computed <= self.max_tokens  # memory may have run out since it was cut
+                for part in [pack] if fits else self.planner.cut(pack.items, self.max_tokens):
+                    tokens += self._score(part, rows, progress)
+        finally:
+            if rows:
+                self.store.append(rows, self._made)
+                self.responses.stored[self.responses.numbers(np.frombuffer(b"".join(rows), dtype=KEY_DTYPE))] = True
+        self._rate = tokens / max(time.monotonic() - start, 1e-3)
+
+    def _score(self, pack: ResponsePack, rows: dict[bytes, Row], progress: Progress) -> int:
+        """Add a pack's rows; returns the tokens computed. Where memory runs out the budget is halved."""
+        batch = self.planner.batch(pack)
+        try:
+            found = self._rows(self.scorer.token_logprobs(batch), batch, pack.items)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(pack.numbers) == 1:
+                tokens, where = len(batch.input_ids), self.dataset.origins[pack.items[0].pair]
+                raise UserError(
+                    f"{where}: out of memory in the reference pass, with one response of {tokens:,} tokens, its "
+                    f"prompt included ({first_line(error)}); lower max_seq_length"
+                ) from error
+        else:
+            rows |= found
+            self.stats += pack.stats
+            self.computed += len(found)
+            progress.advance(len(found), tokens=pack.stats.computed)
+            return pack.stats.computed
+        # Outside the handler, whose error would keep the failed pass's tensors alive.
+        del batch
+        self.max_tokens = min(self.max_tokens, pack.stats.computed) // 2
+        release_memory()
+        self.runtime.say_here(f"Reference log-probs: out of memory, on with {self.max_tokens:,} tokens at a time")
+        return sum(self._score(part, rows, progress) for part in self.planner.cut(pack.items, self.max_tokens))
+
+    def _rows(self, token_logps: Tensor, batch: PackedBatch, responses: Sequence[Response]) -> dict[bytes, Row]:
+        """The rows of a pack: `token_logps` [N], cut into its responses."""
+        dataset = self.dataset
+        sums = response_sums(token_logps, batch).tolist()
+        rows: dict[bytes, Row] = {}
+        parts = token_logps.split(batch.response_tokens.tolist())
+        for response, logp, part in zip(responses, sums, parts, strict=True):
+            if not math.isfinite(logp):
+                side = ("chosen", "rejected")[response.side]
+                raise UserError(
+                    f"{dataset.origins[response.pair]}: the reference model's log-prob of the {side} response is "
+                    f"{logp}; check the reference model, or use dtype float32"
+                )
+            key = dataset.response_keys[response].item()
+            rows[key] = Row(logp, len(part), part.tolist() if self.store.by_token else None)
+        return rows
