@@ -7,7 +7,17 @@
 
 import sys
 
-from open_po.run import main
+
+def start() -> int:
+    """Run the command line; importing takes seconds, in which Ctrl-C must be as quiet as later."""
+    try:
+        from open_po.run import main
+
+        return main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing had begun", file=sys.stderr)
+        return 130
+
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(start())

@@ -12,6 +12,7 @@ setup(
     description="Preference optimisation of causal language models with cached reference log-probs",
     license="Apache-2.0",
     packages=find_packages(include=["open_po", "open_po.*"]),
+    py_modules=["dpo_tune_cache"],  # which `python -m open_po sweep` runs
     package_data={"open_po": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +58,13 @@ def matmul_rate(shape: Shape, tokens: int, scored: int, device: torch.device, dt
 
 
 def main() -> None:
-    job = json.loads(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "job",
+        type=json.loads,
+        help='JSON: {"shape": fields of Shape, "tokens": of a pack, "scored": of them, "device": "cpu" or "cuda"}',
+    )
+    job = parser.parse_args().job
     device = torch.device(job["device"])
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     print(json.dumps({"flops": matmul_rate(Shape(**job["shape"]), job["tokens"], job["scored"], device, dtype)}))

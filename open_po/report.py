@@ -40,6 +40,8 @@ def evaluations(records: Sequence[Metrics]) -> list[Metrics]:
 def packing_line(shares: dict[str, float]) -> str:
     """`PackingStats.summary` in words."""
     packs = f"{shares['packs']:,} pack{'' if shares['packs'] == 1 else 's'}"
+    if shares["packs_over_budget"]:
+        packs += f", {shares['packs_over_budget']:,} of them over the budget because a pair is not cut"
     return (
         f"{packs}, {shares['fill']:.0%} full; {shares['prompt_tokens_saved']:.0%} of prompt tokens "
         f"saved, {shares['padding_avoided']:.0%} padding avoided"
@@ -56,7 +58,7 @@ def summary_table(summary: dict[str, Any], folder: Path) -> Table:
         counts = f"{reference['pairs_computed']:,} pairs computed, {reference['pairs_reused']:,} from the cache"
         table.add_row("reference", f"{counts}, {reference['seconds']:.1f} s")
     rate = train["pairs"] / train["seconds"] if train["seconds"] else 0.0
-    table.add_row("training", f"{train['steps']:,} steps, {train['pairs']:,} pairs, {train['seconds']:.1f} s")
+    table.add_row("training", f"{train['steps']:,} steps, {train['pairs']:,} pairs, {train['seconds']:.1f} s of steps")
     table.add_row("throughput", f"{rate:,.1f} pairs/s, {train['tokens']:,} tokens, {train['response_tokens']:,} scored")
     table.add_row("packing", packing_line(train["packing"]))
     for name, label in (
@@ -107,6 +109,30 @@ def plot_curves(records: Sequence[Metrics], path: Path, title: str) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend()
+    canvas = FigureCanvasAgg(figure)
+    write_atomically(path, lambda temporary: canvas.print_figure(temporary, dpi=110, format="png"))
+
+
+def plot_settings(results: Sequence[tuple[str, dict[str, Any]]], path: Path) -> None:
+    """Held-out reward accuracy and margin of each setting of a sweep, in the grid's order from the top."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    names = [name.replace(",", ", ") for name, _ in results]
+    figure = Figure(figsize=(11, 1.4 + 0.28 * len(names)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, what in zip(panels, ("accuracy", "margin"), strict=True):
+        values = [result[f"rewards/{what}"] for _, result in results]
+        best = max(range(len(values)), key=lambda number: values[number])
+        axes.plot(values, range(len(names)), "o", color="tab:blue")
+        axes.plot(values[best], best, "o", color="tab:red", label=f"highest: {values[best]:.4g}")
+        axes.set_xlabel(f"held-out reward {what}")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="best")
+    panels[0].xaxis.set_major_formatter(PercentFormatter(1.0))
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
     canvas = FigureCanvasAgg(figure)
     write_atomically(path, lambda temporary: canvas.print_figure(temporary, dpi=110, format="png"))
 

@@ -19,7 +19,7 @@ from open_po.model_files import FileHashes, model_identity
 from open_po.optim import make_optimizer, make_schedule, total_steps
 from open_po.output import RunFolder
 from open_po.packing import Planner, Sampler
-from open_po.prepare import Data, load_alike, load_policy, policy_source, prepare_data, reference_source
+from open_po.prepare import Data, load_alike, load_policy, policy_source, prepare_data
 from open_po.reference import Reference, ensure_reference, open_cache, separate_reference
 from open_po.report import evaluations, packing_line, plot_curves, summary_table, versions
 from open_po.runtime import Runtime
@@ -73,18 +73,11 @@ def _run_in(folder: RunFolder, config: RunConfig, numerics: Numerics, runtime: R
 
 def _train(folder: RunFolder, config: RunConfig, numerics: Numerics, runtime: Runtime) -> None:
     """Everything from the data to the saved model."""
-    needs_reference, source, separate = (
-        config.loss.mix().needs_reference,
-        policy_source(config),
-        reference_source(config),
-    )
-    if separate is not None:
-        separate.refuse_missing("reference_model_name_or_path")
+    needs_reference = config.loss.mix().needs_reference
+    source = policy_source(config)
     hashes = runtime.on_main(lambda: open_cache(config)) if needs_reference else FileHashes(None)
     data = prepare_data(config, runtime)
-    reference = None
-    if separate is not None:
-        reference = separate_reference(separate, config, runtime, data, hashes)
+    reference = separate_reference(config, runtime, data, hashes) if needs_reference else None
     policy = load_alike(lambda: load_policy(config, numerics, runtime, data), runtime)
     identity = runtime.on_main(lambda: model_identity(source, hashes))
     if needs_reference and reference is None:

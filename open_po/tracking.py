@@ -26,12 +26,18 @@ from open_po.runtime import Runtime
 
 Metrics = dict[str, float]
 
+_WIDE = 110  # columns of a terminal that has room for a bar beside the figures
 _PLAIN_SECONDS = 10.0  # a console that is no terminal gets one progress line per so many seconds
 
 
 # Rewards closer than this are a tie: log-probs near -1000 nats carry rounding of that size, and a policy that still is
 # its reference would win or lose by it.
 _TIE = 1e-4
+
+
+def wins(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """1 where the chosen reward is the greater, 0.5 where they are a tie, else 0: [P]."""
+    return torch.where((chosen - rejected).abs() < _TIE, 0.5, (chosen > rejected).float())
 
 
 class PreferenceMeter:
@@ -49,7 +55,7 @@ class PreferenceMeter:
             "logps/rejected": policy.rejected,
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
-            "rewards/accuracy": torch.where((chosen - rejected).abs() < _TIE, 0.5, (chosen > rejected).float()),
+            "rewards/accuracy": wins(chosen, rejected),
             "pairs": torch.ones_like(chosen),
             "rejected_pairs": (policy.rejected_tokens > 0).float(),
         }
@@ -108,7 +114,7 @@ class Progress:
         if console.is_terminal and not console.quiet:
             self._live = RichProgress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=16),
+                *([BarColumn(bar_width=16)] if console.width >= _WIDE else []),
                 TextColumn("{task.completed:,}/{task.total:,} " + unit),
                 TimeRemainingColumn(compact=True),
                 TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True)),

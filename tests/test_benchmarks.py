@@ -296,7 +296,7 @@ def comparison(*rows: Any) -> Any:
 
 def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison_report, "machine", lambda device, threads: "a machine")
-    report = comparison_report.Report(device="cpu", threads=2, global_batch=16)
+    report = comparison_report.Report(device="cpu", threads=2, global_batch=16, about="A test.")
     report.comparisons.append(comparison(row("trl", 1.0), row("trl-patched", 2.0), row("open_po", 2.5)))
     report.write(tmp_path / "out.md")
     text = (tmp_path / "out.md").read_text()
@@ -344,7 +344,8 @@ def test_a_whole_run_with_measurements_made_up(
     said, text = capsys.readouterr().out, out.read_text()
     assert "RuntimeError: out of memory" in said
     assert "other work took 50% of the CPUs' time" in said
-    assert "| chat | trl | 2.10 (2.10 to 2.10), meets 2 |" in text
+    assert "| chat | trl | 2.10 (2.10 to 2.10), meets 2; disturbed, other work took 50% |" in text
+    assert "a machine. A CPU, float32, a Llama of 6 layers x 384." in text
     assert "<summary>Search</summary>" in text
     settings = json.loads(out.with_suffix(".settings.json").read_text())["chat"]
     assert settings["trl"]["batch"] == settings["trl-patched"]["batch"] == 1
@@ -355,6 +356,14 @@ def test_a_whole_run_with_measurements_made_up(
 
     def broken(self: Any, settings: Any, steps: int) -> Any:
         raise measuring.MeasurementError("RuntimeError: broken")
+
+    for bad, said in (("no.json", "cannot be read"), (str(out), "cannot be read")):
+        with pytest.raises(SystemExit):
+            compare.main([*again[:-1], bad])
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare.main(["--workloads", "short_pairs", *again[2:]])
+    assert "says nothing of short_pairs" in capsys.readouterr().err
 
     monkeypatch.setattr(measuring.Bench, "measure", broken)
     assert compare.main(again) == 1

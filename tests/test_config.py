@@ -165,7 +165,7 @@ def test_empty_yaml_and_comments_are_nothing(write: Callable[..., str]) -> None:
     [
         ("a: [b\n", ", line 2: is not valid YAML (expected ',' or ']', but got '<stream end>')"),
         ("seed: 1\n beta: 2\n", ", line 2: is not valid YAML (mapping values are not allowed here)"),
-        ("seed: 1\nbeta: 2\nseed: 3\n", ", line 1: is not valid YAML (seed is given twice)"),
+        ("seed: 1\nbeta: 2\nseed: 3\n", ", line 3: is not valid YAML (seed is given twice)"),
         ("dataset_mixer: {a: 1, a: 2}\n", ", line 1: is not valid YAML (a is given twice)"),
         ("seed: !!int x\n", ": is not valid YAML (invalid literal for int() with base 10: 'x')"),
         ("- seed\n", ": must be a mapping of field names to values"),
@@ -223,18 +223,18 @@ def test_an_unknown_field_like_no_other() -> None:
         ("num_epochs:", "num_epochs: expects a whole number, got None"),
         ("num_epochs: [1]", "num_epochs: expects a whole number, got ['1']"),
         ("learning_rate: fast", "learning_rate: expects a number, got 'fast'"),
-        ("learning_rate: yes", "learning_rate: expects a number, got True"),
+        ("learning_rate: yes", "learning_rate: expects a number, got 'yes'"),
         ("use_lora: maybe", "use_lora: expects true or false, got 'maybe'"),
         ("use_lora: 1", "use_lora: expects true or false, got '1'"),
         ("use_lora:", "use_lora: expects true or false, got None"),
         ("exp_name: [a]", "exp_name: expects text, got ['a']"),
-        ("exp_name: on", "exp_name: expects text, got True"),
+        ("exp_name: true", "exp_name: expects text, got True"),
         ("exp_name: ''", "exp_name: expects text, got ''"),
         ("dtype: float16", "dtype: expects one of auto, float32, bfloat16, got 'float16'"),
         ("optimizer: lion", "optimizer: expects one of adamw, rmsprop, sgd, got 'lion'"),
         ("eval_mixer_list: {a: 1}", "eval_mixer_list: expects a list of words, got {'a': '1'}"),
         ("eval_mixer_list: []", "eval_mixer_list: expects a list of words, got []"),
-        ("eval_mixer_list: [a, yes]", "eval_mixer_list: expects a list of words, got ['a', True]"),
+        ("eval_mixer_list: [a, true]", "eval_mixer_list: expects a list of words, got ['a', True]"),
         ("eval_mixer_list: [a, [1]]", "eval_mixer_list: expects a list of words, got ['a', ['1']]"),
     ],
 )
@@ -370,6 +370,22 @@ def test_no_whole_number_may_be_negative(name: str) -> None:
     assert any(line.startswith(f"{name}: must ") for line in problems(*REQUIRED, f"--{name}", "-1"))
 
 
+def test_words_that_yaml_1_1_takes_for_booleans(write: Callable[..., str]) -> None:
+    """They are booleans for a field that is one, and words for others: prompt_sharing is on, off or auto."""
+    path = write("prompt_sharing: off\nuse_lora: Yes\nload_balancing_loss: off\nexp_name: on\n")
+    config = load_config([path, *REQUIRED])
+    assert (config.model.prompt_sharing, config.output.exp_name) == ("off", "on")
+    assert (config.model.use_lora, config.loss.load_balancing_loss) == (True, False)
+    again = write(config.to_yaml(), "again.yaml")
+    assert load_config([again]) == config
+    assert parse("--use_lora", "yes").model.use_lora
+
+
+def test_a_file_that_cannot_be_read_is_not_also_blamed_for_what_is_missing(write: Callable[..., str]) -> None:
+    (line,) = problems(write("model_name_or_path: ["))
+    assert "is not valid YAML" in line
+
+
 def test_everything_is_reported_at_once(write: Callable[..., str]) -> None:
     broken = write("seed: [", "broken.yaml")
     path = write("num_epochs: many\nlearnig_rate: 1\nmax_prompt_length: 9000\nloss_type: sft\ngamma: 1\n")
@@ -382,8 +398,6 @@ def test_everything_is_reported_at_once(write: Callable[..., str]) -> None:
         "learnig_rate:",
         "use_lora:",
         "seed:",
-        "model_name_or_path:",
-        "mixer_list:",
         "max_prompt_length:",
         "loss_type",
         "eval_steps:",

@@ -386,7 +386,9 @@ def test_ctrl_c_keeps_the_checkpoints(
     words = cli.arguments(llama, pairs_file, tmp_path / "run", checkpointing_steps=2)
     capfd.readouterr()
     assert cli.forked(words, interrupt_at_step(4)) == 130
-    assert cli.only_error(capfd.readouterr().err) == "error: interrupted; checkpoints, if any, are kept"
+    assert cli.only_error(capfd.readouterr().err) == (
+        "error: interrupted; what is on disk is kept, and a run goes on with --resume_from_checkpoint auto"
+    )
     assert cli.checkpoints(tmp_path / "run") == ["step_000002"]
     assert cli.summary(tmp_path / "run") == {"status": "interrupted", "error": "KeyboardInterrupt"}
     assert resumes_to(expected, words)

@@ -378,6 +378,7 @@ def test_loads_count_what_the_tensors_hold(
         computed = size_of(batch)
         expected += PackingStats(
             packs=1,
+            over_budget=int(computed > budget),
             budget=max(budget, computed),
             computed=computed,
             padding=int((batch.token_weights == 0).sum()),
@@ -395,11 +396,17 @@ def test_shares_by_hand() -> None:
     planner = Planner(dataset=dataset, max_tokens=64, layout="shared")
     load = planner.stats(planner.packs(range(3)))
     # 14 prompt tokens and 18 of responses, instead of 48 and 18; in rows 6 x 16, of which 30 would be padding.
-    assert load == PackingStats(1, 64, 32, 0, 48, 14, 30)
+    assert load == PackingStats(1, 0, 64, 32, 0, 48, 14, 30)
     assert load.summary() == pytest.approx(
-        {"packs": 1, "fill": 0.5, "prompt_tokens_saved": 34 / 48, "padding_avoided": 30 / 96}
+        {"packs": 1, "packs_over_budget": 0, "fill": 0.5, "prompt_tokens_saved": 34 / 48, "padding_avoided": 30 / 96}
     )
-    assert PackingStats().summary() == {"packs": 0, "fill": 0, "prompt_tokens_saved": 0, "padding_avoided": 0}
+    assert PackingStats().summary() == {
+        "packs": 0,
+        "packs_over_budget": 0,
+        "fill": 0,
+        "prompt_tokens_saved": 0,
+        "padding_avoided": 0,
+    }
 
 
 @given(pair_lists)

@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import comparison_report
-from measuring import BUSY, Bench, Measurement, MeasurementError, built, disagreement
+from comparison_report import BUSY
+from measuring import Bench, Measurement, MeasurementError, built, disagreement
 from open_po_side import OpenPoSettings
 from presets import PRESETS, Preset, Settings, Side, Stage, sides_of
 from trl_side import TrlSettings, config_arguments
@@ -226,9 +227,9 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def load_settings(path: Path, workload: Workload, preset: Preset) -> dict[str, Settings]:
-    """What an earlier run found for this workload. Raises KeyError."""
-    found = json.loads(path.read_text())[workload.name]
+def load_settings(earlier: dict[str, Any], workload: Workload, preset: Preset) -> dict[str, Settings]:
+    """What an earlier run found for this workload."""
+    found = earlier[workload.name]
     types = {side.name: type(side.start) for side in sides_of(preset, workload)}
     return {name: types[name](**found[name]) for name in types}
 
@@ -262,7 +263,15 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
             setattr(arguments, name, getattr(preset, name))
     if min(arguments.steps, arguments.search_steps) < 2 or arguments.repeats < 1:
         parser.error("a measurement needs two steps, of which the first is not counted, and one round")
-    arguments.preset, arguments.workloads = preset, [named[name] for name in wanted]
+    if arguments.settings is not None:
+        try:
+            arguments.settings = json.loads(arguments.settings.read_text())
+        except (OSError, ValueError) as error:
+            parser.error(f"--settings {arguments.settings}: cannot be read ({error})")
+        if missing := sorted(set(wanted) - set(arguments.settings)):
+            parser.error(f"--settings: says nothing of {', '.join(missing)}")
+    arguments.preset_name, arguments.preset = arguments.preset, preset
+    arguments.workloads = [named[name] for name in wanted]
     return arguments
 
 
@@ -285,6 +294,7 @@ def main(words: Sequence[str] | None = None) -> int:
         device=preset.device,
         threads=arguments.threads,
         global_batch=preset.global_batch,
+        about=(PRESETS[arguments.preset_name].__doc__ or "").splitlines()[0],
     )
     chosen: dict[str, dict[str, Any]] = {}
     failed = 0

@@ -13,6 +13,8 @@ from typing import Any
 
 from workloads import Ids, Shape, repeated_flops, useful_flops
 
+BUSY = 0.05  # a share of the CPUs' time taken by others from which on a measurement is disturbed
+
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
@@ -134,6 +136,8 @@ def ratio_rows(comparison: Comparison) -> list[str]:
         training = _judged(_ratios(ours.training, theirs.training), speed)
         reference = _judged(_ratios(ours.reference, theirs.reference), speed)
         memory = _judged(_ratios(ours.peak_bytes, theirs.peak_bytes), memory_target, at_most=True)
+        if (others := max(ours.others, theirs.others)) > BUSY:
+            training, reference = (f"{text}; disturbed, other work took {others:.0%}" for text in (training, reference))
         lines.append(f"| {comparison.workload} | {side} | {training} | {reference} | {memory} |")
     return lines
 
@@ -204,6 +208,7 @@ class Report:
     device: str
     threads: int
     global_batch: int
+    about: str  # what the preset is
     comparisons: list[Comparison] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
@@ -215,7 +220,7 @@ class Report:
     def lines(self, picture: str) -> list[str]:
         cpu = self.device == "cpu"
         lines = [
-            f"Made by `python benchmarks/against_trl`. {machine(self.device, self.threads)}.",
+            f"Made by `python benchmarks/against_trl`. {machine(self.device, self.threads)}. {self.about}",
             "",
             f"Global batch {self.global_batch} pairs, {'float32' if cpu else 'bfloat16 over float32 weights'}, AdamW; "
             "every figure is a median over rounds (with its range), of fresh processes that take turns. Differences "

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import matmul_rate
+from comparison_report import BUSY
 from open_po_side import OpenPoJob, OpenPoSettings, read_result
 from presets import ALLOCATORS, Preset, Settings
 from trl_side import TrlJob, TrlSettings
@@ -25,7 +26,6 @@ from workloads import Ids, Workload, build_command, counts, write_pairs
 from open_po.packing import Sampler
 
 LEARNING_RATE, BETA = 1e-5, 0.1
-BUSY = 0.05  # a share of the CPUs' time taken by others from which on a measurement is disturbed
 PATIENCE = 120.0  # seconds to wait for a quiet moment
 
 T = TypeVar("T")

@@ -44,6 +44,7 @@ class Preset:
 
 
 def cpu_preset() -> Preset:
+    """A CPU, float32, a Llama of 6 layers x 384."""
     shape = Shape(hidden=384, layers=6, heads=6, kv_heads=6, intermediate=1024, vocabulary=16_384)
     short = around(125, 45)
 

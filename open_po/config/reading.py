@@ -20,23 +20,27 @@ from open_po.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which numbers and dates stay text, since a field's type says what they are; a repeated key is an error.
+    """YAML in which all but true, false and null stays text, since a field's type says what it is.
 
-    So `1e-7` is a number, and a commit `0123456` or a version `1.10` is kept as it is written.
+    So `1e-7` is a number, a commit `0123456` or a version `1.10` is kept as it is written, and `prompt_sharing: on` is
+    no boolean. A repeated key is an error.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConstructorError(None, None, f"{name} is given twice", node.start_mark)
+        met: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in met:
+                raise ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            met.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("bool", "null", "merge")]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|false)$", re.IGNORECASE), list("tTfF"))
+_SPOKEN = {"yes": True, "on": True, "no": False, "off": False}  # what YAML 1.1 also takes for a boolean
 
 
 class _Words(list[str]):
@@ -49,6 +53,7 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
     Raises ConfigError with every problem found.
     """
     values, problems = _read_arguments(arguments)
+    read_all = not problems
     typed: dict[str, Any] = {}
     mistyped: set[str] = set()
     for name, value in values.items():
@@ -65,7 +70,12 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
     }
     config = RunConfig(**sections)
     # A mistyped field has its default here: what that contradicts is no problem of the user's.
-    problems += [problem for problem in contradictions(config) if not _names(problem) & mistyped]
+    # What a file that cannot be read may give is not missing.
+    problems += [
+        problem
+        for problem in contradictions(config)
+        if not _names(problem) & mistyped and (read_all or ": is required" not in problem)
+    ]
     if problems:
         raise ConfigError(problems)
     return resolve(config)
@@ -183,7 +193,7 @@ def _convert_one(value: Any, hint: Any) -> Any:
         fits = isinstance(value, dict) and value and all(map(_is_word, [*value, *value.values()]))
         return value if fits else None
     if hint is bool:
-        return value if isinstance(value, bool) else None
+        return value if isinstance(value, bool) else _SPOKEN.get(str(value).lower())
     if hint is type(None) or not _is_word(value):
         return None
     try:
@@ -228,9 +238,9 @@ def _describe(hint: Any) -> str:
     return " or ".join(parts)
 
 
-def help_text() -> str:
+def help_text(program: str = "python dpo_tune_cache.py") -> str:
     """Every field with its type, default and meaning, by section."""
-    lines = ["usage: dpo_tune_cache.py CONFIG.yaml [MORE.yaml ...] [--field value ...]", ""]
+    lines = [f"usage: {program} CONFIG.yaml [MORE.yaml ...] [--field value ...]", ""]
     lines += ["YAML files merge left to right, flags win.", ""]
     for section, cls in SECTIONS.items():
         lines.append(f"{section}: {(cls.__doc__ or '').splitlines()[0]}")

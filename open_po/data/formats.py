@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 Message = dict[str, str]
@@ -69,7 +70,9 @@ def parse_row(row: Mapping[str, Any]) -> TextPair | MessagePair:
     """The pair that `row` holds. Raises RowError."""
     for name in ("chosen", "rejected"):
         if row.get(name) is None:
-            raise RowError(f"field {name} is missing; fields: {', '.join(k for k, v in row.items() if v is not None)}")
+            fields = [key for key, value in row.items() if value is not None]
+            meant = "".join(f"; did you mean {close} by it?" for close in get_close_matches(name, fields, n=1))
+            raise RowError(f"field {name} is missing or null; fields: {', '.join(fields)}{meant}")
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if row.get("conversations") is not None:
         return _share_gpt(row)
@@ -113,7 +116,8 @@ def _transcripts(chosen: str, rejected: str) -> TextPair:
     end = chosen.rfind(_HH_ANSWER, 0, common_prefix_length(chosen, rejected))
     if end < 0:
         raise RowError(
-            "field prompt is missing, and chosen and rejected are not transcripts that share turns up to 'Assistant:'"
+            "field prompt is missing or null, and chosen and rejected are not transcripts that share turns up to "
+            "'Assistant:'"
         )
     end += len(_HH_ANSWER)
     return TextPair(chosen[:end], chosen[end:], rejected[end:])

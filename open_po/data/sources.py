@@ -124,7 +124,7 @@ def _load_file(path: Path) -> Dataset:
     if kind not in _FILE_TYPES:
         raise ValueError(f"is of no known type; data files are {_TYPES}")
     if not path.is_file():
-        raise ValueError(f"no such file; data are {_TYPES} files, or Hub names")
+        raise ValueError(f"is no file; data are {_TYPES} files, or Hub names")
     if path.stat().st_size == 0:
         raise ValueError("the file is empty")
     if kind == ".parquet":

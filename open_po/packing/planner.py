@@ -48,6 +48,7 @@ class PackingStats:
     """What packs compute, and what the same pairs cost otherwise; in tokens."""
 
     packs: int = 0
+    over_budget: int = 0  # packs of what cannot be cut and needs more than the budget
     budget: int = 0  # what the packs had room for
     computed: int = 0  # through the model, padding included
     padding: int = 0  # part of `computed`
@@ -64,6 +65,7 @@ class PackingStats:
         otherwise = repeated + self.padding_otherwise
         return {
             "packs": self.packs,
+            "packs_over_budget": self.over_budget,
             "fill": self.computed / max(self.budget, 1),
             "prompt_tokens_saved": (self.prompts_repeated - self.prompts_computed) / max(self.prompts_repeated, 1),
             "padding_avoided": (self.padding_otherwise - self.padding) / max(otherwise, 1),
@@ -215,6 +217,7 @@ def _stats(units: Sequence[Unit[Item]], layout: Layout, max_tokens: int, prompts
     computed = _size(units, layout)
     return PackingStats(
         packs=1,
+        over_budget=int(computed > max_tokens),
         budget=max(max_tokens, computed),
         computed=computed,
         padding=padding if layout == "rows" else 0,

@@ -18,7 +18,7 @@ from open_po.logprobs import response_sums
 from open_po.model import Numerics, Scorer, load_scorer, refuse_other_vocabulary, release_memory
 from open_po.model_files import FileHashes, ModelSource, model_identity
 from open_po.packing import Group, PackingStats, pack_responses
-from open_po.prepare import Data, load_alike
+from open_po.prepare import Data, load_alike, reference_source
 from open_po.reference.fill import Pass
 from open_po.reference.store import Facts, ReferenceStore, read_manifest
 from open_po.runtime import Runtime
@@ -59,7 +59,13 @@ class Sample(NamedTuple):
 
 
 def open_cache(config: RunConfig) -> FileHashes:
-    """Make the cache's folder, if need be; returns the hashes of model files that it remembers. Raises UserError."""
+    """Make the cache's folder, if need be; returns the hashes of model files that it remembers.
+
+    Raises UserError, before anything takes long, if that or the reference model's folder cannot be.
+    """
+    source = reference_source(config)
+    if source is not None:
+        source.refuse_missing("reference_model_name_or_path")
     path = Path(config.reference.reference_cache_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -71,18 +77,39 @@ def open_cache(config: RunConfig) -> FileHashes:
     return FileHashes(path)
 
 
-def separate_reference(
-    source: ModelSource, config: RunConfig, runtime: Runtime, data: Data, hashes: FileHashes
+def separate_reference(config: RunConfig, runtime: Runtime, data: Data, hashes: FileHashes) -> Reference | None:
+    """Log-probs of the reference model, if it is another than the policy's starting weights. It is gone afterwards.
+
+    Raises UserError if its tokenizer gives other tokens the ids of the data.
+    """
+    source = reference_source(config)
+    if source is None:
+        return None
+    runtime.on_main(lambda: refuse_other_vocabulary(source, data.tokenizer, data.highest_id))
+    return log_probs_of(source, config, runtime, data, hashes, trains=False, label="Reference model")
+
+
+def log_probs_of(
+    source: ModelSource,
+    config: RunConfig,
+    runtime: Runtime,
+    data: Data,
+    hashes: FileHashes,
+    *,
+    trains: bool,
+    label: str,
 ) -> Reference:
-    """Log-probs of a model that is not the policy. It is gone when this returns."""
-    numerics = runtime.on_main(lambda: Numerics.choose(config.model, runtime.device, trainable_weights=False))
+    """Log-probs of a model that is loaded for nothing else, and gone when this returns.
+
+    `trains`: as of weights that are about to train, which are kept in float32.
+    """
+    numerics = runtime.on_main(lambda: Numerics.choose(config.model, runtime.device, trainable_weights=trains))
 
     def load() -> Scorer:
         scorer = load_scorer(source, numerics, runtime.device)
-        data.prepare(scorer, config.model.prompt_sharing, "Reference model", runtime)
+        data.prepare(scorer, config.model.prompt_sharing, label, runtime)
         return scorer
 
-    runtime.on_main(lambda: refuse_other_vocabulary(source, data.tokenizer, data.highest_id))
     identity = runtime.on_main(lambda: model_identity(source, hashes))
     reference = ensure_reference(load, source, identity, numerics, config, runtime, data)
     release_memory()

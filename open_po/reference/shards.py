@@ -34,6 +34,7 @@ from open_po.output import write_atomically
 Keys = NDArray[np.void]  # of KEY_DTYPE, see `response_key`
 
 _PATTERN = "rows-*.safetensors"
+_ASIDE = "damaged-"
 _DIGITS = 32
 # A file this young that does not fit its name may be one whose content this machine cannot see yet: look again.
 _SETTLED_SECONDS = 60.0
@@ -141,6 +142,20 @@ def read_shard(path: Path) -> Shard:
         return _shard(path, arrays, made)
     except KeyError as error:
         raise DamagedShard(f"holds no tensor {error}") from error
+
+
+def set_aside(path: Path) -> bool:
+    """Rename a damaged file so that nothing reads it again; False in a folder that may only be read."""
+    try:
+        path.rename(path.with_name(f"{_ASIDE}{path.name}"))
+    except OSError:
+        return False
+    return True
+
+
+def damaged_files(folder: Path) -> list[Path]:
+    """The files of a folder that were set aside."""
+    return sorted(folder.glob(f"{_ASIDE}{_PATTERN}"))
 
 
 def _fits_its_name(path: Path) -> bool:

@@ -35,6 +35,7 @@ from open_po.reference.shards import (
     Shard,
     find,
     read_shard,
+    set_aside,
     shard_files,
     write_shard,
 )
@@ -92,7 +93,8 @@ class ReferenceStore:
                     continue
                 except DamagedShard as fault:
                     damaged.append(f"{path}: {fault}")
-                    self._set_aside(path)
+                    self._names.add(path.name)
+                    set_aside(path)
                     continue
                 self._names.add(path.name)
                 if shard.token_logps is not None or not self.by_token:
@@ -103,11 +105,6 @@ class ReferenceStore:
         for shard in fresh:
             self._add(shard)
         return np.concatenate([shard.keys for shard in fresh]) if fresh else np.empty(0, KEY_DTYPE)
-
-    def _set_aside(self, path: Path) -> None:
-        self._names.add(path.name)
-        with suppress(OSError):  # a folder that may only be read keeps it
-            path.rename(path.with_name(f"damaged-{path.name}"))
 
     def _add(self, shard: Shard) -> None:
         self._names.add(shard.path.name)

@@ -223,7 +223,7 @@ GOOD = row("q", "a", "b")
     [
         (
             [GOOD, {"prompt": "q", "chosen": "a"}, GOOD],
-            "row 2: field rejected is missing; fields: prompt, chosen",
+            "row 2: field rejected is missing or null; fields: prompt, chosen",
         ),
         (
             [
@@ -234,7 +234,7 @@ GOOD = row("q", "a", "b")
                 {"chosen": "b"},
                 {"chosen": "c"},
             ],
-            "row 2: field rejected is missing; fields: chosen (rows: 2 more like it, 1 with other faults)",
+            "row 2: field rejected is missing or null; fields: chosen (rows: 2 more like it, 1 with other faults)",
         ),
         (
             [GOOD, row("q", "a", "a"), row("q", 1, 2), row("q", 3, 4)],
@@ -264,7 +264,7 @@ def test_a_bad_row_in_the_second_part_is_named(tokenizer: PreTrainedTokenizerFas
     good, bad = write([GOOD] * 5), write([GOOD, {"prompt": "q"}], "bad.jsonl")
     with pytest.raises(UserError) as caught:
         load_pairs([good, "1.0", bad, "1.0"], ["train"], tokenizer, FREE)
-    assert str(caught.value) == f"{bad} row 2: field chosen is missing; fields: prompt"
+    assert str(caught.value) == f"{bad} row 2: field chosen is missing or null; fields: prompt"
 
 
 # --------------------------------------------------------------------------------------------------------------- cache

@@ -229,16 +229,22 @@ MESSAGE = "a message without text in role and content (or from and value)"
 BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "no rejected": (
         {"prompt": "q", "chosen": "a", "rejected": None, "score": 0},
-        "field rejected is missing; fields: prompt, chosen, score",
+        "field rejected is missing or null; fields: prompt, chosen, score",
     ),
-    "no chosen": ({"question": "q", "rejected": "b"}, "field chosen is missing; fields: question, rejected"),
+    "a name that is close": (
+        {"prompt": "q", "choosen": "a", "rejected": "b"},
+        "field chosen is missing or null; fields: prompt, choosen, rejected; did you mean choosen by it?",
+    ),
+    "no chosen": ({"question": "q", "rejected": "b"}, "field chosen is missing or null; fields: question, rejected"),
     "no prompt, no transcripts": (
         {"chosen": "a", "rejected": "b"},
-        "field prompt is missing, and chosen and rejected are not transcripts that share turns up to 'Assistant:'",
+        "field prompt is missing or null, and chosen and rejected are not transcripts that share turns up to "
+        "'Assistant:'",
     ),
     "transcripts that share no turn": (
         {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: b"},
-        "field prompt is missing, and chosen and rejected are not transcripts that share turns up to 'Assistant:'",
+        "field prompt is missing or null, and chosen and rejected are not transcripts that share turns up to "
+        "'Assistant:'",
     ),
     "no prompt, only answers": (
         {"chosen": [assistant("a")], "rejected": [assistant("b")]},

@@ -178,13 +178,13 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
     types = ".jsonl, .json, .csv, .parquet"
     for kind in ("jsonl", "json", "csv", "parquet"):
         path = tmp_path / f"data.{kind}"
-        assert fault(path) == f"no such file; data are {types} files, or Hub names"
+        assert fault(path) == f"is no file; data are {types} files, or Hub names"
         path.write_text("")
         assert fault(path) == "the file is empty"
     (tmp_path / "data.txt").write_text("{}\n")
     assert fault(tmp_path / "data.txt") == f"is of no known type; data files are {types}"
     (tmp_path / "folder.jsonl").mkdir()
-    assert fault(tmp_path / "folder.jsonl") == f"no such file; data are {types} files, or Hub names"
+    assert fault(tmp_path / "folder.jsonl") == f"is no file; data are {types} files, or Hub names"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,258 @@
+"""The reference log-probs on disk.
+
+    python -m open_po cache build CONFIG.yaml [--field value ...]     compute what a run would need, without training
+    python -m open_po cache info                                      models, rows, tokens, bytes
+    python -m open_po cache verify                                    read every file and check it
+    python -m open_po cache prune [--key K] [--model M] [--older-than DAYS] [--damaged] [--dry-run]
+    python -m open_po cache merge FOLDER [FOLDER ...] --into FOLDER   join caches, of several machines for example
+
+`build` takes what `python dpo_tune_cache.py` takes; started several times, on several machines that share the folder or
+under torchrun, the processes share the work. The others take --dir, the cache's folder (default the configuration's).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from open_po.command import run_command
+from open_po.config import ReferenceConfig, RunConfig, help_text, load_config
+from open_po.errors import UserError
+from open_po.output import write_atomically
+from open_po.prepare import policy_source, prepare_data
+from open_po.reference import log_probs_of, open_cache, separate_reference
+from open_po.reference.shards import DamagedShard, Shard, damaged_files, read_shard, set_aside, shard_files
+from open_po.reference.store import MANIFEST, read_manifest
+from open_po.runtime import Runtime, user_line
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    if words and words[0] == "build":
+        return _build(words[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m open_po cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="build|info|verify|prune|merge")
+    for name in ("info", "verify", "prune", "merge"):
+        command = commands.add_parser(name)
+        if name == "merge":
+            command.add_argument(
+                "folders", nargs="+", type=Path, help="caches to take rows from; they stay as they are"
+            )
+            command.add_argument("--into", required=True, type=Path, help="the cache that gets them")
+            continue
+        default = Path(ReferenceConfig().reference_cache_dir).expanduser()
+        command.add_argument("--dir", type=Path, default=default, help=f"the cache's folder (default {default})")
+        if name == "prune":
+            command.add_argument("--key", action="append", default=[], help="remove the store of this name")
+            command.add_argument("--model", help="remove the stores of models whose name holds this text")
+            command.add_argument("--older-than", type=float, metavar="DAYS", help="remove files not written since")
+            command.add_argument("--damaged", action="store_true", help="remove files that were set aside")
+            command.add_argument("--dry-run", action="store_true", help="say what would be removed")
+    arguments = parser.parse_args(words)
+    commands_by_name: dict[str, Callable[[argparse.Namespace, Console], int]] = {
+        "info": _info,
+        "verify": _verify,
+        "prune": _prune,
+        "merge": _merge,
+    }
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    try:
+        return commands_by_name[arguments.command](arguments, console)
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        print(f"error: {user_line(error)}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+# ------------------------------------------------------------------------------------------------------------- build
+
+
+def _build(words: Sequence[str]) -> int:
+    if not words or {"-h", "--help"} & set(words):
+        print(help_text("python -m open_po cache build"))
+        return 0
+    return run_command(lambda: load_config(words), build, seed=lambda config: config.train.seed)
+
+
+def build(config: RunConfig, runtime: Runtime) -> None:
+    """Compute and store the reference log-probs of a run, as it would do at its start."""
+    hashes = runtime.on_main(lambda: open_cache(config))
+    data = prepare_data(config, runtime)
+    reference = separate_reference(config, runtime, data, hashes)
+    if reference is None:
+        trains, source = not config.model.use_lora, policy_source(config)
+        reference = log_probs_of(source, config, runtime, data, hashes, trains=trains, label="Reference model")
+    done = reference.summary
+    table = _table("Reference log-probs", "what", "value")
+    table.add_row("pairs", f"{done.pairs_computed + done.pairs_reused:,}, of which {done.pairs_reused:,} were there")
+    table.add_row("computed here", f"{done.responses_computed:,} responses in {done.seconds:.1f} s")
+    table.add_row("store", str(reference.store.folder))
+    runtime.console.print(table)
+
+
+# ------------------------------------------------------------------------------------------------------ what is there
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreFiles:
+    """A store as it lies on disk."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    shards: list[Shard]
+    faults: dict[Path, str] = field(default_factory=dict)  # files that are damaged
+    aside: list[Path] = field(default_factory=list)  # files that were set aside before
+
+    @property
+    def model(self) -> str:
+        """The model's name, as the run said it that made the store."""
+        return str(self.manifest.get("about", {}).get("model", "?"))
+
+
+def _stores(cache: Path) -> list[StoreFiles]:
+    """The stores of a cache, every file read and checked. Raises UserError if it is no folder, or of a newer format."""
+    if not cache.is_dir():
+        raise UserError(f"{cache}: is no folder; --dir names the reference_cache_dir")
+    found = []
+    for folder in sorted(path for path in cache.iterdir() if path.is_dir()):
+        manifest = read_manifest(folder)
+        if manifest is None:
+            continue
+        shards, faults = [], {}
+        for path in shard_files(folder):
+            try:
+                shards.append(read_shard(path))
+            except DamagedShard as fault:
+                faults[path] = str(fault)
+        aside = damaged_files(folder)
+        found.append(StoreFiles(folder=folder, manifest=manifest, shards=shards, faults=faults, aside=aside))
+    return found
+
+
+def _info(arguments: argparse.Namespace, console: Console) -> int:
+    table = _table(f"Reference cache {arguments.dir}", "model", "key", "numerics", "made with", header=True)
+    for name in ("rows", "tokens", "by token", "files", "MB"):
+        table.add_column(name, justify="right")
+    for store in _stores(arguments.dir):
+        rows = len(np.unique(np.concatenate([shard.keys for shard in store.shards]))) if store.shards else 0
+        by_token = sum(len(shard) for shard in store.shards if shard.token_logps is not None)
+        bad = len(store.faults) + len(store.aside)
+        numerics = store.manifest.get("numerics", {})
+        table.add_row(
+            store.model,
+            store.folder.name,
+            f"{numerics.get('compute_dtype')}, {numerics.get('kernels')}",
+            ", ".join(sorted({shard.made.get("device", "?") for shard in store.shards})),
+            f"{rows:,}",
+            f"{sum(int(shard.tokens.sum()) for shard in store.shards):,}",
+            f"{by_token:,}",
+            f"{len(store.shards):,}" + (f" ({bad} damaged)" if bad else ""),
+            f"{sum(shard.path.stat().st_size for shard in store.shards) / 1e6:,.1f}",
+        )
+    console.print(table if table.row_count else f"{arguments.dir}: holds no reference log-probs")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace, console: Console) -> int:
+    """1 if a file is damaged, which is set aside."""
+    damaged = good = 0
+    for store in _stores(arguments.dir):
+        good += len(store.shards)
+        for path, fault in store.faults.items():
+            kept = set_aside(path)
+            what = "is set aside; a run that needs its rows computes them again" if kept else "cannot be set aside"
+            console.print(f"{path}: {fault}; {what}", soft_wrap=True, markup=False)
+            damaged += 1
+    console.print(f"{good} files are whole, {damaged} damaged", markup=False)
+    return int(damaged > 0)
+
+
+# ------------------------------------------------------------------------------------------------------- changing it
+
+
+def _prune(arguments: argparse.Namespace, console: Console) -> int:
+    """Remove whole stores, files by age, or files that were set aside."""
+    if not (arguments.key or arguments.model or arguments.older_than is not None or arguments.damaged):
+        raise UserError("prune: says not what to remove; give --key, --model, --older-than or --damaged")
+    stores = _stores(arguments.dir)
+    if unknown := set(arguments.key) - {store.folder.name for store in stores}:
+        raise UserError(f"--key {', '.join(sorted(unknown))}: no such store in {arguments.dir}; info lists them")
+    limit = None if arguments.older_than is None else time.time() - 86_400 * arguments.older_than
+    freed = 0
+    for store in stores:
+        named = bool(arguments.key or arguments.model)
+        chosen = store.folder.name in arguments.key or bool(arguments.model and arguments.model in store.model)
+        if named and not chosen:
+            continue
+        files = [*shard_files(store.folder), *store.aside]
+        if limit is not None:
+            doomed = [path for path in files if path.stat().st_mtime < limit]
+        elif arguments.damaged:
+            doomed = [*store.faults, *store.aside]
+        else:
+            doomed = files
+        if not doomed and files:
+            continue
+        size = sum(path.stat().st_size for path in doomed)
+        freed += size
+        whole = len(doomed) == len(files)
+        said = f"{store.folder} ({store.model}): {'all' if whole else f'{len(doomed)} of {len(files)}'} files"
+        console.print(f"{said}, {size / 1e6:,.1f} MB", soft_wrap=True, markup=False)
+        if arguments.dry_run:
+            continue
+        if whole:
+            shutil.rmtree(store.folder)
+        else:
+            for path in doomed:
+                path.unlink(missing_ok=True)
+    console.print(f"{'Would free' if arguments.dry_run else 'Freed'} {freed / 1e6:,.1f} MB", markup=False)
+    return 0
+
+
+def _merge(arguments: argparse.Namespace, console: Console) -> int:
+    """Copy into one cache the files of others that hold rows it lacks."""
+    copied = rows = 0
+    for source in arguments.folders:
+        for store in _stores(source):
+            target = arguments.into / store.folder.name
+            read_manifest(target)
+            target.mkdir(parents=True, exist_ok=True)
+            there = {path.name for path in shard_files(target)}
+            known = [read_shard(path) for path in shard_files(target)]
+            for path, fault in store.faults.items():
+                console.print(f"{path}: {fault}; left out", soft_wrap=True, markup=False)
+            for shard in store.shards:
+                if shard.path.name in there or _covers(known, shard):
+                    continue
+                write_atomically(target / shard.path.name, partial(shutil.copyfile, shard.path))
+                known.append(shard)
+                copied, rows = copied + 1, rows + len(shard)
+            if not (target / MANIFEST).exists():
+                write_atomically(target / MANIFEST, partial(shutil.copyfile, store.folder / MANIFEST))
+    console.print(f"Copied {copied} files, {rows:,} rows, into {arguments.into}", soft_wrap=True, markup=False)
+    return 0
+
+
+def _covers(known: Sequence[Shard], shard: Shard) -> bool:
+    """Whether every row of a shard is in others that say as much of it."""
+    fit = [other.keys for other in known if other.token_logps is not None or shard.token_logps is None]
+    return bool(fit) and bool(np.isin(shard.keys, np.concatenate(fit)).all())
+
+
+def _table(title: str, *columns: str, header: bool = False) -> Table:
+    table = Table(title=title, title_justify="left", show_header=header)
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table

@@ -1,0 +1,113 @@
+"""Child processes, so many at a time, that never outlive the one that started them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_POLL_SECONDS = 0.2
+_PATIENCE_SECONDS = 60.0  # for a process to end by itself when it is asked to
+_DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
+
+
+@dataclass(kw_only=True)
+class Slot:
+    """Room for one process."""
+
+    environment: dict[str, str]
+    what: Any = None
+    child: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+
+
+class Slots:
+    """The processes that may run at the same time. None of them outlives this one."""
+
+    def __init__(self, environments: Sequence[dict[str, str]]) -> None:
+        self.slots = [Slot(environment=environment) for environment in environments]
+
+    @staticmethod
+    def of(devices: Sequence[str | None], jobs: int) -> Slots:
+        """`jobs` slots, the devices dealt out in turn; on a CPU the cores are divided."""
+        environments = []
+        for number in range(jobs):
+            device = devices[number % len(devices)]
+            environment = dict(os.environ)
+            if device is not None:
+                environment["CUDA_VISIBLE_DEVICES"] = device
+            if jobs > 1:
+                environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
+            environments.append(environment)
+        return Slots(environments)
+
+    @property
+    def free(self) -> bool:
+        """Whether another process can start."""
+        return any(slot.child is None for slot in self.slots)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any process runs."""
+        return any(slot.child is not None for slot in self.slots)
+
+    def start(self, what: Any, command: Sequence[str], log: Path) -> None:
+        """Start a process in a free slot; what it says goes to the end of `log`."""
+        slot = next(slot for slot in self.slots if slot.child is None)
+        slot.what, slot.started = what, time.monotonic()
+        with open(log, "ab") as file:
+            slot.child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=slot.environment,
+                start_new_session=True,  # a terminal's Ctrl-C is passed on once, by `stop`
+                preexec_fn=_die_with_parent,
+            )
+
+    def ended(self) -> Iterator[tuple[Any, int, float]]:
+        """What has ended since the last time: what it was, its exit code, its seconds."""
+        for slot in self.slots:
+            if slot.child is not None and (code := slot.child.poll()) is not None:
+                slot.child = None
+                yield slot.what, code, time.monotonic() - slot.started
+
+    def run(self, command: Sequence[str], log: Path) -> int:
+        """Run one process to its end; returns its exit code."""
+        self.start(None, command, log)
+        while True:
+            for _, code, _ in self.ended():
+                return code
+            self.wait()
+
+    def wait(self) -> None:
+        """A moment, before looking again at what has ended."""
+        time.sleep(_POLL_SECONDS)
+
+    def stop(self) -> None:
+        """End what runs: asked first, after a while killed."""
+        children = [slot.child for slot in self.slots if slot.child is not None]
+        for child in children:
+            child.terminate()
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        for child in children:
+            try:
+                child.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+        for _ in self.ended():
+            pass
+
+
+def _die_with_parent() -> None:
+    with suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL("libc.so.6").prctl(_DIES_WITH_PARENT, signal.SIGTERM)

@@ -1,0 +1,112 @@
+"""Log-probs of every pair of a data set under a model, and under a reference the implicit rewards.
+
+    python -m open_po score --model M --data D [--reference R] --out F.jsonl [--beta 0.1] [--field value ...]
+
+D is a file or a Hub data set, or a mixture as in mixer_list; every field of `python dpo_tune_cache.py --help` that
+concerns model, data and reference can follow. Log-probs are kept in and taken from the reference cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from open_po.command import run_command
+from open_po.config import RunConfig, load_config
+from open_po.losses import PairLogps
+from open_po.output import disk_faults, write_atomically
+from open_po.prepare import Data, policy_source, prepare_data
+from open_po.reference import log_probs_of, open_cache, separate_reference
+from open_po.runtime import Runtime
+from open_po.tracking import wins
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m open_po score",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, help="a folder or a Hub model")
+    parser.add_argument("--data", required=True, nargs="+", metavar="NAME", help="one data set, or NAME AMOUNT ...")
+    parser.add_argument("--reference", help="a folder or a Hub model: adds the implicit rewards")
+    parser.add_argument("--out", required=True, type=Path, help="JSON Lines file, one line for each pair")
+    parser.add_argument("--beta", type=float, default=0.1, help="of the implicit rewards (default 0.1)")
+    arguments, rest = parser.parse_known_args(words)
+    data = arguments.data if len(arguments.data) > 1 else [*arguments.data, "1.0"]
+    flags = ["--model_name_or_path", arguments.model, "--mixer_list", *data]
+    if arguments.reference is not None:
+        flags += ["--reference_model_name_or_path", arguments.reference]
+
+    def job(config: RunConfig, runtime: Runtime) -> None:
+        score(config, runtime, arguments.out, arguments.beta)
+
+    return run_command(lambda: load_config([*flags, *rest]), job, seed=lambda config: config.train.seed)
+
+
+def score(config: RunConfig, runtime: Runtime, out: Path, beta: float) -> None:
+    """Score the data under the policy, and under the reference if there is one, and write one line a pair."""
+    hashes = runtime.on_main(lambda: open_cache(config))
+    data = prepare_data(config, runtime)
+
+    scored = log_probs_of(policy_source(config), config, runtime, data, hashes, trains=False, label="Model")
+    reference = separate_reference(config, runtime, data, hashes)
+    policy = scored.store.lookup(data.train)
+    under_reference = None if reference is None else reference.store.lookup(data.train)
+    rows = _rows(data, policy, under_reference, beta)
+
+    def write(path: Path) -> None:
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def finish() -> None:
+        with disk_faults(str(out), "log-probs are kept in the cache"):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(out, write)
+        runtime.console.print(_table(policy, under_reference, beta, out))
+
+    runtime.on_main(finish)
+
+
+def _rows(data: Data, policy: PairLogps, reference: PairLogps | None, beta: float) -> list[dict[str, Any]]:
+    columns: dict[str, Sequence[Any]] = {
+        "pair": data.train.origins,
+        "chosen_logps": policy.chosen.tolist(),
+        "rejected_logps": policy.rejected.tolist(),
+        "chosen_tokens": policy.chosen_tokens.int().tolist(),
+        "rejected_tokens": policy.rejected_tokens.int().tolist(),
+    }
+    if reference is not None:
+        columns |= {
+            "reference_chosen_logps": reference.chosen.tolist(),
+            "reference_rejected_logps": reference.rejected.tolist(),
+            "chosen_rewards": (beta * (policy.chosen - reference.chosen)).tolist(),
+            "rejected_rewards": (beta * (policy.rejected - reference.rejected)).tolist(),
+        }
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _table(policy: PairLogps, reference: PairLogps | None, beta: float, out: Path) -> Table:
+    table = Table(title="Scores", title_justify="left", show_header=False)
+    table.add_column("what", style="bold")
+    table.add_column("value", overflow="fold")
+    table.add_row("pairs", f"{len(policy.chosen):,}")
+    tokens = policy.chosen_tokens.mean(), policy.rejected_tokens.mean()
+    table.add_row("log-probs", f"chosen {policy.chosen.mean():.2f}, rejected {policy.rejected.mean():.2f} nats (means)")
+    table.add_row("tokens", f"chosen {tokens[0]:.1f}, rejected {tokens[1]:.1f} (means)")
+    likelier = (policy.chosen > policy.rejected).float().mean()
+    by_token = policy.chosen / policy.chosen_tokens > policy.rejected / policy.rejected_tokens
+    table.add_row("chosen is likelier", f"{likelier:.1%} of pairs; per token {by_token.float().mean():.1%}")
+    if reference is not None:
+        chosen, rejected = beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected)
+        table.add_row("reward accuracy", f"{wins(chosen, rejected).mean():.1%} (a tie counts half)")
+        table.add_row("reward margin", f"{(chosen - rejected).mean():.4f} (beta {beta:g})")
+    table.add_row("output", str(out))
+    return table

@@ -1,0 +1,307 @@
+"""One reference pass, then a run for every setting of a grid.
+
+    python -m open_po sweep CONFIG.yaml [MORE.yaml ...] --grid NAME=VALUE,VALUE ... [--jobs N] [--devices 0,1]
+                            [--field value ...]
+
+for example --grid learning_rate=5e-8,1e-7,2e-7,3e-7 beta=0.01,0.05,0.1 gamma=0,0.5,1. Runs are processes of their own
+in OUTPUT_DIR/runs, --jobs at a time (one for each of --devices, or one). A run that fails is tried once more. sweep.csv
+and sweep.png hold each setting's last held-out evaluation. What is stopped goes on when the same command runs again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import math
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from open_po.commands.processes import Slots
+from open_po.config import RunConfig, load_config
+from open_po.errors import ConfigError, UserError
+from open_po.output import RunFolder, changed_fields, write_atomically
+from open_po.report import plot_settings
+from open_po.runtime import user_line
+
+_ATTEMPTS = 2
+
+Setting = dict[str, str]  # a value for each field of the grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A setting, and where and with which words it runs."""
+
+    setting: Setting
+    folder: RunFolder
+    log: Path
+    words: list[str]
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        """The setting as text."""
+        return _name(self.setting)
+
+    def done(self) -> bool:
+        """Whether the run is complete."""
+        return self.folder.recorded().get("status") == "completed"
+
+    def result(self) -> dict[str, Any]:
+        """A row of sweep.csv."""
+        recorded = self.folder.recorded()
+        held_out = recorded.get("eval") or {}
+        return {
+            **self.setting,
+            "status": recorded.get("status", "not started"),
+            **{name: held_out.get(name) for name in ("rewards/accuracy", "rewards/margin", "loss")},
+            "seconds": recorded.get("train", {}).get("seconds"),
+            "folder": str(self.folder.path),
+        }
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command; returns the exit code: 1 if a run failed, 130 if the sweep was stopped."""
+    configs = list(itertools.takewhile(lambda word: not word.startswith("--"), words))
+    parser = argparse.ArgumentParser(
+        prog="python -m open_po sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--grid", nargs="+", required=True, metavar="NAME=VALUE,VALUE", help="fields and their values")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: one for each device, or one)")
+    parser.add_argument("--devices", help="GPUs to spread the runs over: 0,1")
+    arguments, rest = parser.parse_known_args(words[len(configs) :])
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        devices = arguments.devices.split(",") if arguments.devices else [None]
+        jobs = len(devices) if arguments.jobs is None else arguments.jobs
+        if jobs < 1:
+            raise ConfigError([f"--jobs: must be above 0, got {jobs}"])
+        sweep = Sweep.read([*configs, *rest], arguments.grid, console)
+        return sweep.run(Slots.of(devices, jobs))
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"config error: {problem}", file=sys.stderr)
+        return error.exit_code
+    except (UserError, OSError) as error:
+        print(f"error: {user_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+# -------------------------------------------------------------------------------------------------------- the settings
+
+
+def read_grid(items: Sequence[str]) -> list[Setting]:
+    """Every combination of `["name=a,b", ...]`. Raises ConfigError."""
+    problems = []
+    axes: dict[str, list[str]] = {}
+    for item in items:
+        name, equals, values = item.partition("=")
+        if not equals or not all(values.split(",")):
+            problems.append(f"--grid {item}: must be NAME=VALUE,VALUE")
+        elif name in axes:
+            problems.append(f"--grid {name}: is given twice")
+        elif name in ("output_dir", "exp_name", "resume_from_checkpoint"):
+            problems.append(f"--grid {name}: is set by the sweep itself")
+        axes[name] = list(dict.fromkeys(values.split(",")))
+    if problems:
+        raise ConfigError(problems)
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def _name(setting: Setting) -> str:
+    return ",".join(f"{name}={value}" for name, value in setting.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """All runs of a grid."""
+
+    runs: list[Run]
+    folder: Path
+    console: Console
+
+    @staticmethod
+    def read(words: Sequence[str], grid: Sequence[str], console: Console) -> Sweep:
+        """The sweep of a configuration. Raises ConfigError with every problem of any setting."""
+        settings = read_grid(grid)
+        problems: dict[str, None] = {}
+        configs: list[RunConfig] = []
+        for setting in settings:
+            try:
+                configs.append(load_config([*words, *_flags(setting)]))
+            except ConfigError as error:
+                problems |= dict.fromkeys(error.problems)
+        if not problems and configs[0].data.eval_mixer_list is None:
+            problems["eval_mixer_list: is required, a sweep compares runs on held-out data"] = None
+        if not problems and configs[0].output.push_to_hub:
+            problems["push_to_hub: runs of a sweep would overwrite each other's model; upload the best by hand"] = None
+        if problems:
+            raise ConfigError(list(problems))
+        folder = Path(configs[0].output.output_dir or "")
+        needs_token = any(config.loss.mix().ld_alpha != 1.0 for config in configs)
+        shared = ["--reference_cache_level", "token"] if needs_token else []
+        runs = []
+        for setting, config in zip(settings, configs, strict=True):
+            name = _name(setting).replace("/", "_")
+            own = {"output_dir": str(folder / "runs" / name), "exp_name": f"{config.output.exp_name}_{name}"}
+            # The reference pass at the sweep's start has verified the cache.
+            own |= {"resume_from_checkpoint": "auto", "verify_reference_rows": "0"}
+            runs.append(
+                Run(
+                    setting=setting,
+                    folder=RunFolder(folder / "runs" / name),
+                    log=folder / "logs" / f"{name}.log",
+                    words=[*words, *_flags(setting), *shared, *_flags(own)],
+                    config=config,
+                )
+            )
+        return Sweep(runs=runs, folder=folder, console=console)
+
+    # ----------------------------------------------------------------------------------------------------- running them
+
+    def run(self, slots: Slots) -> int:
+        """Run what is not complete yet. Raises UserError if the folder holds another sweep."""
+        self._refuse_other_sweep()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "logs").mkdir(exist_ok=True)
+        left = [run for run in self.runs if not run.done()]
+        self._say(f"Sweep of {len(self.runs)} runs in {self.folder}, {len(self.runs) - len(left)} complete already")
+        try:
+            if left:
+                self._reference_pass(left, slots)
+                self._run_all(left, slots)
+        finally:
+            slots.stop()
+            self._write()
+        return self._report()
+
+    def _refuse_other_sweep(self) -> None:
+        for run in self.runs:
+            with suppress(OSError, yaml.YAMLError):
+                theirs = yaml.safe_load(run.folder.config.read_text())
+                if isinstance(theirs, dict) and (changed := changed_fields(theirs, run.config)):
+                    raise UserError(
+                        f"output_dir {self.folder}: holds a sweep of another configuration ({changed}); choose another "
+                        "folder"
+                    )
+
+    def _reference_pass(self, runs: Sequence[Run], slots: Slots) -> None:
+        """Fill the cache with what the runs need: once, unless settings differ in model, data or reference."""
+        needs: dict[str, Run] = {}
+        for run in runs:
+            config = run.config
+            lora = {"lora_rank": None, "lora_alpha": None, "lora_dropout": None, "lora_target_modules": None}
+            if config.loss.mix().needs_reference:
+                model = replace(config.model, **lora)  # type: ignore[arg-type]
+                needs.setdefault(repr((model, config.data, config.reference)), run)
+        for number, run in enumerate(needs.values()):
+            log = self.folder / "logs" / f"reference{number or ''}.log"
+            self._say(f"Reference pass (log: {log})")
+            start = time.monotonic()
+            words = [*run.words, "--verify_reference_rows", str(run.config.reference.verify_reference_rows)]
+            code = slots.run([sys.executable, "-m", "open_po", "cache", "build", *words], log)
+            if code:
+                raise UserError(f"the reference pass failed: {_last_line(log)}; {log} has all of it")
+            self._say(f"Reference pass: {time.monotonic() - start:.0f} s")
+
+    def _run_all(self, left: Sequence[Run], slots: Slots) -> None:
+        waiting = [(run, 1) for run in left]
+        done = len(self.runs) - len(left)
+        while waiting or slots.busy:
+            while waiting and slots.free:
+                run, attempt = waiting.pop(0)
+                slots.start((run, attempt), [sys.executable, "-m", "dpo_tune_cache", *run.words], run.log)
+            for (run, attempt), code, seconds in slots.ended():
+                if code == 0 and run.done():
+                    done += 1
+                    found = run.result()
+                    self._say(
+                        f"[{done}/{len(self.runs)}] {run.name}: held-out reward accuracy "
+                        f"{found['rewards/accuracy']:.1%}, margin {found['rewards/margin']:.4f}, {seconds:.0f} s"
+                    )
+                elif attempt < _ATTEMPTS:
+                    self._say(f"{run.name}: failed, is tried again ({_last_line(run.log)})")
+                    waiting.append((run, attempt + 1))
+                else:
+                    done += 1
+                    self._say(f"[{done}/{len(self.runs)}] {run.name}: failed twice ({_last_line(run.log)})")
+                self._write()
+            slots.wait()
+
+    # ---------------------------------------------------------------------------------------------------------- results
+
+    def _write(self) -> None:
+        """sweep.csv and sweep.png, as far as runs are complete."""
+        rows = [run.result() for run in self.runs]
+
+        def write(path: Path) -> None:
+            with open(path, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+
+        write_atomically(self.folder / "sweep.csv", write)
+        complete = [(run.name, run.result()) for run in self.runs if run.done()]
+        if complete:
+            plot_settings(complete, self.folder / "sweep.png")
+
+    def _report(self) -> int:
+        """The table, best first; 1 if a run failed."""
+        results = sorted((run.result() for run in self.runs), key=_rank)
+        names = list(self.runs[0].setting)
+        table = Table(title=f"Sweep {self.folder}: held-out pairs", title_justify="left")
+        for name in [*names, "reward accuracy", "margin", "loss", "status"]:
+            table.add_column(name, justify="right" if name in ("reward accuracy", "margin", "loss") else "left")
+        for row in results:
+            figures = (("rewards/accuracy", ".1%"), ("rewards/margin", ".4f"), ("loss", ".4f"))
+            shown = ["" if row[name] is None else format(row[name], form) for name, form in figures]
+            table.add_row(*(row[name] for name in names), *shown, row["status"])
+        self.console.print(table)
+        best = results[0]
+        if best["rewards/accuracy"] is not None:
+            self._say(f"Best: {_name({name: best[name] for name in names})}, in {best['folder']}")
+        self._say(f"Table: {self.folder / 'sweep.csv'}; plot: {self.folder / 'sweep.png'}")
+        failed = [run.name for run in self.runs if not run.done()]
+        if failed:
+            print(f"error: {len(failed)} of {len(self.runs)} runs failed: {'; '.join(failed)}", file=sys.stderr)
+        return int(bool(failed))
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, markup=False)
+
+
+def _flags(values: Mapping[str, str]) -> list[str]:
+    return [word for name, value in values.items() for word in (f"--{name}", value)]
+
+
+def _rank(row: Mapping[str, Any]) -> tuple[float, float]:
+    """Most accurate first, then the widest margin; what has no figures last."""
+    figures = (row["rewards/accuracy"], row["rewards/margin"])
+    return tuple(-figure if figure is not None else math.inf for figure in figures)  # type: ignore[return-value]
+
+
+def _last_line(log: Path) -> str:
+    """What a process said last."""
+    try:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return "no output"
+    return lines[-1] if lines else "no output"
