@@ -295,7 +295,7 @@ def comparison(*rows: Any) -> Any:
 
 
 def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison_report, "machine", lambda device, threads: "a machine")
+    monkeypatch.setattr(comparison_report, "machine", lambda *about: "a machine")
     report = comparison_report.Report(device="cpu", threads=2, global_batch=16, about="A test.")
     report.comparisons.append(comparison(row("trl", 1.0), row("trl-patched", 2.0), row("open_po", 2.5)))
     report.write(tmp_path / "out.md")
@@ -338,7 +338,7 @@ def test_a_whole_run_with_measurements_made_up(
     monkeypatch.setattr(measuring.Bench, "run", lambda self, command, allocator: "")
     monkeypatch.setattr(measuring.Bench, "measure", measure)
     monkeypatch.setattr(measuring.Bench, "matmul_rate", lambda self, tokens: (1e12, 0.0))
-    monkeypatch.setattr(comparison_report, "machine", lambda device, threads: "a machine")
+    monkeypatch.setattr(comparison_report, "machine", lambda *about: "a machine")
     out = tmp_path / "results" / "trl.md"
     assert compare.main(["--workloads", "chat", "--repeats", "2", "--out", str(out)]) == 0
     said, text = capsys.readouterr().out, out.read_text()
@@ -419,3 +419,15 @@ def test_matmul_rate_runs() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "True"
+
+
+@pytest.mark.slow
+def test_the_cost_of_the_reference_cache_is_measured(tmp_path: Path) -> None:
+    out = tmp_path / "cache.md"
+    script = Path(__file__).parents[1] / "benchmarks" / "reference_cache.py"
+    words = ["--responses", "40000", "--pairs", "6", "--rounds", "2", "--out", str(out)]
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, env=cli.environment())
+    assert done.returncode == 0, done.stderr
+    text = out.read_text()
+    assert re.search(r"Opening 40,000 responses in 3 files \(1 MB\), 2 times: 0\.\d+ ", text)
+    assert re.search(r"A pass over 6 pairs \(\d packs?\), 2 rounds in turns: forward passes alone \d", text)

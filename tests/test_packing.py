@@ -46,10 +46,10 @@ def dataset_of(items: Sequence[PreferencePair]) -> PairDataset:
     """The pairs as `load_pairs` would give them."""
     prompts, chosen, rejected = zip(*(vars(pair).values() for pair in items), strict=True)
     keys = [list(map(response_key, prompts, side)) for side in (chosen, rejected)]
-    numbers: dict[Any, int] = {}
+    numbered: tuple[dict[Any, int], dict[Any, int]] = ({}, {})  # prompts, responses
 
-    def number(*key: Any) -> int:
-        return numbers.setdefault(key, len(numbers))
+    def number(kind: int, key: Any) -> int:
+        return numbered[kind].setdefault(key, len(numbered[kind]))
 
     return PairDataset(
         rows=cast(Any, [vars(pair) for pair in items]),
@@ -58,8 +58,8 @@ def dataset_of(items: Sequence[PreferencePair]) -> PairDataset:
         chosen_lengths=np.array([len(ids) for ids in chosen]),
         rejected_lengths=np.array([len(ids) for ids in rejected]),
         response_keys=np.array(keys, dtype="V16").T,
-        prompt_numbers=np.array([number(*prompt) for prompt in prompts]),
-        response_numbers=np.array([[number(key) for key in pair] for pair in zip(*keys, strict=True)]),
+        prompt_numbers=np.array([number(0, tuple(prompt)) for prompt in prompts]),
+        response_numbers=np.array([[number(1, key) for key in pair] for pair in zip(*keys, strict=True)]),
         highest_id=300,
         left_out={},
         truncated_prompts=0,

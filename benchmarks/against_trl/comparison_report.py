@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from machine import machine
 from workloads import Ids, Shape, repeated_flops, useful_flops
 
 BUSY = 0.05  # a share of the CPUs' time taken by others from which on a measurement is disturbed
@@ -183,24 +181,6 @@ def _rate_line(comparison: Comparison) -> str:
     return f"{rates} GFLOP/s at packs of {comparison.rate_tokens:,} tokens"
 
 
-def machine(device: str, threads: int) -> str:
-    """What it ran on, without names of hosts."""
-    import torch
-
-    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl"))
-    python = f"Python {platform.python_version()}"
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}; {python}, {packages}"
-    return f"{_cpu_name()}, {os.cpu_count()} cores, {threads} threads; {python}, {packages}"
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 @dataclass(kw_only=True)
 class Report:
     """All workloads of a run."""
@@ -220,7 +200,7 @@ class Report:
     def lines(self, picture: str) -> list[str]:
         cpu = self.device == "cpu"
         lines = [
-            f"Made by `python benchmarks/against_trl`. {machine(self.device, self.threads)}. {self.about}",
+            f"Made by `python benchmarks/against_trl`. {machine(self.device, self.threads, 'trl')}. {self.about}",
             "",
             f"Global batch {self.global_batch} pairs, {'float32' if cpu else 'bfloat16 over float32 weights'}, AdamW; "
             "every figure is a median over rounds (with its range), of fresh processes that take turns. Differences "

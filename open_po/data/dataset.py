@@ -39,7 +39,8 @@ _ROWS_PER_WORKER = 500  # below, starting another process costs more than it sav
 class PairDataset:
     """Tokenised pairs by index, their lengths, and what was left out.
 
-    Lengths are arrays [P] of token counts. Numbers name equal prompts, and equal responses to equal prompts.
+    Lengths are arrays [P] of token counts. Numbers, from 0 on, name equal prompts, and equal responses to equal
+    prompts.
     """
 
     rows: Dataset  # with prompt_ids, chosen_ids, rejected_ids

@@ -32,6 +32,7 @@ from open_po.tracking import Progress
 
 _SHARD_SECONDS = 60.0  # so much of a pass is lost, at most, when it is killed
 _SHARD_ROWS = 16_384
+_CLAIM_SECONDS = 60.0  # how long a process may take that is slower than it expects, before others take over its packs
 _POLL_SECONDS = 0.2  # between looks at what other processes have stored
 
 
@@ -55,7 +56,7 @@ class Responses:
     def __init__(self, dataset: PairDataset) -> None:
         self.dataset = dataset
         numbers = dataset.response_numbers.ravel()
-        self.keys: Keys = np.empty(int(numbers.max()) + 1, dtype=KEY_DTYPE)  # by number
+        self.keys: Keys = np.zeros(int(numbers.max()) + 1, dtype=KEY_DTYPE)  # by number
         self.keys[numbers] = dataset.response_keys.ravel()
         self.stored = np.zeros(len(self.keys), dtype=bool)
         self._order = np.argsort(self.keys, kind="stable")
@@ -239,9 +240,9 @@ class Pass:
     def _write_claim(self, window: Sequence[ResponsePack]) -> None:
         keys = self.responses.keys[np.concatenate([pack.numbers for pack in window])]
         tokens = sum(pack.stats.computed for pack in window)
-        expected = _SHARD_SECONDS if self._rate is None else tokens / self._rate
+        expected = 0.0 if self._rate is None else tokens / self._rate
         try:
-            self.claims.take(keys, _SHARD_SECONDS + 5 * expected)
+            self.claims.take(keys, _CLAIM_SECONDS + 5 * expected)
         except OSError as error:
             raise self.store.unwritable(error) from error
 

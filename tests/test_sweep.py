@@ -1,0 +1,144 @@
+"""`python -m open_po sweep`: one reference pass, every setting once, failures and interruptions."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from open_po.commands import sweep
+from open_po.commands.sweep import read_grid
+from open_po.errors import ConfigError
+from tests import cli, tiny
+from tests.test_reference import stored
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def words(llama: Path, pairs_file: Path, tmp_path: Path) -> list[str]:
+    held_out = tiny.write_jsonl(tmp_path / "held_out.jsonl", tiny.text_rows(7, seed=9))
+    return cli.arguments(llama, pairs_file, tmp_path / "sweep", eval_mixer_list=[held_out, "1.0"], max_train_steps=2)
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "sweep.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_grid_is_every_combination() -> None:
+    assert read_grid(["beta=1,2", "gamma=0"]) == [{"beta": "1", "gamma": "0"}, {"beta": "2", "gamma": "0"}]
+    for items, said in (
+        (["beta"], "--grid beta: must be NAME=VALUE,VALUE"),
+        (["beta=1,"], "--grid beta=1,: must be NAME=VALUE,VALUE"),
+        (["beta=1", "beta=2"], "--grid beta: is given twice"),
+        (["output_dir=x"], "--grid output_dir: is set by the sweep itself"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            read_grid(items)
+        assert caught.value.problems == (said,)
+
+
+def test_mistakes_are_reported_at_once_and_before_anything_runs(
+    words: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    def problems(*more: str) -> list[str]:
+        capsys.readouterr()
+        assert sweep.main([*words, *more]) == 2
+        return capsys.readouterr().err.splitlines()
+
+    assert problems("--grid", "learnig_rate=1", "beta=-1") == [
+        "config error: learnig_rate: unknown field; did you mean learning_rate?",
+        "config error: loss_type dpo: beta is -1 but must lie in (0, inf)",
+    ]
+    assert problems("--grid", "beta=1", "--push_to_hub") == [
+        "config error: push_to_hub: runs of a sweep would overwrite each other's model; upload the best by hand"
+    ]
+    assert problems("--grid", "beta=1", "--jobs", "0") == ["config error: --jobs: must be above 0, got 0"]
+    without = [word for word in words if "held_out" not in word]
+    place = without.index("--eval_mixer_list")
+    capsys.readouterr()
+    assert sweep.main([*without[:place], *without[place + 2 :], "--grid", "beta=1"]) == 2
+    said = "config error: eval_mixer_list: is required, a sweep compares runs on held-out data\n"
+    assert capsys.readouterr().err == said
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_every_setting_runs_once_on_one_reference_pass(words: list[str], tmp_path: Path, capsys: Capture) -> None:
+    """A setting that fails is tried once more and reported; what is complete does not run again."""
+    broken = ["--learning_rate", "1e-3", "--warmup_ratio", "0", "--lr_scheduler_type", "constant"]
+    grid = ["--grid", "learning_rate=1e-3,1e30", "--jobs", "2"]
+    capsys.readouterr()
+    assert sweep.main([*words, *broken, *grid]) == 1
+    shown = capsys.readouterr()
+    folder = tmp_path / "sweep"
+    assert shown.err == "error: 1 of 2 runs failed: learning_rate=1e30\n"
+    assert "learning_rate=1e30: failed, is tried again (error: step 2: the loss is not finite" in shown.out
+    assert "learning_rate=1e30: failed twice (error: step 2" in shown.out
+    assert f"Best: learning_rate=1e-3, in {folder}/runs/learning_rate=1e-3" in shown.out
+    good, bad = table(folder)
+    assert (good["learning_rate"], good["status"], bad["status"]) == ("1e-3", "completed", "failed")
+    summary = cli.summary(folder / "runs" / "learning_rate=1e-3")
+    assert float(good["rewards/accuracy"]) == summary["eval"]["rewards/accuracy"]
+    assert float(good["rewards/margin"]) == summary["eval"]["rewards/margin"]
+    assert (summary["reference"]["pairs_computed"], summary["reference"]["rows_verified"]) == (0, 0)
+    assert len(stored(tmp_path / "reference")) == 2 * (24 + 7)
+    assert (folder / "sweep.png").stat().st_size > 10_000
+    weights = (folder / "runs" / "learning_rate=1e-3" / "model.safetensors").stat().st_mtime_ns
+    assert sweep.main([*words, *broken, "--grid", "learning_rate=1e-3"]) == 0
+    assert "Sweep of 1 runs in" in capsys.readouterr().out
+    assert (folder / "runs" / "learning_rate=1e-3" / "model.safetensors").stat().st_mtime_ns == weights
+    assert sweep.main([*words, *broken, "--seed", "7", *grid]) == 1
+    line = cli.only_error(capsys.readouterr().err)
+    assert f"output_dir {folder}: holds a sweep of another configuration (seed was 42, is 7)" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_is_stopped_goes_on(how: signal.Signals, words: list[str], tmp_path: Path) -> None:
+    """Its runs end with it, the ones that were complete stay, the same command does the rest."""
+    command: list[Any] = [sys.executable, "-m", "open_po", "sweep", *words, "--grid", "beta=0.1,0.3,1", "gamma=0,1"]
+    command += ["--loss_type", "dpo_gamma", "--jobs", "2"]
+    process = subprocess.Popen(
+        command, env=cli.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    folder = tmp_path / "sweep"
+    deadline = time.monotonic() + 120
+    while not (folder / "sweep.csv").exists() and time.monotonic() < deadline:  # written when a run has ended
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.send_signal(how)
+    _, stderr = process.communicate(timeout=90)
+    assert process.returncode == (-9 if how == signal.SIGKILL else 130)
+    if how != signal.SIGKILL:
+        assert stderr == "error: interrupted; the same command goes on from here\n"
+    while running(folder):
+        assert time.monotonic() < deadline, "its runs outlive it"
+        time.sleep(0.1)
+    done = {path.parent: path.stat().st_mtime_ns for path in folder.glob("runs/*/model.safetensors")}
+    assert 1 <= len(done) < 6
+    again = subprocess.run(command, env=cli.environment(), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert [row["status"] for row in table(folder)] == ["completed"] * 6
+    assert all((path / "model.safetensors").stat().st_mtime_ns == time for path, time in done.items())
+    assert len(stored(tmp_path / "reference")) == 2 * (24 + 7)
+
+
+def running(folder: Path) -> bool:
+    """Whether any process works in `folder`."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                words = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if b"dpo_tune_cache" in words and str(folder).encode() in words:
+                return True
+    return False
