@@ -23,6 +23,7 @@ from open_po.data import PreferencePair
 from open_po.layout import choose_layout
 from open_po.model import Scorer
 from open_po.packing import Sampler, pack
+from tests import cli
 from tests.test_model import FLOAT32
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
