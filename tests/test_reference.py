@@ -117,7 +117,8 @@ def test_another_loss_finds_everything_in_the_cache(llama: Path, pairs_file: Pat
         again = cli.summary(cli.train(llama, pairs_file, tmp_path / name, max_train_steps=1, **fields))["reference"]
         assert (again["pairs_computed"], again["pairs_reused"]) == (0, 12 if name == "subset" else 24), name
         assert again["packing"] is None, name
-    assert cli.files(tmp_path / "reference") == before
+    memo = {"file_hashes.json"}  # of the model's files, once these are old enough
+    assert cli.files(tmp_path / "reference") - memo == before - memo
     assert stored(tmp_path / "reference") == values
 
 

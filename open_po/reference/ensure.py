@@ -143,14 +143,10 @@ def ensure_reference(
         return ReferenceStore(folder, beneath=beneath, by_token=by_token, warn=runtime.say_here)
 
     opened: list[ReferenceStore] = []
-
-    def count() -> int:
-        opened.append(open_store())
-        return sum(_missing_pairs(opened[0], part) for part in data.parts)
-
-    # Rank 0 sets damaged files aside and counts; others read afterwards: rows may appear at any moment.
-    missing = runtime.on_main(count)
-    store = opened[0] if opened else open_store()
+    runtime.on_main(lambda: opened.append(open_store()))  # first, so that it alone sets damaged files aside
+    store = runtime.on_all(lambda: opened[0] if opened else open_store())
+    # Of all ranks, since each machine may have a folder of its own.
+    missing = max(runtime.gather(sum(_missing_pairs(store, part) for part in data.parts)))
     pairs = sum(map(len, data.parts))
     if missing < pairs:
         runtime.say(f"Reference log-probs: {pairs - missing:,} pairs from the cache {store.folder}")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import open_po.prepare
+import open_po.reference.ensure
 from open_po.attention import Segments, _by_flash, _by_sdpa
 from open_po.layout import choose_layout
 from open_po.logprobs import Head, fused_logprobs
@@ -185,3 +188,26 @@ def test_a_resumed_gpu_run_repeats_its_dropout(tmp_path: Path) -> None:
     )
     for mine, theirs in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_a_separate_reference_model_gives_its_memory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PyTorch has allocated when the policy loads is what it had before the reference model did."""
+    policy, data = tiny.make_model_folder(tmp_path / "policy"), tmp_path / "pairs.jsonl"
+    reference = tiny.make_model_folder(tmp_path / "reference", seed=1, hidden_size=512, intermediate_size=4096)
+    tiny.write_jsonl(data, tiny.text_rows(20))
+    seen: list[int] = []
+
+    def load(*positional: Any) -> Scorer:
+        seen.append(torch.cuda.memory_allocated())
+        scorer = load_scorer(*positional)
+        seen.append(torch.cuda.memory_allocated())
+        return scorer
+
+    for module in (open_po.prepare, open_po.reference.ensure):
+        monkeypatch.setattr(module, "load_scorer", load)
+    arguments = f"""--model_name_or_path {policy} --mixer_list {data} 1.0 --reference_cache_dir {tmp_path / "cache"}
+        --reference_model_name_or_path {reference} --output_dir {tmp_path / "out"} --max_train_steps 1""".split()
+    assert main(arguments) == 0
+    before, loaded, freed, _ = seen
+    assert loaded - before > 10e6
+    assert freed - before <= 1e6
