@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +76,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     revision = None if config.tokenizer_name else config.model_revision
     source = ModelSource(name=name, revision=revision)
     source.refuse_missing("tokenizer_name" if config.tokenizer_name else "model_name_or_path")
+    base = adapter_base(Path(name), config.trust_remote_code)
+    if base is not None and not list(Path(name).glob("tokenizer*")):
+        name, revision = base.name, base.revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and others for a bad folder
@@ -90,18 +93,20 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
-def refuse_other_vocabulary(source: ModelSource, tokenizer: PreTrainedTokenizerBase, highest_id: int) -> None:
-    """Raises UserError if the tokenizer that lies beside a reference model means other tokens by the ids of the data.
+def refuse_other_vocabulary(source: ModelSource, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> None:
+    """Raises UserError if the tokenizer that lies beside a reference model means other tokens by `ids`.
 
     A reference without a tokenizer is not refused: its own is not used for anything.
     """
     try:
-        other = AutoTokenizer.from_pretrained(source.name, revision=source.revision)
+        other = AutoTokenizer.from_pretrained(
+            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
         theirs, ours = ({number: token for token, number in t.get_vocab().items()} for t in (other, tokenizer))
     except Exception:  # see load_tokenizer
         return
-    for number in sorted(theirs.keys() & ours.keys()):
-        if number <= highest_id and theirs[number] != ours[number]:
+    for number in sorted(theirs.keys() & ours.keys() & set(ids)):
+        if theirs[number] != ours[number]:
             raise UserError(
                 f"reference_model_name_or_path: {source.name} was trained with another tokenizer than the policy, id "
                 f"{number} is {theirs[number]!r} there and {ours[number]!r} here; policy and reference must share one"
@@ -127,13 +132,15 @@ def load_scorer(source: ModelSource, numerics: Numerics, device: torch.device) -
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        # Adapters that are trained on it name it as their base: not by the folder of this machine's Hub cache.
+        model.name_or_path = model.config._name_or_path = source.name
     except UserError:
         raise
     except Exception as error:  # see load_tokenizer
         raise UserError(f"{source.name}: no causal language model can be loaded ({first_line(error)})") from error
     if numerics.use_liger:
         apply_liger(model)
-    return Scorer(cast(nn.Module, model).to(device), numerics, dropout)
+    return Scorer(cast(nn.Module, model).to(device), numerics, dropout, holds_adapters=base is not None)
 
 
 def _load_whole(folder: Path, trust_remote_code: bool, numerics: Numerics) -> tuple[PreTrainedModel, dict[str, float]]:
@@ -232,11 +239,14 @@ def release_memory() -> None:
 class Scorer(nn.Module):
     """A causal language model that maps packs to the log-probs of their responses, never to logits."""
 
-    def __init__(self, model: nn.Module, numerics: Numerics, saved_dropout: dict[str, float]) -> None:
+    def __init__(
+        self, model: nn.Module, numerics: Numerics, saved_dropout: dict[str, float], *, holds_adapters: bool = False
+    ) -> None:
         super().__init__()
         self.model = model  # a PreTrainedModel, or a PeftModel around one
         self.numerics = numerics
         self.saved_dropout = saved_dropout  # rates that were switched off, to be saved with the model
+        self.holds_adapters = holds_adapters  # merged into the weights when they were loaded
         self.layout: Layout = "rows"  # of the packs it takes; see use_layout
         # Whether rows must be computed alone and unpadded, because the longest row of a batch changes the others.
         self.row_by_row = rope_limit(self.base.config) is not None
@@ -443,12 +453,14 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 def save_model(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
     """Write a model that `AutoModelForCausalLM.from_pretrained(folder)` loads, and its tokenizer.
 
-    Adapters are written to `folder/adapter` and merged into the model, which cannot train any further afterwards.
+    Adapters are written to `folder/adapter` and merged into the model, which cannot train any further afterwards. Those
+    on top of merged ones are only merged: what they belong to is no model that their file could name.
     """
     if scorer.has_adapters:
         adapted = cast(Any, scorer.model)
-        adapted.save_pretrained(folder / "adapter")
-        (folder / "adapter" / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
+        if not scorer.holds_adapters:
+            adapted.save_pretrained(folder / "adapter")
+            (folder / "adapter" / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
         if dtype == torch.float32:  # a bfloat16 base would round the sum that float32 is asked for
             adapted.to(dtype=dtype)
         scorer.model = adapted.merge_and_unload()

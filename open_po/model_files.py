@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -16,7 +17,7 @@ from open_po.errors import UserError
 from open_po.output import write_atomically
 
 _SAFE = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-_OTHER = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+_OTHER = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _NO_WEIGHTS = "holds no weights, neither model.safetensors nor pytorch_model.bin nor adapter_model.safetensors"
 _MEMO = "file_hashes.json"
@@ -47,22 +48,24 @@ class ModelSource:
 
         Raises UserError if it cannot be reached or holds no weights.
         """
-        if Path(self.name).is_dir():
-            return Path(self.name)
-        try:
-            for weights in ((*_ADAPTER, *_SAFE), _OTHER):
-                # A Hub pattern's * also matches `/`: these take neither sub-folders nor variants such as
-                # model.fp16.safetensors.
-                patterns = ["config.json", "generation_config.json", "*.py", *weights]
-                folder = Path(snapshot_download(self.name, revision=self.revision, allow_patterns=patterns))
-                if any(any(folder.glob(pattern)) for pattern in weights):
-                    return folder
-        except Exception as error:  # the client's own errors, or those of the HTTP library it is built on
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{self.name}: neither a local folder nor a Hub model that can be reached ({reason})"
-            ) from error
-        raise UserError(f"{self.name}: the Hub repository {_NO_WEIGHTS}")
+        return Path(self.name) if Path(self.name).is_dir() else _downloaded(self.name, self.revision)
+
+
+@functools.cache  # a branch may move, but not during a run
+def _downloaded(name: str, revision: str | None) -> Path:
+    """The snapshot folder of a Hub model, with the files that transformers would load and no others."""
+    try:
+        for weights in ((*_ADAPTER, *_SAFE), _OTHER):
+            # A Hub pattern's * also matches `/`: these take neither sub-folders nor variants such as
+            # model.fp16.safetensors.
+            patterns = ["config.json", "generation_config.json", "*.py", *weights]
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+            if any(any(folder.glob(pattern)) for pattern in weights):
+                return folder
+    except Exception as error:  # the client's own errors, or those of the HTTP library it is built on
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name}: neither a local folder nor a Hub model that can be reached ({reason})") from error
+    raise UserError(f"{name}: the Hub repository {_NO_WEIGHTS}")
 
 
 def adapter_base(folder: Path, trust_remote_code: bool) -> ModelSource | None:
@@ -79,16 +82,16 @@ def adapter_base(folder: Path, trust_remote_code: bool) -> ModelSource | None:
 
 
 class FileHashes:
-    """SHA-256 of files, remembered in `folder`, if there is one, for as long as their size, times and inode stay."""
+    """SHA-256 of files, remembered in `folder`, if it exists, for as long as their size, times and inode stay."""
 
-    def __init__(self, folder: Path | None) -> None:
-        self.path = None if folder is None else folder / _MEMO
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / _MEMO
         self._known = self._read()
         self._fresh = False
 
     def _read(self) -> dict[str, list[Any]]:
         try:
-            content = {} if self.path is None else json.loads(self.path.read_text())
+            content = json.loads(self.path.read_text())
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
@@ -110,8 +113,8 @@ class FileHashes:
 
     def save(self) -> None:
         """Keep what is new for the next process. What cannot be kept is hashed again then."""
-        if self._fresh and self.path is not None:
-            content = {name: facts for name, facts in (self._read() | self._known).items() if Path(name).exists()}
+        if self._fresh and self.path.parent.is_dir():
+            content = self._read() | self._known
             with suppress(OSError):
                 write_atomically(self.path, lambda path: path.write_text(json.dumps(content, indent=0)))
 
@@ -136,9 +139,8 @@ def model_identity(source: ModelSource, hashes: FileHashes) -> dict[str, str]:
 
 def _files(folder: Path, source: ModelSource) -> list[Path]:
     """The files that decide what a model computes: transformers prefers safetensors, and adapters to whole weights."""
-    adapter = [folder / name for name in _ADAPTER if (folder / name).is_file()]
-    if adapter:
-        return adapter
+    if (folder / _ADAPTER[0]).is_file():
+        return [folder / name for name in _ADAPTER if (folder / name).is_file()]
     for patterns in (_SAFE, _OTHER):
         weights = {path for pattern in patterns for path in folder.glob(pattern)}
         if weights:

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from open_po.errors import UserError
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """`write` a file under a temporary name, fsync it and only then give it its own: it is never seen half-written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Processes of several machines can have the same number.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -56,12 +58,29 @@ def _disk_fault(error: BaseException | None) -> str | None:
     return None
 
 
-def changed_fields(theirs: Mapping[str, Any], config: RunConfig) -> str:
-    """The fields that shape a result and differ from those of an earlier run, with both values; empty if none do."""
+def changed_fields(theirs: Mapping[str, Any], config: RunConfig, free: Collection[str] = ()) -> str:
+    """The fields that shape a result and differ from those of an earlier run, with both values; empty if none do.
+
+    `free` are fields that may differ.
+    """
     ours = config.result_fields()
-    return "; ".join(
-        f"{name} was {theirs.get(name)}, is {ours[name]}" for name in ours if theirs.get(name) != ours[name]
-    )
+    changed = [name for name in ours if name not in free and theirs.get(name) != ours[name]]
+    return "; ".join(f"{name} was {theirs.get(name)}, is {ours[name]}" for name in changed)
+
+
+def lock_folder(path: Path, who: str) -> int | None:
+    """Keep others out of a folder until this process ends or closes what is returned.
+
+    Raises UserError that `who` is writing there. Where the file system has no locks, nothing is kept out.
+    """
+    try:
+        held = os.open(path, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return held
+    except BlockingIOError as error:
+        raise UserError(f"{who} is writing to it; choose another folder") from error
+    except OSError:
+        return None
 
 
 class RunFolder:
@@ -90,7 +109,7 @@ class RunFolder:
                 if config.output.resume_from_checkpoint == "auto" and self.recorded().get("status") == "completed":
                     return False
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self._held = lock_folder(self.path, f"output_dir {self.path}: another run")
             self._remove_leftovers()
             write_atomically(self.config, lambda path: path.write_text(config.to_yaml()))
             return True
@@ -124,16 +143,6 @@ class RunFolder:
             raise UserError(
                 f"output_dir {self.path}: holds a run of another configuration ({changed}); choose another folder"
             )
-
-    def _lock(self) -> None:
-        """Keep other runs out until this process ends; where the file system has no locks, nothing is kept out."""
-        try:
-            self._held = os.open(self.path, os.O_RDONLY)
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"output_dir {self.path}: another run is writing to it; choose another folder") from error
-        except OSError:
-            pass
 
     def release(self) -> None:
         """Let other runs in."""

@@ -45,6 +45,10 @@ class Data:
         """Of all tokens."""
         return max(part.highest_id for part in self.parts)
 
+    def token_ids(self) -> set[int]:
+        """Every token id that occurs."""
+        return set().union(*(part.token_ids() for part in self.parts))
+
     def prepare(self, scorer: Scorer, sharing: Sharing, name: str, runtime: Runtime) -> None:
         """Set the scorer to the best layout that it takes, and say which.
 
@@ -59,8 +63,8 @@ class Data:
         runtime.say(f"{name}: {choice.describe()}")
 
 
-def prepare_data(config: RunConfig, runtime: Runtime) -> Data:
-    """Tokenizer and pairs. Rank 0 tokenises, the others read its cache."""
+def prepare_data(config: RunConfig, runtime: Runtime, *, label: str = "Training data") -> Data:
+    """Tokenizer and pairs, `label` the name of the first. Rank 0 tokenises, the others read its cache."""
 
     def load() -> Data:
         tokenizer = load_tokenizer(config.model)
@@ -85,9 +89,9 @@ def prepare_data(config: RunConfig, runtime: Runtime) -> Data:
     if runtime.world_size > 1:
         runtime.on_main(lambda: bool(load()))
     loaded = load()
-    for label, part in (("Training data", loaded.train), ("Held-out data", loaded.held_out)):
+    for name, part in ((label, loaded.train), ("Held-out data", loaded.held_out)):
         for line in part.describe() if part is not None else []:
-            runtime.say(f"{label}: {line}")
+            runtime.say(f"{name}: {line}")
     return loaded
 
 

@@ -113,20 +113,23 @@ def plot_curves(records: Sequence[Metrics], path: Path, title: str) -> None:
     write_atomically(path, lambda temporary: canvas.print_figure(temporary, dpi=110, format="png"))
 
 
-def plot_settings(results: Sequence[tuple[str, dict[str, Any]]], path: Path) -> None:
+def plot_settings(results: Sequence[tuple[str, dict[str, Any]]], path: Path, title: str) -> None:
     """Held-out reward accuracy and margin of each setting of a sweep, in the grid's order from the top."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     names = [name.replace(",", ", ") for name, _ in results]
     figure = Figure(figsize=(11, 1.4 + 0.28 * len(names)), layout="constrained")
+    figure.suptitle(title)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, what in zip(panels, ("accuracy", "margin"), strict=True):
         values = [result[f"rewards/{what}"] for _, result in results]
         best = max(range(len(values)), key=lambda number: values[number])
         axes.plot(values, range(len(names)), "o", color="tab:blue")
-        axes.plot(values[best], best, "o", color="tab:red", label=f"highest: {values[best]:.4g}")
+        highest = format(values[best], ".1%" if what == "accuracy" else ".4g")
+        axes.plot(values[best], best, "o", color="tab:red", label=f"highest: {highest}")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(f"held-out reward {what}")
         axes.grid(alpha=0.3)
         axes.legend(loc="best")

@@ -12,8 +12,10 @@ import torch
 from open_po.checkpoint import RunningMean, TrainingProgress, TrainingState, latest_checkpoint, prune
 from open_po.command import run_command
 from open_po.config import RunConfig, help_text, load_config
+from open_po.data import PairDataset
 from open_po.evaluate import HeldOut
 from open_po.hub import create_repository, upload
+from open_po.losses import PairLogps
 from open_po.model import Numerics, Scorer, save_model, trainable_parameters
 from open_po.model_files import FileHashes, model_identity
 from open_po.optim import make_optimizer, make_schedule, total_steps
@@ -75,11 +77,13 @@ def _train(folder: RunFolder, config: RunConfig, numerics: Numerics, runtime: Ru
     """Everything from the data to the saved model."""
     needs_reference = config.loss.mix().needs_reference
     source = policy_source(config)
-    hashes = runtime.on_main(lambda: open_cache(config)) if needs_reference else FileHashes(None)
+    if needs_reference:
+        runtime.on_main(lambda: open_cache(config))
+    hashes = FileHashes(Path(config.reference.reference_cache_dir))
     data = prepare_data(config, runtime)
     reference = separate_reference(config, runtime, data, hashes) if needs_reference else None
-    policy = load_alike(lambda: load_policy(config, numerics, runtime, data), runtime)
     identity = runtime.on_main(lambda: model_identity(source, hashes))
+    policy = load_alike(lambda: load_policy(config, numerics, runtime, data), runtime)
     if needs_reference and reference is None:
         reference = ensure_reference(lambda: policy, source, identity, numerics, config, runtime, data)
     if reference is not None and reference.summary.packing is not None:
@@ -144,7 +148,7 @@ def make_trainer(
                 max_tokens=train.max_tokens_per_batch or 0,
                 with_prompt="prompt" in loss.extras,
             ),
-            reference=None if reference is None else reference.store.lookup(data.held_out, loss.ld_alpha),
+            reference=_lookup(reference, data.held_out, loss.ld_alpha, runtime),
         )
     return Trainer(
         config=config,
@@ -160,12 +164,16 @@ def make_trainer(
         ),
         sampler=sampler,
         steps=steps,
-        reference=None if reference is None else reference.store.lookup(data.train, loss.ld_alpha),
+        reference=_lookup(reference, data.train, loss.ld_alpha, runtime),
         held_out=held_out,
         pad=data.pad,
         folder=folder,
         trackers=trackers,
     )
+
+
+def _lookup(reference: Reference | None, dataset: PairDataset, ld_alpha: float, runtime: Runtime) -> PairLogps | None:
+    return None if reference is None else runtime.on_all(lambda: reference.store.lookup(dataset, ld_alpha))
 
 
 def _resume(config: RunConfig, runtime: Runtime, state: TrainingState, folder: RunFolder) -> bool:

@@ -45,7 +45,7 @@ def user_line(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or error}"
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; what is on disk is kept, and a run goes on with --resume_from_checkpoint auto"
+        return "interrupted; what is on disk is kept (training goes on with --resume_from_checkpoint auto)"
     if isinstance(error, RuntimeError) and re.search("closed by peer|reset by peer|Broken pipe", str(error)):
         return "another process of this run has stopped; its own line says why"
     return None

@@ -72,7 +72,8 @@ def test_a_folder_that_is_no_model(
 ) -> None:
     damage(model)
     line = cli.failure(capsys, cli.arguments(model, pairs_file, tmp_path / "run"))
-    assert line.startswith(f"error: {model}: no causal language model can be loaded (")
+    said = "holds no weights, neither " if damage is remove_the_weights else "no causal language model can be loaded ("
+    assert line.startswith(f"error: {model}: {said}")
 
 
 def test_a_model_folder_without_tokenizer(model: Path, pairs_file: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -387,7 +388,7 @@ def test_ctrl_c_keeps_the_checkpoints(
     capfd.readouterr()
     assert cli.forked(words, interrupt_at_step(4)) == 130
     assert cli.only_error(capfd.readouterr().err) == (
-        "error: interrupted; what is on disk is kept, and a run goes on with --resume_from_checkpoint auto"
+        "error: interrupted; what is on disk is kept (training goes on with --resume_from_checkpoint auto)"
     )
     assert cli.checkpoints(tmp_path / "run") == ["step_000002"]
     assert cli.summary(tmp_path / "run") == {"status": "interrupted", "error": "KeyboardInterrupt"}

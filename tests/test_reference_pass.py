@@ -221,15 +221,24 @@ def test_a_claim_of_a_process_that_is_gone_holds_nobody_up(
     assert not claim.exists()
 
 
-def test_claims_are_seen_taken_and_released(tmp_path: Path) -> None:
+def test_claims_are_seen_taken_and_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of this very process number is of a process before it, as in a container that was started again."""
     mine, theirs = Claims(tmp_path), Claims(tmp_path)
     keys = np.frombuffer(bytes(range(48)), dtype=KEY_DTYPE)
     assert mine.others() == []
     theirs.take(keys, 60)
+    assert mine.others() == []
+    assert not theirs.path.exists()
+    real = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    theirs.take(keys, 60)
+    monkeypatch.setattr(os, "getpid", lambda: real)
     (seen,) = mine.others()
     assert (seen == keys).all()
     assert theirs.others() == []
+    monkeypatch.setattr(os, "getpid", lambda: 1)
     theirs.take(keys[:1], 60)
+    monkeypatch.setattr(os, "getpid", lambda: real)
     (seen,) = mine.others()
     assert (seen == keys[:1]).all()
     theirs.path.write_bytes(theirs.path.read_bytes()[:20])  # as another machine may see it for a moment
@@ -303,10 +312,16 @@ def test_a_plan_holds_what_is_missing_and_whole_packs_survive_a_kill(
     again = planner.plan(world_size)
     left = [pack for place, pack in enumerate(first) if place not in done]
     assert [pack.numbers.tolist() for pack in again] == [pack.numbers.tolist() for pack in left]
-    # Single responses are stored, as by a run on other data.
+    # Single responses are stored, as by a run on other data; then some packs, and the pass begins again.
     responses.stored[:] = [random.random() < 0.5 for _ in range(distinct)]
     missing = [number for number in range(distinct) if not responses.stored[number]]
-    assert sorted(number for pack in planner.plan(world_size) for number in pack.numbers.tolist()) == missing
+    partly = planner.plan(world_size)
+    assert sorted(number for pack in partly for number in pack.numbers.tolist()) == missing
+    done = random.sample(range(len(partly)), random.randint(0, len(partly)))
+    for place in done:
+        responses.stored[partly[place].numbers] = True
+    left = [pack.numbers.tolist() for place, pack in enumerate(partly) if place not in done]
+    assert [pack.numbers.tolist() for pack in planner.plan(world_size)] == left
 
 
 def test_every_rank_has_a_pack(llama: Path) -> None:

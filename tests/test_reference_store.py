@@ -30,6 +30,7 @@ from open_po.model_files import FileHashes, ModelSource, model_identity
 from open_po.reference.shards import DamagedShard, Row, find, read_shard, write_shard
 from open_po.reference.store import Facts, ReferenceStore
 from tests import cli, tiny
+from tests.test_model import load
 from tests.test_packing import sized
 from tests.test_reference import assert_same, expected_rows, stored, stores
 
@@ -137,17 +138,42 @@ def test_pairs_are_looked_up_in_many_files(ld_alpha: float, tmp_path: Path) -> N
             assert tokens == row.tokens
 
 
-def test_rows_of_two_processes_are_the_same_for_all_runs(tmp_path: Path) -> None:
-    """Of a response that is stored twice all take the same row, in whatever order its files came."""
+def test_of_a_response_that_is_stored_twice_the_older_row_counts(tmp_path: Path) -> None:
+    """Whatever others add later, in whatever order files are opened: a run that goes on reads what it read before."""
     key = bytes(range(16))
-    written = [write_shard(tmp_path, {key: Row(logp, 1, None)}, {}) for logp in (-1.0, -2.0)]
-    values = []
-    for order in (written, written[::-1]):
+    written = [write_shard(tmp_path, {key: Row(-float(n), 1, None)}, {}) for n in range(8)]
+    for order in (written, written[::-1], written[4:] + written[:4]):
         store = opened(tmp_path / "empty")
         for shard in order:
             store._add(shard)
-        values.append(store.row(int(store.find(np.frombuffer(key, dtype=KEY_DTYPE))[0]))[0])
-    assert values[0] == values[1]
+        assert store.row(int(store.find(np.frombuffer(key, dtype=KEY_DTYPE))[0]))[0] == 0.0
+    assert opened(tmp_path).row(int(opened(tmp_path).find(np.frombuffer(key, dtype=KEY_DTYPE))[0]))[0] == 0.0
+
+
+def test_a_file_that_cannot_be_read_is_left_where_it_is(tmp_path: Path) -> None:
+    """A disk's or a network's fault, or another user's rights: nothing says that the file is damaged."""
+    path = write_shard(tmp_path, made_up(3), {}).path
+    path.unlink()
+    path.symlink_to(path)  # reading fails: too many levels of symbolic links
+    warned: list[str] = []
+    assert not ReferenceStore(tmp_path, warn=warned.append).shards
+    assert warned == [f"{path}: cannot be read (Too many levels of symbolic links), its rows count as missing"]
+    assert path.is_symlink()
+
+
+def test_a_damaged_file_of_a_read_only_cache_stays_as_it_is(
+    llama: Path, pairs_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    team = tmp_path / "team"
+    cli.train(llama, pairs_file, tmp_path / "first", reference_cache_dir=team, max_train_steps=1)
+    (path,) = stores(team)[0].glob("rows-*")
+    path.write_bytes(path.read_bytes()[:-1])
+    os.utime(path, (0, 0))
+    before = cli.files(team)
+    run = cli.train(llama, pairs_file, tmp_path / "run", reference_cache_read_only=team, max_train_steps=1)
+    assert cli.summary(run)["reference"]["responses_computed"] == 48
+    assert f"{path}: its content does not fit" in capsys.readouterr().out
+    assert cli.files(team) == before
 
 
 def test_rows_that_never_appear_end_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +225,7 @@ def test_a_cache_of_a_newer_format_is_refused(llama: Path, pairs_file: Path, tmp
 def test_a_cache_path_that_is_a_file(llama: Path, pairs_file: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "reference").write_text("notes")
     line = cli.failure(capsys, cli.arguments(llama, pairs_file, tmp_path / "run"))
-    assert line == f"error: reference_cache_dir {tmp_path}/reference: no folder can be made there (File exists)"
+    assert line == f"error: reference_cache_dir {tmp_path}/reference: is a file"
 
 
 def test_a_value_that_the_model_does_not_give_stops_the_run(
@@ -215,9 +241,9 @@ def test_a_value_that_the_model_does_not_give_stops_the_run(
     write_shard(store, wrong, {"device": "another machine"})
     line = cli.failure(capsys, cli.arguments(llama, pairs_file, tmp_path / "second"))
     assert "pairs.jsonl row 1: the reference log-prob of the chosen response is -" in line
-    assert f"in the cache {store} (made with created " in line
+    assert f"in {next(store.glob('rows-*'))} (created " in line
     assert "device another machine), but " in line
-    assert f"cache prune --key {store.name}" in line
+    assert f"cache prune --key {store.name} --dir {store.parent})" in line
     fields = {"max_train_steps": 1, "verify_reference_rows": 0}
     taken = cli.summary(cli.train(llama, pairs_file, tmp_path / "third", **fields))["reference"]
     assert (taken["pairs_computed"], taken["rows_verified"]) == (0, 0)
@@ -387,17 +413,44 @@ def test_adapters_are_a_model_and_so_is_what_they_are_merged_into(
     plain = expected_rows(llama, tiny.text_rows(24))
     assert max(abs(plain[key][0] - expected[key][0]) for key in plain) > 0.1, "the adapters change something"
 
-    identity = model_identity(ModelSource(name=str(adapted)), FileHashes(None))
+    identity = model_identity(ModelSource(name=str(adapted)), FileHashes(tmp_path / "nowhere"))
     assert {"adapter_config.json", "adapter_model.safetensors", "base/config.json", "base/model.safetensors"} == set(
         identity
     )
     adapters_for(base, adapted, seed=1)
-    others = [model_identity(ModelSource(name=str(adapted)), FileHashes(None))]
+    others = [model_identity(ModelSource(name=str(adapted)), FileHashes(tmp_path / "nowhere"))]
     weights = load_weights(base / "model.safetensors")
     weights["model.norm.weight"][0] += 0.5
     save_weights(weights, base / "model.safetensors", metadata={"format": "pt"})
-    others.append(model_identity(ModelSource(name=str(adapted)), FileHashes(None)))
+    others.append(model_identity(ModelSource(name=str(adapted)), FileHashes(tmp_path / "nowhere")))
     assert [sum(identity[name] != other[name] for name in identity) for other in others] == [1, 2]
+
+
+def test_weights_are_not_mistaken_for_adapters_that_lie_beside_them(llama: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    (model / "adapter_model.safetensors").write_bytes(b"left over")
+    identity = model_identity(ModelSource(name=str(model)), FileHashes(tmp_path / "nowhere"))
+    assert set(identity) == {"config.json", "model.safetensors"}
+
+
+def test_adapters_trained_on_adapters_are_merged_and_others_name_their_base(
+    llama: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    """What `adapter/` holds, on the model that it names, is the model that was saved."""
+    fields = {"use_lora": True, "lora_rank": 2, "learning_rate": 1e-2, "max_train_steps": 2}
+    run = cli.train(llama, pairs_file, tmp_path / "runs" / "plain", **fields)
+    named = json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(llama)
+    merged = model_identity(ModelSource(name=str(run / "adapter")), FileHashes(tmp_path / "nowhere"))
+    assert "base/model.safetensors" in merged
+    scorer = load(run / "adapter")
+    for name, weight in load_weights(run / "model.safetensors").items():
+        assert (scorer.base.state_dict()[name] - weight).abs().max() < 1e-5, name
+    adapters_for(llama, tmp_path / "adapted")
+    above = cli.train(tmp_path / "adapted", pairs_file, tmp_path / "runs" / "above", **fields)
+    assert not (above / "adapter").exists()
+    start, end = load(tmp_path / "adapted").base.state_dict(), load_weights(above / "model.safetensors")
+    assert 0 < max(float((start[name] - weight).abs().max()) for name, weight in end.items()) < 0.2
 
 
 def test_another_revision_is_another_model(
@@ -468,13 +521,13 @@ def test_a_reference_with_another_tokenizer_is_refused(
     other = tiny.make_model_folder(tmp_path / "other", seed=3)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
-    swapped = {vocabulary["a"]: "b", vocabulary["b"]: "a"}
+    swapped = {vocabulary["y"]: "z", vocabulary["z"]: "y"}
     tokenizer["model"]["vocab"] = {swapped.get(number, token): number for token, number in vocabulary.items()}
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     words = cli.arguments(llama, pairs_file, tmp_path / "run", reference_model_name_or_path=other)
     line = cli.failure(capsys, words)
     assert f"reference_model_name_or_path: {other} was trained with another tokenizer than the policy, id " in line
-    assert "is 'b' there and 'a' here" in line
+    assert "is 'z' there and 'y' here" in line
     for path in other.glob("*token*"):
         path.unlink()
     assert cli.main([*words, "--max_train_steps", "1"]) == 0, "a reference without a tokenizer is taken"

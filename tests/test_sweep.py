@@ -16,6 +16,7 @@ import pytest
 from open_po.commands import sweep
 from open_po.commands.sweep import read_grid
 from open_po.errors import ConfigError
+from open_po.output import lock_folder
 from tests import cli, tiny
 from tests.test_reference import stored
 
@@ -36,8 +37,9 @@ def table(folder: Path) -> list[dict[str, str]]:
 def test_a_grid_is_every_combination() -> None:
     assert read_grid(["beta=1,2", "gamma=0"]) == [{"beta": "1", "gamma": "0"}, {"beta": "2", "gamma": "0"}]
     for items, said in (
-        (["beta"], "--grid beta: must be NAME=VALUE,VALUE"),
-        (["beta=1,"], "--grid beta=1,: must be NAME=VALUE,VALUE"),
+        (["beta"], "--grid beta: must be NAME=VALUE,VALUE; configuration files come first"),
+        (["beta=1,"], "--grid beta=1,: must be NAME=VALUE,VALUE; configuration files come first"),
+        (["=1"], "--grid =1: must be NAME=VALUE,VALUE; configuration files come first"),
         (["beta=1", "beta=2"], "--grid beta: is given twice"),
         (["output_dir=x"], "--grid output_dir: is set by the sweep itself"),
     ):
@@ -80,8 +82,8 @@ def test_every_setting_runs_once_on_one_reference_pass(words: list[str], tmp_pat
     shown = capsys.readouterr()
     folder = tmp_path / "sweep"
     assert shown.err == "error: 1 of 2 runs failed: learning_rate=1e30\n"
-    assert "learning_rate=1e30: failed, is tried again (error: step 2: the loss is not finite" in shown.out
-    assert "learning_rate=1e30: failed twice (error: step 2" in shown.out
+    assert "learning_rate=1e30: failed, is tried again (step 2: the loss is not finite" in shown.out
+    assert "learning_rate=1e30: failed twice (step 2" in shown.out
     assert f"Best: learning_rate=1e-3, in {folder}/runs/learning_rate=1e-3" in shown.out
     good, bad = table(folder)
     assert (good["learning_rate"], good["status"], bad["status"]) == ("1e-3", "completed", "failed")
@@ -95,6 +97,16 @@ def test_every_setting_runs_once_on_one_reference_pass(words: list[str], tmp_pat
     assert sweep.main([*words, *broken, "--grid", "learning_rate=1e-3"]) == 0
     assert "Sweep of 1 runs in" in capsys.readouterr().out
     assert (folder / "runs" / "learning_rate=1e-3" / "model.safetensors").stat().st_mtime_ns == weights
+    capsys.readouterr()
+    elsewhere = [*words, *broken, "--max_seq_length", "99", "--grid", "learning_rate=2e-3"]
+    assert sweep.main(elsewhere) == 1, "a sweep of another configuration, whatever its grid"
+    assert "(max_seq_length was 128, is 99)" in cli.only_error(capsys.readouterr().err)
+    held = lock_folder(folder, "a test")
+    assert held is not None
+    assert sweep.main([*words, *broken, *grid]) == 1
+    line = cli.only_error(capsys.readouterr().err)
+    assert line == f"error: output_dir {folder}: another sweep is writing to it; choose another folder"
+    os.close(held)
     assert sweep.main([*words, *broken, "--seed", "7", *grid]) == 1
     line = cli.only_error(capsys.readouterr().err)
     assert f"output_dir {folder}: holds a sweep of another configuration (seed was 42, is 7)" in line

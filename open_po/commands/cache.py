@@ -28,10 +28,13 @@ from rich.table import Table
 
 from open_po.command import run_command
 from open_po.config import ReferenceConfig, RunConfig, help_text, load_config
+from open_po.data.tokenization import KEY_DTYPE
 from open_po.errors import UserError
+from open_po.model_files import FileHashes
 from open_po.output import write_atomically
 from open_po.prepare import policy_source, prepare_data
 from open_po.reference import log_probs_of, open_cache, separate_reference
+from open_po.reference.claims import Claims
 from open_po.reference.shards import DamagedShard, Shard, damaged_files, read_shard, set_aside, shard_files
 from open_po.reference.store import MANIFEST, read_manifest
 from open_po.runtime import Runtime, user_line
@@ -88,7 +91,11 @@ def _build(words: Sequence[str]) -> int:
 
 def build(config: RunConfig, runtime: Runtime) -> None:
     """Compute and store the reference log-probs of a run, as it would do at its start."""
-    hashes = runtime.on_main(lambda: open_cache(config))
+    if not config.loss.mix().needs_reference:
+        runtime.say(f"loss_type {', '.join(config.loss.names)} uses no reference log-probs: there is nothing to build")
+        return
+    runtime.on_main(lambda: open_cache(config))
+    hashes = FileHashes(Path(config.reference.reference_cache_dir))
     data = prepare_data(config, runtime)
     reference = separate_reference(config, runtime, data, hashes)
     if reference is None:
@@ -98,11 +105,14 @@ def build(config: RunConfig, runtime: Runtime) -> None:
     table = _table("Reference log-probs", "what", "value")
     table.add_row("pairs", f"{done.pairs_computed + done.pairs_reused:,}, of which {done.pairs_reused:,} were there")
     table.add_row("computed here", f"{done.responses_computed:,} responses in {done.seconds:.1f} s")
-    table.add_row("store", str(reference.store.folder))
+    table.add_row("store", reference.store.folders())
     runtime.console.print(table)
 
 
 # ------------------------------------------------------------------------------------------------------ what is there
+
+
+_SHOWN_DIGITS = 12  # of a key: enough to tell stores apart, and to name one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,41 +132,50 @@ class StoreFiles:
 
 
 def _stores(cache: Path) -> list[StoreFiles]:
-    """The stores of a cache, every file read and checked. Raises UserError if it is no folder, or of a newer format."""
+    """The stores of a cache, every file read and checked; those of a newer format are left alone, with a line.
+
+    Raises UserError if the cache is no folder.
+    """
     if not cache.is_dir():
         raise UserError(f"{cache}: is no folder; --dir names the reference_cache_dir")
     found = []
     for folder in sorted(path for path in cache.iterdir() if path.is_dir()):
-        manifest = read_manifest(folder)
-        if manifest is None:
+        try:
+            manifest = read_manifest(folder)
+        except UserError as error:
+            print(f"left alone: {error}", file=sys.stderr)
             continue
+        if manifest is None and not shard_files(folder):
+            continue
+        manifest = manifest or {}
         shards, faults = [], {}
         for path in shard_files(folder):
             try:
                 shards.append(read_shard(path))
-            except DamagedShard as fault:
-                faults[path] = str(fault)
+            except DamagedShard as damage:
+                faults[path] = str(damage)
         aside = damaged_files(folder)
         found.append(StoreFiles(folder=folder, manifest=manifest, shards=shards, faults=faults, aside=aside))
     return found
 
 
 def _info(arguments: argparse.Namespace, console: Console) -> int:
-    table = _table(f"Reference cache {arguments.dir}", "model", "key", "numerics", "made with", header=True)
+    table = _table(f"Reference cache {arguments.dir}", "model", "key", "numerics", header=True)
     for name in ("rows", "tokens", "by token", "files", "MB"):
         table.add_column(name, justify="right")
     for store in _stores(arguments.dir):
-        rows = len(np.unique(np.concatenate([shard.keys for shard in store.shards]))) if store.shards else 0
+        keys = np.concatenate([np.empty(0, KEY_DTYPE), *(shard.keys for shard in store.shards)])
+        tokens = np.concatenate([np.empty(0, np.int32), *(shard.tokens for shard in store.shards)])
+        distinct, first = np.unique(keys, return_index=True)
         by_token = sum(len(shard) for shard in store.shards if shard.token_logps is not None)
         bad = len(store.faults) + len(store.aside)
         numerics = store.manifest.get("numerics", {})
         table.add_row(
             store.model,
-            store.folder.name,
+            store.folder.name[:_SHOWN_DIGITS],
             f"{numerics.get('compute_dtype')}, {numerics.get('kernels')}",
-            ", ".join(sorted({shard.made.get("device", "?") for shard in store.shards})),
-            f"{rows:,}",
-            f"{sum(int(shard.tokens.sum()) for shard in store.shards):,}",
+            f"{len(distinct):,}",
+            f"{int(tokens[first].sum()):,}",
             f"{by_token:,}",
             f"{len(store.shards):,}" + (f" ({bad} damaged)" if bad else ""),
             f"{sum(shard.path.stat().st_size for shard in store.shards) / 1e6:,.1f}",
@@ -187,36 +206,43 @@ def _prune(arguments: argparse.Namespace, console: Console) -> int:
     if not (arguments.key or arguments.model or arguments.older_than is not None or arguments.damaged):
         raise UserError("prune: says not what to remove; give --key, --model, --older-than or --damaged")
     stores = _stores(arguments.dir)
-    if unknown := set(arguments.key) - {store.folder.name for store in stores}:
-        raise UserError(f"--key {', '.join(sorted(unknown))}: no such store in {arguments.dir}; info lists them")
+    for key in arguments.key:
+        if sum(store.folder.name.startswith(key) for store in stores) != 1:
+            raise UserError(
+                f"--key {key}: is the beginning of no store's name in {arguments.dir}, or of several; see info"
+            )
+    if arguments.model and not any(arguments.model in store.model for store in stores):
+        raise UserError(f"--model {arguments.model}: no store in {arguments.dir} is of such a model; see info")
     limit = None if arguments.older_than is None else time.time() - 86_400 * arguments.older_than
     freed = 0
     for store in stores:
-        named = bool(arguments.key or arguments.model)
-        chosen = store.folder.name in arguments.key or bool(arguments.model and arguments.model in store.model)
-        if named and not chosen:
+        named = store.folder.name.startswith(tuple(arguments.key)) or bool(
+            arguments.model and arguments.model in store.model
+        )
+        if (arguments.key or arguments.model) and not named:
             continue
+        bad = {*store.faults, *store.aside}
         files = [*shard_files(store.folder), *store.aside]
-        if limit is not None:
-            doomed = [path for path in files if path.stat().st_mtime < limit]
-        elif arguments.damaged:
-            doomed = [*store.faults, *store.aside]
-        else:
-            doomed = files
-        if not doomed and files:
+        doomed = [
+            path
+            for path in files
+            if (limit is None or path.stat().st_mtime < limit) and (path in bad or not arguments.damaged)
+        ]
+        everything = len(doomed) == len(files) and limit is None and not arguments.damaged
+        if not doomed and not everything:
             continue
+        if Claims(store.folder).others():
+            raise UserError(f"{store.folder}: a process is filling this store; prune it afterwards")
         size = sum(path.stat().st_size for path in doomed)
         freed += size
-        whole = len(doomed) == len(files)
-        said = f"{store.folder} ({store.model}): {'all' if whole else f'{len(doomed)} of {len(files)}'} files"
+        said = f"{store.folder} ({store.model}): {len(doomed)} of {len(files)} files"
         console.print(f"{said}, {size / 1e6:,.1f} MB", soft_wrap=True, markup=False)
         if arguments.dry_run:
             continue
-        if whole:
+        for path in doomed:
+            path.unlink(missing_ok=True)
+        if len(doomed) == len(files):
             shutil.rmtree(store.folder)
-        else:
-            for path in doomed:
-                path.unlink(missing_ok=True)
     console.print(f"{'Would free' if arguments.dry_run else 'Freed'} {freed / 1e6:,.1f} MB", markup=False)
     return 0
 
@@ -225,12 +251,24 @@ def _merge(arguments: argparse.Namespace, console: Console) -> int:
     """Copy into one cache the files of others that hold rows it lacks."""
     copied = rows = 0
     for source in arguments.folders:
-        for store in _stores(source):
+        stores = _stores(source)
+        if not stores:
+            raise UserError(f"{source}: holds no reference log-probs")
+        for store in stores:
             target = arguments.into / store.folder.name
+            try:
+                target.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--into {arguments.into}: no folder can be made there ({error.strerror})") from error
             read_manifest(target)
-            target.mkdir(parents=True, exist_ok=True)
-            there = {path.name for path in shard_files(target)}
-            known = [read_shard(path) for path in shard_files(target)]
+            known = []
+            for path in shard_files(target):
+                try:
+                    known.append(read_shard(path))
+                except DamagedShard as damage:
+                    set_aside(path)
+                    console.print(f"{path}: {damage}; is set aside", soft_wrap=True, markup=False)
+            there = {shard.path.name for shard in known}
             for path, fault in store.faults.items():
                 console.print(f"{path}: {fault}; left out", soft_wrap=True, markup=False)
             for shard in store.shards:

@@ -38,11 +38,15 @@ class Slots:
     def of(devices: Sequence[str | None], jobs: int) -> Slots:
         """`jobs` slots, the devices dealt out in turn; on a CPU the cores are divided."""
         environments = []
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(
+            ","
+        )  # of which the devices are numbers, if it is set
         for number in range(jobs):
             device = devices[number % len(devices)]
             environment = dict(os.environ)
             if device is not None:
-                environment["CUDA_VISIBLE_DEVICES"] = device
+                renamed = visible != [""] and device.isdigit() and int(device) < len(visible)
+                environment["CUDA_VISIBLE_DEVICES"] = visible[int(device)] if renamed else device
             if jobs > 1:
                 environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
             environments.append(environment)
@@ -58,7 +62,7 @@ class Slots:
         """Whether any process runs."""
         return any(slot.child is not None for slot in self.slots)
 
-    def start(self, what: Any, command: Sequence[str], log: Path) -> None:
+    def start(self, what: Any, command: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> None:
         """Start a process in a free slot; what it says goes to the end of `log`."""
         slot = next(slot for slot in self.slots if slot.child is None)
         slot.what, slot.started = what, time.monotonic()
@@ -68,7 +72,7 @@ class Slots:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=slot.environment,
+                env=environment or slot.environment,
                 start_new_session=True,  # a terminal's Ctrl-C is passed on once, by `stop`
                 preexec_fn=_die_with_parent,
             )
@@ -80,9 +84,9 @@ class Slots:
                 slot.child = None
                 yield slot.what, code, time.monotonic() - slot.started
 
-    def run(self, command: Sequence[str], log: Path) -> int:
-        """Run one process to its end; returns its exit code."""
-        self.start(None, command, log)
+    def run_alone(self, command: Sequence[str], log: Path) -> int:
+        """Run one process to its end, with all that this machine has; returns its exit code."""
+        self.start(None, command, log, dict(os.environ))
         while True:
             for _, code, _ in self.ended():
                 return code

@@ -18,7 +18,9 @@ from rich.table import Table
 
 from open_po.command import run_command
 from open_po.config import RunConfig, load_config
+from open_po.errors import ConfigError, UserError
 from open_po.losses import PairLogps
+from open_po.model_files import FileHashes
 from open_po.output import disk_faults, write_atomically
 from open_po.prepare import Data, policy_source, prepare_data
 from open_po.reference import log_probs_of, open_cache, separate_reference
@@ -48,18 +50,28 @@ def main(words: Sequence[str]) -> int:
     def job(config: RunConfig, runtime: Runtime) -> None:
         score(config, runtime, arguments.out, arguments.beta)
 
-    return run_command(lambda: load_config([*flags, *rest]), job, seed=lambda config: config.train.seed)
+    def read() -> RunConfig:
+        config = load_config([*flags, *rest])
+        if config.data.eval_mixer_list is not None:
+            raise ConfigError(["eval_mixer_list: score takes its data from --data"])
+        return config
+
+    return run_command(read, job, seed=lambda config: config.train.seed)
 
 
 def score(config: RunConfig, runtime: Runtime, out: Path, beta: float) -> None:
     """Score the data under the policy, and under the reference if there is one, and write one line a pair."""
-    hashes = runtime.on_main(lambda: open_cache(config))
-    data = prepare_data(config, runtime)
+    runtime.on_main(lambda: _check(out, config))
+    runtime.on_main(lambda: open_cache(config))
+    hashes = FileHashes(Path(config.reference.reference_cache_dir))
+    data = prepare_data(config, runtime, label="Data")
 
     scored = log_probs_of(policy_source(config), config, runtime, data, hashes, trains=False, label="Model")
-    reference = separate_reference(config, runtime, data, hashes)
-    policy = scored.store.lookup(data.train)
-    under_reference = None if reference is None else reference.store.lookup(data.train)
+    policy = runtime.on_all(lambda: scored.store.lookup(data.train))
+    under_reference = None
+    if config.reference.reference_model_name_or_path is not None:
+        reference = separate_reference(config, runtime, data, hashes) or scored  # the model itself
+        under_reference = runtime.on_all(lambda: reference.store.lookup(data.train))
     rows = _rows(data, policy, under_reference, beta)
 
     def write(path: Path) -> None:
@@ -68,11 +80,23 @@ def score(config: RunConfig, runtime: Runtime, out: Path, beta: float) -> None:
 
     def finish() -> None:
         with disk_faults(str(out), "log-probs are kept in the cache"):
-            out.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(out, write)
         runtime.console.print(_table(policy, under_reference, beta, out))
 
     runtime.on_main(finish)
+
+
+def _check(out: Path, config: RunConfig) -> None:
+    """Raises UserError, before anything takes long, if `out` cannot be, or is a file that is read."""
+    read = {Path(name).resolve() for name in config.data.mixer_list or ()}
+    if out.resolve() in read:
+        raise UserError(f"--out {out}: is the data that is scored; choose another file")
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: its folder cannot be made ({error.strerror})") from error
 
 
 def _rows(data: Data, policy: PairLogps, reference: PairLogps | None, beta: float) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ import argparse
 import csv
 import itertools
 import math
+import os
+import re
 import signal
 import sys
 import time
@@ -23,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +33,7 @@ from rich.table import Table
 from open_po.commands.processes import Slots
 from open_po.config import RunConfig, load_config
 from open_po.errors import ConfigError, UserError
-from open_po.output import RunFolder, changed_fields, write_atomically
+from open_po.output import RunFolder, changed_fields, lock_folder, write_atomically
 from open_po.report import plot_settings
 from open_po.runtime import user_line
 
@@ -89,6 +92,8 @@ def main(words: Sequence[str]) -> int:
     try:
         devices = arguments.devices.split(",") if arguments.devices else [None]
         jobs = len(devices) if arguments.jobs is None else arguments.jobs
+        if arguments.devices and not torch.cuda.is_available():
+            raise ConfigError([f"--devices {arguments.devices}: there is no GPU here; leave it out"])
         if jobs < 1:
             raise ConfigError([f"--jobs: must be above 0, got {jobs}"])
         sweep = Sweep.read([*configs, *rest], arguments.grid, console)
@@ -114,8 +119,8 @@ def read_grid(items: Sequence[str]) -> list[Setting]:
     axes: dict[str, list[str]] = {}
     for item in items:
         name, equals, values = item.partition("=")
-        if not equals or not all(values.split(",")):
-            problems.append(f"--grid {item}: must be NAME=VALUE,VALUE")
+        if not name or not equals or not all(values.split(",")):
+            problems.append(f"--grid {item}: must be NAME=VALUE,VALUE; configuration files come first")
         elif name in axes:
             problems.append(f"--grid {name}: is given twice")
         elif name in ("output_dir", "exp_name", "resume_from_checkpoint"):
@@ -127,7 +132,7 @@ def read_grid(items: Sequence[str]) -> list[Setting]:
 
 
 def _name(setting: Setting) -> str:
-    return ",".join(f"{name}={value}" for name, value in setting.items())
+    return ",".join(f"{name}={value}" for name, value in sorted(setting.items()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,14 +184,24 @@ class Sweep:
 
     def run(self, slots: Slots) -> int:
         """Run what is not complete yet. Raises UserError if the folder holds another sweep."""
+        try:
+            (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir {self.folder}: no folder can be made there ({error.strerror})") from error
+        held = lock_folder(self.folder, f"output_dir {self.folder}: another sweep")
+        try:
+            return self._run_locked(slots)
+        finally:
+            if held is not None:
+                os.close(held)
+
+    def _run_locked(self, slots: Slots) -> int:
         self._refuse_other_sweep()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "logs").mkdir(exist_ok=True)
         left = [run for run in self.runs if not run.done()]
         self._say(f"Sweep of {len(self.runs)} runs in {self.folder}, {len(self.runs) - len(left)} complete already")
         try:
             if left:
-                self._reference_pass(left, slots)
+                left = self._reference_pass(left, slots)
                 self._run_all(left, slots)
         finally:
             slots.stop()
@@ -194,33 +209,46 @@ class Sweep:
         return self._report()
 
     def _refuse_other_sweep(self) -> None:
-        for run in self.runs:
+        """Runs of other grids may lie there, if they differ from these in nothing but the fields of a grid."""
+        mine = {run.folder.path: run for run in self.runs}
+        for path in (self.folder / "runs").glob("*"):
+            run = mine.get(path, self.runs[0])
             with suppress(OSError, yaml.YAMLError):
-                theirs = yaml.safe_load(run.folder.config.read_text())
-                if isinstance(theirs, dict) and (changed := changed_fields(theirs, run.config)):
+                theirs = yaml.safe_load((path / "config.yaml").read_text())
+                free = set() if path in mine else {*run.setting, *re.findall(r"(?:^|,)(\w+)=", path.name)}
+                if isinstance(theirs, dict) and (changed := changed_fields(theirs, run.config, free)):
                     raise UserError(
                         f"output_dir {self.folder}: holds a sweep of another configuration ({changed}); choose another "
                         "folder"
                     )
 
-    def _reference_pass(self, runs: Sequence[Run], slots: Slots) -> None:
-        """Fill the cache with what the runs need: once, unless settings differ in model, data or reference."""
-        needs: dict[str, Run] = {}
+    def _reference_pass(self, runs: Sequence[Run], slots: Slots) -> list[Run]:
+        """Fill the cache with what the runs need: once, unless settings differ in model, data or reference.
+
+        Returns the runs that can start.
+        """
+        needs: dict[str, list[Run]] = {}
         for run in runs:
             config = run.config
             lora = {"lora_rank": None, "lora_alpha": None, "lora_dropout": None, "lora_target_modules": None}
             if config.loss.mix().needs_reference:
                 model = replace(config.model, **lora)  # type: ignore[arg-type]
-                needs.setdefault(repr((model, config.data, config.reference)), run)
-        for number, run in enumerate(needs.values()):
+                needs.setdefault(repr((model, config.data, config.reference)), []).append(run)
+        failed: list[Run] = []
+        for number, group in enumerate(needs.values()):
+            run = group[0]
             log = self.folder / "logs" / f"reference{number or ''}.log"
             self._say(f"Reference pass (log: {log})")
             start = time.monotonic()
             words = [*run.words, "--verify_reference_rows", str(run.config.reference.verify_reference_rows)]
-            code = slots.run([sys.executable, "-m", "open_po", "cache", "build", *words], log)
+            code = slots.run_alone([sys.executable, "-m", "open_po", "cache", "build", *words], log)
             if code:
-                raise UserError(f"the reference pass failed: {_last_line(log)}; {log} has all of it")
-            self._say(f"Reference pass: {time.monotonic() - start:.0f} s")
+                failed += group
+                names = "; ".join(each.name for each in group)
+                self._say(f"Reference pass: failed ({_last_line(log)}), so these do not start: {names}")
+            else:
+                self._say(f"Reference pass: {time.monotonic() - start:.0f} s")
+        return [run for run in runs if run not in failed]
 
     def _run_all(self, left: Sequence[Run], slots: Slots) -> None:
         waiting = [(run, 1) for run in left]
@@ -233,10 +261,15 @@ class Sweep:
                 if code == 0 and run.done():
                     done += 1
                     found = run.result()
-                    self._say(
-                        f"[{done}/{len(self.runs)}] {run.name}: held-out reward accuracy "
-                        f"{found['rewards/accuracy']:.1%}, margin {found['rewards/margin']:.4f}, {seconds:.0f} s"
+                    figures = (
+                        ""
+                        if found["rewards/accuracy"] is None
+                        else (
+                            f"held-out reward accuracy {found['rewards/accuracy']:.1%}, "
+                            f"margin {found['rewards/margin']:.4f}, "
+                        )
                     )
+                    self._say(f"[{done}/{len(self.runs)}] {run.name}: {figures}{seconds:.0f} s")
                 elif attempt < _ATTEMPTS:
                     self._say(f"{run.name}: failed, is tried again ({_last_line(run.log)})")
                     waiting.append((run, attempt + 1))
@@ -260,8 +293,9 @@ class Sweep:
 
         write_atomically(self.folder / "sweep.csv", write)
         complete = [(run.name, run.result()) for run in self.runs if run.done()]
+        complete = [(name, result) for name, result in complete if result["rewards/accuracy"] is not None]
         if complete:
-            plot_settings(complete, self.folder / "sweep.png")
+            plot_settings(complete, self.folder / "sweep.png", f"{len(complete)} of {len(self.runs)} settings")
 
     def _report(self) -> int:
         """The table, best first; 1 if a run failed."""
@@ -304,4 +338,4 @@ def _last_line(log: Path) -> str:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     except OSError:
         return "no output"
-    return lines[-1] if lines else "no output"
+    return lines[-1].removeprefix("error: ") if lines else "no output"

@@ -63,6 +63,14 @@ class PairDataset:
         row = self.rows[int(index)]
         return PreferencePair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
 
+    def token_ids(self) -> set[int]:
+        """Every token id that occurs."""
+        found: set[int] = set()
+        for rows in self.rows.with_format("arrow").iter(10_000):
+            for column in rows.columns:
+                found.update(column.combine_chunks().flatten().unique().to_pylist())
+        return found
+
     @property
     def longest_pair(self) -> int:
         """Index of the pair with the longest row."""

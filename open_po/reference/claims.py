@@ -70,6 +70,8 @@ def _is_dead(host: str, pid: int) -> bool:
     """Whether a process of this machine has ended; of another machine's nothing is known."""
     if host != platform.node():
         return False
+    if pid == os.getpid():  # one before this, as where a container was started again
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

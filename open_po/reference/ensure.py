@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -58,8 +59,8 @@ class Sample(NamedTuple):
     side: int
 
 
-def open_cache(config: RunConfig) -> FileHashes:
-    """Make the cache's folder, if need be; returns the hashes of model files that it remembers.
+def open_cache(config: RunConfig) -> None:
+    """Make the cache's folder, if need be.
 
     Raises UserError, before anything takes long, if that or the reference model's folder cannot be.
     """
@@ -70,11 +71,11 @@ def open_cache(config: RunConfig) -> FileHashes:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"reference_cache_dir {path}: no folder can be made there ({error.strerror})") from error
+        what = "is a file" if path.is_file() else f"no folder can be made there ({error.strerror})"
+        raise UserError(f"reference_cache_dir {path}: {what}") from error
     for folder in config.reference.reference_cache_read_only or ():
         if not Path(folder).is_dir():
             raise UserError(f"reference_cache_read_only: {folder} is no folder")
-    return FileHashes(path)
 
 
 def separate_reference(config: RunConfig, runtime: Runtime, data: Data, hashes: FileHashes) -> Reference | None:
@@ -85,7 +86,7 @@ def separate_reference(config: RunConfig, runtime: Runtime, data: Data, hashes: 
     source = reference_source(config)
     if source is None:
         return None
-    runtime.on_main(lambda: refuse_other_vocabulary(source, data.tokenizer, data.highest_id))
+    runtime.on_main(lambda: refuse_other_vocabulary(source, data.tokenizer, data.token_ids()))
     return log_probs_of(source, config, runtime, data, hashes, trains=False, label="Reference model")
 
 
@@ -149,7 +150,7 @@ def ensure_reference(
     missing = max(runtime.gather(sum(_missing_pairs(store, part) for part in data.parts)))
     pairs = sum(map(len, data.parts))
     if missing < pairs:
-        runtime.say(f"Reference log-probs: {pairs - missing:,} pairs from the cache {store.folder}")
+        runtime.say(f"Reference log-probs: {pairs - missing:,} pairs from the cache {store.folders()}")
     samples = runtime.on_main(lambda: _samples(store, data, config.reference.verify_reference_rows))
     done, computed = PackingStats(), 0
     if missing or samples:
@@ -160,7 +161,7 @@ def ensure_reference(
         usual = (4 if runtime.device.type == "cuda" else 1) * (config.train.max_tokens_per_batch or 0)
         max_tokens = config.reference.reference_max_tokens_per_batch or usual
         for part in data.parts if missing else ():
-            work = Pass(store, scorer, part, runtime, max_tokens=max_tokens, pad=data.pad)
+            work = runtime.on_all(partial(Pass, store, scorer, part, runtime, max_tokens=max_tokens, pad=data.pad))
             runtime.on_all(work.run)
             done, computed = done + work.stats, computed + work.computed
     summary = PassSummary(
@@ -206,13 +207,13 @@ def _verify(samples: Sequence[Sample], store: ReferenceStore, scorer: Scorer, so
         batch = pack_responses([group], layout=scorer.layout, pad_token_id=data.pad)
         with scorer.as_reference():
             got = float(response_sums(scorer.token_logprobs(batch), batch))
-        stored, tokens, made = store.row(int(row))
+        stored, tokens, shard = store.row(int(row))
         exact = scorer.numerics.compute_dtype == torch.float32
         tolerance = _SUM_TOLERANCE * max(1.0, abs(stored)) if exact else _TOKEN_TOLERANCE * tokens
         if not abs(got - stored) <= tolerance:
             raise UserError(
-                f"{part.origins[sample.pair]}: the reference log-prob of the {side} response is {stored:.4f} in the "
-                f"cache {store.folder} (made with {made}), but {source.name} now gives {got:.4f}; they may differ by "
-                f"{tolerance:.2g}. Remove the cached ones (python -m open_po cache prune --key {store.folder.name}), "
-                "or take them as they are (verify_reference_rows 0)"
+                f"{part.origins[sample.pair]}: the reference log-prob of the {side} response is {stored:.4f} in "
+                f"{shard.path} ({shard.describe()}), but {source.name} now gives {got:.4f}; they may differ by "
+                f"{tolerance:.2g}. Remove the cached ones (python -m open_po cache prune --key {store.folder.name} "
+                f"--dir {shard.path.parent.parent}), or take them as they are (verify_reference_rows 0)"
             )

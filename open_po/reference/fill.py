@@ -33,6 +33,7 @@ from open_po.tracking import Progress
 _SHARD_SECONDS = 60.0  # so much of a pass is lost, at most, when it is killed
 _SHARD_ROWS = 16_384
 _CLAIM_SECONDS = 60.0  # how long a process may take that is slower than it expects, before others take over its packs
+_PATIENCE_SECONDS = 10.0  # after which it is said that others are waited for
 _POLL_SECONDS = 0.2  # between looks at what other processes have stored
 
 
@@ -85,24 +86,26 @@ class PackPlanner:
     def plan(self, world_size: int) -> list[ResponsePack]:
         """Packs within the budget, and small enough that there is one for every rank.
 
-        They are cut from all responses of the data set, so that a pass that goes on after a kill, with whole packs
-        stored, cuts the same. Only what packs that are stored in part lack is packed anew.
+        They are cut from all responses of the data set, and then lose what is stored: so a pass that goes on after a
+        kill, whoever had stored which of them, computes the same packs.
         """
         dataset = self.responses.dataset
         every = [Response(pair, side) for pair in range(len(dataset)) for side in (0, 1)]
-        whole: list[ResponsePack] = []
-        rest: list[Response] = []
-        for pack in self._cut_for(every, world_size):
-            lacking = self.lacking(pack)
-            if len(lacking) == len(pack.numbers):
-                whole.append(pack)
-            else:
-                rest += lacking
-        return whole + self._cut_for(rest, world_size)
+        tokens = sum(unit.tokens(self.layout) for unit in self._planner.units(every))
+        packs = self.cut(every, max(1, min(self.budget, math.ceil(tokens / world_size))))
+        return self.without_stored(packs)
 
-    def _cut_for(self, items: Sequence[Response], world_size: int) -> list[ResponsePack]:
-        tokens = sum(unit.tokens(self.layout) for unit in self._planner.units(items))
-        return self.cut(items, max(1, min(self.budget, math.ceil(tokens / world_size))))
+    def without_stored(self, packs: Iterable[ResponsePack]) -> list[ResponsePack]:
+        """`packs` without the responses that are stored."""
+        found = []
+        for pack in packs:
+            stored = self.responses.stored[pack.numbers]
+            if not stored.any():
+                found.append(pack)
+            elif not stored.all():
+                rest = [item for item, known in zip(pack.items, stored.tolist(), strict=True) if not known]
+                found += self.cut(rest, max(self.budget, pack.stats.computed))
+        return found
 
     def cut(self, items: Iterable[Response], max_tokens: int) -> list[ResponsePack]:
         """Packs of at most `max_tokens`; a response that needs more goes alone."""
@@ -112,13 +115,6 @@ class PackPlanner:
             numbers = [self.responses.dataset.response_numbers[item] for unit in units for item in unit.items]
             found.append(ResponsePack(units, np.array(numbers, dtype=np.int64), planner.stats(units, self.budget)))
         return found
-
-    def lacking(self, pack: ResponsePack) -> list[Response]:
-        """The responses of a pack that are not stored."""
-        stored = self.responses.stored[pack.numbers]
-        if stored.all():
-            return []
-        return [item for item, known in zip(pack.items, stored.tolist(), strict=True) if not known]
 
     def batch(self, pack: ResponsePack) -> PackedBatch:
         """The tensors of a pack."""
@@ -148,6 +144,7 @@ class Pass:
         self.computed = 0  # responses, by this process
         self._made = origin(runtime.device)
         self._rate: float | None = None  # tokens a second, as far as is known
+        self._waited = 0.0  # seconds, for other processes
 
     def run(self) -> None:
         """Compute and store packs until nothing is missing, whoever computed it.
@@ -176,23 +173,27 @@ class Pass:
         while True:
             time.sleep(pause)
             self._take_note(progress)
-            left[:] = self._lacking(left)
+            left[:] = self.planner.without_stored(left)
             if not left:
                 return []
-            others = self._claimed()
-            free = [pack for pack in left if not others[pack.numbers].any()]
+            claimed, others = self._claimed()
+            free = [pack for pack in left if not claimed[pack.numbers].any()]
             if not free:
                 pause = _POLL_SECONDS
+                self._waited += pause
+                if self._waited > _PATIENCE_SECONDS:
+                    self.runtime.say("Reference log-probs: waiting for those that other processes are computing")
+                    self._waited = -math.inf  # said once
                 continue
-            window = self._window(free)
+            window = self._window(free, others)
             self._write_claim(window)
-            theirs = self._claimed()
+            theirs, _ = self._claimed()
             if any(theirs[pack.numbers].any() for pack in window):  # chosen at the same moment: both let go
                 self.claims.release()
                 pause = random.uniform(0, _POLL_SECONDS)
                 continue
             self._take_note(progress)  # of what was stored between the first look and the claim
-            if window := self._lacking(window):
+            if window := self.planner.without_stored(window):
                 return window
             pause = 0.0
 
@@ -202,30 +203,18 @@ class Pass:
         progress.advance(int((~self.responses.stored[np.unique(fresh)]).sum()), tokens=0)
         self.responses.stored[fresh] = True
 
-    def _lacking(self, packs: Iterable[ResponsePack]) -> list[ResponsePack]:
-        """`packs` without what is stored."""
-        found = []
-        for pack in packs:
-            lacking = self.planner.lacking(pack)
-            if len(lacking) == len(pack.numbers):
-                found.append(pack)
-            elif lacking:
-                found += self.planner.cut(lacking, self.max_tokens)
-        return found
-
-    def _claimed(self) -> NDArray[np.bool_]:
-        """By number, which responses other processes are computing."""
-        found = np.zeros(len(self.responses.keys), dtype=bool)
-        self._others = 0
+    def _claimed(self) -> tuple[NDArray[np.bool_], int]:
+        """By number, which responses other processes are computing; and how many processes."""
+        found, others = np.zeros(len(self.responses.keys), dtype=bool), 0
         for keys in self.claims.others():
             mine = self.responses.numbers(keys)
             found[mine] = True
-            self._others += bool(len(mine))
-        return found
+            others += bool(len(mine))
+        return found, others
 
-    def _window(self, free: Sequence[ResponsePack]) -> list[ResponsePack]:
+    def _window(self, free: Sequence[ResponsePack], others: int) -> list[ResponsePack]:
         """The first of `free`: one file's worth, less towards the end so that all processes end together."""
-        workers = max(self.runtime.world_size, 1 + self._others)
+        workers = max(self.runtime.world_size, 1 + others)
         most = len(free) if workers == 1 else max(1, len(free) // (2 * workers))
         window: list[ResponsePack] = []
         tokens = rows = 0

@@ -50,7 +50,7 @@ class Row(NamedTuple):
 
 
 class DamagedShard(Exception):
-    """A file that does not fit its name; says in what."""
+    """A file that does not fit its name, or holds something else than rows; says in what."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,15 @@ class Shard:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def describe(self) -> str:
+        """When, where and with what it was made."""
+        return ", ".join(f"{name} {value}" for name, value in sorted(self.made.items()))
+
+    @property
+    def age_key(self) -> tuple[str, str]:
+        """What files are sorted by, the oldest first."""
+        return self.made.get("created", ""), self.path.name
+
     def rows(self) -> dict[bytes, Row]:
         """Every row by its key."""
         ends = np.cumsum(self.tokens)
@@ -79,7 +88,7 @@ class Shard:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The row files of a folder, in an order that all processes agree on."""
+    """The row files of a folder."""
     return sorted(folder.glob(_PATTERN))
 
 
@@ -101,7 +110,7 @@ def write_shard(folder: Path, rows: dict[bytes, Row], made: dict[str, str]) -> S
     by_token = [row.token_logps for row in ordered if row.token_logps is not None]
     if len(by_token) == len(rows):
         arrays["token_logps"] = np.concatenate([np.asarray(part, dtype=np.float32) for part in by_token])
-    made = made | {"created": datetime.now(UTC).isoformat(timespec="seconds")}
+    made = made | {"created": datetime.now(UTC).isoformat(timespec="microseconds")}
     content = save(arrays, made)
     path = folder / f"rows-{hashlib.sha256(content).hexdigest()[:_DIGITS]}.safetensors"
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
@@ -120,23 +129,18 @@ def _shard(path: Path, arrays: dict[str, NDArray[Any]], made: dict[str, str]) ->
 
 
 def read_shard(path: Path) -> Shard:
-    """Check a file against its name and open it. Raises DamagedShard, and FileNotFoundError if it has gone."""
-    try:
+    """Check a file against its name and open it. Raises DamagedShard, and OSError if it cannot be read."""
+    fits = _fits_its_name(path)
+    if not fits and time.time() - path.stat().st_mtime < _SETTLED_SECONDS:
+        time.sleep(_SETTLING_SECONDS)
         fits = _fits_its_name(path)
-        if not fits and time.time() - path.stat().st_mtime < _SETTLED_SECONDS:
-            time.sleep(_SETTLING_SECONDS)
-            fits = _fits_its_name(path)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise DamagedShard(f"cannot be read ({error.strerror})") from error
     if not fits:
         raise DamagedShard("its content does not fit the hash in its name")
     try:
         with safe_open(path, framework="pt") as file:
             arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118  # no mapping
             made = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise DamagedShard(f"is no safetensors file ({first_line(error)})") from error
     try:
         return _shard(path, arrays, made)

@@ -91,10 +91,15 @@ class ReferenceStore:
                     shard = read_shard(path)
                 except FileNotFoundError:  # pruned meanwhile
                     continue
+                except OSError as error:
+                    self._names.add(path.name)
+                    self._warn(f"{path}: cannot be read ({error.strerror}), its rows count as missing")
+                    continue
                 except DamagedShard as fault:
                     damaged.append(f"{path}: {fault}")
                     self._names.add(path.name)
-                    set_aside(path)
+                    if folder == self.folder:  # the others are not ours to change
+                        set_aside(path)
                     continue
                 self._names.add(path.name)
                 if shard.token_logps is not None or not self.by_token:
@@ -106,6 +111,10 @@ class ReferenceStore:
             self._add(shard)
         return np.concatenate([shard.keys for shard in fresh]) if fresh else np.empty(0, KEY_DTYPE)
 
+    def folders(self) -> str:
+        """Where the rows are, in words."""
+        return " and ".join(sorted({str(shard.path.parent) for shard in self.shards}))
+
     def _add(self, shard: Shard) -> None:
         self._names.add(shard.path.name)
         self.shards.append(shard)
@@ -115,8 +124,8 @@ class ReferenceStore:
     def _index(self) -> tuple[Keys, NDArray[np.int64]]:
         if self._sorted is None:
             keys = np.concatenate([np.empty(0, KEY_DTYPE), *(shard.keys for shard in self.shards)])
-            # By path, so that of rows that two processes have computed all runs take the same.
-            rank = np.argsort([shard.path.name for shard in self.shards], kind="stable")
+            # Of rows that were computed twice the oldest counts, so that files which others add change no run.
+            rank = sorted(range(len(self.shards)), key=lambda number: self.shards[number].age_key)
             rows = np.concatenate(
                 [np.empty(0, np.int64), *(np.arange(self._starts[i], self._starts[i + 1]) for i in rank)]
             )
@@ -130,12 +139,11 @@ class ReferenceStore:
         places = find(known, keys)
         return np.where(places < 0, -1, rows[places] if len(rows) else -1)
 
-    def row(self, number: int) -> tuple[float, int, str]:
-        """A row's summed log-prob, its scored tokens, and what it was made with."""
+    def row(self, number: int) -> tuple[float, int, Shard]:
+        """A row's summed log-prob, its scored tokens, and the file it stands in."""
         place = int(np.searchsorted(self._starts, number, side="right")) - 1
         shard, inside = self.shards[place], number - int(self._starts[place])
-        made = ", ".join(f"{name} {value}" for name, value in sorted(shard.made.items()))
-        return float(shard.logps[inside]), int(shard.tokens[inside]), made
+        return float(shard.logps[inside]), int(shard.tokens[inside]), shard
 
     # ------------------------------------------------------------------------------------------------------- reading it
 
@@ -216,7 +224,7 @@ class ReferenceStore:
                 content = {"format": FORMAT, **vars(facts), "about": about | {"created": created}}
                 text = json.dumps(content, indent=2) + "\n"
                 write_atomically(self.folder / MANIFEST, lambda path: path.write_text(text))
-            for leftover in self.folder.glob(".*.partial"):
+            for leftover in (*self.folder.glob(".*.partial"), *self.folder.glob("claim-*.now")):
                 with suppress(OSError):  # of another user, or gone
                     if time.time() - leftover.stat().st_mtime > _LEFTOVER_SECONDS:
                         leftover.unlink()
