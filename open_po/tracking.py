@@ -153,6 +153,11 @@ class Progress:
             line = f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, {note}, {remaining:.0f} s left"
             self._print(line)
 
+    def done_elsewhere(self, count: int) -> None:
+        """`count` more units are done, by others: they are in no rate, and not in the last line."""
+        self._first += count
+        self.advance(count)
+
     def _elapsed(self) -> float:
         return max(1e-9, time.monotonic() - self._started_at)
 

@@ -243,6 +243,8 @@ def test_what_score_refuses(llama: Path, pairs_file: Path, tmp_path: Path, capsy
     assert only_line(capsys) == f"error: --out {tmp_path}: is a folder; name a file"
     assert score.main([*words, "--out", str(tmp_path / "x.jsonl"), "--eval_mixer_list", "a", "1.0"]) == 2
     assert only_line(capsys) == "config error: eval_mixer_list: score takes its data from --data"
+    assert score.main([*words, "--out", str(tmp_path / "x.jsonl"), "--learning_rate", "1"]) == 2
+    assert only_line(capsys) == "config error: learning_rate: score does not train; leave it out"
 
 
 # -------------------------------------------------------------------------------------------------------------- program

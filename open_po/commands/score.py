@@ -17,7 +17,7 @@ from typing import Any
 from rich.table import Table
 
 from open_po.command import run_command
-from open_po.config import RunConfig, load_config
+from open_po.config import FIELDS, RunConfig, load_config
 from open_po.errors import ConfigError, UserError
 from open_po.losses import PairLogps
 from open_po.model_files import FileHashes
@@ -52,11 +52,19 @@ def main(words: Sequence[str]) -> int:
 
     def read() -> RunConfig:
         config = load_config([*flags, *rest])
+        given = (word[2:].partition("=")[0] for word in rest if word.startswith("--"))
+        if odd := [f"{name}: score does not train; leave it out" for name in given if not _concerns(name)]:
+            raise ConfigError(odd)
         if config.data.eval_mixer_list is not None:
             raise ConfigError(["eval_mixer_list: score takes its data from --data"])
         return config
 
     return run_command(read, job, seed=lambda config: config.train.seed)
+
+
+def _concerns(name: str) -> bool:
+    """Whether a field has to do with scoring."""
+    return FIELDS[name][0] in ("model", "data", "reference") or name == "max_tokens_per_batch"
 
 
 def score(config: RunConfig, runtime: Runtime, out: Path, beta: float) -> None:

@@ -200,7 +200,7 @@ class Pass:
     def _take_note(self, progress: Progress) -> None:
         """Of what others have stored."""
         fresh = self.responses.numbers(self.store.refresh())
-        progress.advance(int((~self.responses.stored[np.unique(fresh)]).sum()), tokens=0)
+        progress.done_elsewhere(int((~self.responses.stored[np.unique(fresh)]).sum()))
         self.responses.stored[fresh] = True
 
     def _claimed(self) -> tuple[NDArray[np.bool_], int]:
