@@ -106,7 +106,7 @@ def measure_pass(pairs: int, rounds: int) -> str:
 
     from open_po.config import load_config
     from open_po.model import Numerics, load_scorer
-    from open_po.model_files import FileHashes, model_identity
+    from open_po.model_files import model_identity
     from open_po.prepare import policy_source, prepare_data
     from open_po.reference import ensure_reference
     from open_po.reference.fill import PackPlanner, Responses
@@ -141,7 +141,7 @@ def measure_pass(pairs: int, rounds: int) -> str:
             cache = folder / f"cache {number}"
             cache.mkdir()
             own = load_config([*words, "--reference_cache_dir", str(cache)])
-            identity = model_identity(source, FileHashes(cache))
+            identity = model_identity(source, cache)
             reference = ensure_reference(lambda: scorer, source, identity, numerics, own, runtime, data)
             assert reference.summary.responses_computed == sum(len(pack.numbers) for pack in packs)
             return reference.store.lookup(data.train)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
 
+from open_po.config import RunConfig
 from open_po.errors import ConfigError, UserError
 from open_po.runtime import Runtime, user_line
 
-T = TypeVar("T")
 
-
-def run_command(read: Callable[[], T], job: Callable[[T, Runtime], None], *, seed: Callable[[T], int]) -> int:
-    """Do `job` with what `read` gives, on all ranks; returns the exit code."""
+def run_command(read: Callable[[], RunConfig], job: Callable[[RunConfig, Runtime], None]) -> int:
+    """Do `job` with the configuration that `read` gives, on all ranks; returns the exit code."""
     try:
         config = read()
     except ConfigError as error:
@@ -22,7 +20,7 @@ def run_command(read: Callable[[], T], job: Callable[[T, Runtime], None], *, see
             print(f"config error: {problem}", file=sys.stderr)
         return error.exit_code
     try:
-        runtime = Runtime.start(seed(config))
+        runtime = Runtime.start(config.train.seed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from open_po.attention import ATTENTION_NAME, ATTENTION_VERSION, Segments
 from open_po.config import ModelConfig
-from open_po.data.chat_templates import chat_template
 from open_po.errors import UserError, first_line
 from open_po.last_layer import SegmentsAndLast, compute_scored_tokens_only
 from open_po.logprobs import LOGPROB_VERSION, Head, fused_logprobs, log_sum_squares, pair_logps
@@ -70,54 +69,6 @@ def _triton_interprets() -> bool:
 # ----------------------------------------------------------------------------------------------------------- loading
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The run's tokenizer with its chat template. Raises UserError if it cannot be loaded or has no EOS."""
-    name = config.tokenizer_name or config.model_name_or_path
-    revision = None if config.tokenizer_name else config.model_revision
-    source = ModelSource(name=name, revision=revision)
-    source.refuse_missing("tokenizer_name" if config.tokenizer_name else "model_name_or_path")
-    base = adapter_base(Path(name), config.trust_remote_code)
-    if base is not None and not list(Path(name).glob("tokenizer*")):
-        name, revision = base.name, base.revision
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and others for a bad folder
-        raise UserError(f"{name}: no tokenizer can be loaded ({first_line(error)})") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"{name}: the tokenizer has no EOS token, so answers would never end; set eos_token in its "
-            "tokenizer_config.json or choose another tokenizer_name"
-        )
-    if config.chat_template_name is not None:
-        tokenizer.chat_template = chat_template(config.chat_template_name)
-    return cast(PreTrainedTokenizerBase, tokenizer)
-
-
-def refuse_other_vocabulary(source: ModelSource, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> None:
-    """Raises UserError if the tokenizer that lies beside a reference model means other tokens by `ids`.
-
-    A reference without a tokenizer is not refused: its own is not used for anything.
-    """
-    try:
-        other = AutoTokenizer.from_pretrained(
-            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
-        theirs, ours = ({number: token for token, number in t.get_vocab().items()} for t in (other, tokenizer))
-    except Exception:  # see load_tokenizer
-        return
-    for number in sorted(theirs.keys() & ours.keys() & set(ids)):
-        if theirs[number] != ours[number]:
-            raise UserError(
-                f"reference_model_name_or_path: {source.name} was trained with another tokenizer than the policy, id "
-                f"{number} is {theirs[number]!r} there and {ours[number]!r} here; policy and reference must share one"
-            )
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id rows are filled up with; it is never scored nor attended to, so EOS serves where there is no pad token."""
-    return cast(int, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
-
-
 def load_scorer(source: ModelSource, numerics: Numerics, device: torch.device) -> Scorer:
     """A causal language model on `device`, dropout off, its weights in `numerics.weights_dtype`.
 
@@ -136,7 +87,7 @@ def load_scorer(source: ModelSource, numerics: Numerics, device: torch.device) -
         model.name_or_path = model.config._name_or_path = source.name
     except UserError:
         raise
-    except Exception as error:  # see load_tokenizer
+    except Exception as error:  # transformers raises whatever a bad folder makes it
         raise UserError(f"{source.name}: no causal language model can be loaded ({first_line(error)})") from error
     if numerics.use_liger:
         apply_liger(model)

@@ -119,21 +119,21 @@ class FileHashes:
                 write_atomically(self.path, lambda path: path.write_text(json.dumps(content, indent=0)))
 
 
-def model_identity(source: ModelSource, hashes: FileHashes) -> dict[str, str]:
+def model_identity(source: ModelSource, memo: Path) -> dict[str, str]:
     """SHA-256 of a model's configuration, weight files and, if it may run, its own code, by file name.
 
-    The files of a folder of adapters are followed by those of its base model, as `base/NAME`. Raises UserError if there
-    are no weights, or they cannot be reached.
+    The files of a folder of adapters are followed by those of its base model, as `base/NAME`. `memo` is the folder in
+    which hashes are remembered, if it exists. Raises UserError if there are no weights, or they cannot be reached.
     """
-    folder = source.folder()
+    folder, hashes = source.folder(), FileHashes(memo)
     try:
         identity = {path.name: hashes.of(path) for path in _files(folder, source)}
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    hashes.save()
     base = adapter_base(folder, source.trust_remote_code)
     if base is not None:
-        identity |= {f"base/{name}": digest for name, digest in model_identity(base, hashes).items()}
-    hashes.save()
+        identity |= {f"base/{name}": digest for name, digest in model_identity(base, memo).items()}
     return identity
 
 

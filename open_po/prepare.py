@@ -18,12 +18,11 @@ from open_po.model import (
     attach_lora,
     checkpoint_gradients,
     load_scorer,
-    load_tokenizer,
-    pad_token_id,
 )
 from open_po.model_files import ModelSource
 from open_po.packing import Layout
 from open_po.runtime import Runtime
+from open_po.tokenizer import load_tokenizer, pad_token_id
 
 
 @dataclass(frozen=True, kw_only=True)

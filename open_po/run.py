@@ -17,7 +17,7 @@ from open_po.evaluate import HeldOut
 from open_po.hub import create_repository, upload
 from open_po.losses import PairLogps
 from open_po.model import Numerics, Scorer, save_model, trainable_parameters
-from open_po.model_files import FileHashes, model_identity
+from open_po.model_files import model_identity
 from open_po.optim import make_optimizer, make_schedule, total_steps
 from open_po.output import RunFolder
 from open_po.packing import Planner, Sampler
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(help_text())
         return 0
-    return run_command(lambda: load_config(arguments), run, seed=lambda config: config.train.seed)
+    return run_command(lambda: load_config(arguments), run)
 
 
 def run(config: RunConfig, runtime: Runtime) -> None:
@@ -79,10 +79,9 @@ def _train(folder: RunFolder, config: RunConfig, numerics: Numerics, runtime: Ru
     source = policy_source(config)
     if needs_reference:
         runtime.on_main(lambda: open_cache(config))
-    hashes = FileHashes(Path(config.reference.reference_cache_dir))
     data = prepare_data(config, runtime)
-    reference = separate_reference(config, runtime, data, hashes) if needs_reference else None
-    identity = runtime.on_main(lambda: model_identity(source, hashes))
+    reference = separate_reference(config, runtime, data) if needs_reference else None
+    identity = runtime.on_main(lambda: model_identity(source, Path(config.reference.reference_cache_dir)))
     policy = load_alike(lambda: load_policy(config, numerics, runtime, data), runtime)
     if needs_reference and reference is None:
         reference = ensure_reference(lambda: policy, source, identity, numerics, config, runtime, data)

@@ -18,9 +18,10 @@ from open_po.data import PreferencePair
 from open_po.errors import UserError
 from open_po.layout import choose_layout
 from open_po.losses import PairLogps
-from open_po.model import Numerics, Scorer, checkpoint_gradients, load_scorer, load_tokenizer, pad_token_id
+from open_po.model import Numerics, Scorer, checkpoint_gradients, load_scorer
 from open_po.model_files import ModelSource
 from open_po.packing import pack
+from open_po.tokenizer import load_tokenizer, pad_token_id
 from tests import tiny
 
 CPU = torch.device("cpu")

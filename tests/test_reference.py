@@ -36,12 +36,18 @@ def stored(cache: Path) -> Rows:
     (store,) = stores(cache)
     rows: Rows = {}
     for path in store.glob("rows-*.safetensors"):
-        with safe_open(path, framework="np") as file:
-            keys, logps, tokens = (file.get_tensor(name) for name in ("keys", "logps", "tokens"))
-        for key, logp, count in zip(keys, logps.tolist(), tokens.tolist(), strict=True):
-            assert key.tobytes() not in rows, "a response was stored twice"
-            rows[key.tobytes()] = (logp, count)
+        found = rows_in(path)
+        assert rows.keys().isdisjoint(found), "a response was stored twice"
+        rows |= found
     return rows
+
+
+def rows_in(path: Path) -> Rows:
+    """The rows of one file of a store, read as its documentation says."""
+    with safe_open(path, framework="np") as file:
+        keys, logps, tokens = (file.get_tensor(name) for name in ("keys", "logps", "tokens"))
+    found = zip(logps.tolist(), tokens.tolist(), strict=True)
+    return {key.tobytes(): row for key, row in zip(keys, found, strict=True)}
 
 
 def expected_rows(model_folder: Path, rows: list[dict[str, str]]) -> Rows:

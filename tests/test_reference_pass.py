@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from open_po.reference.fill import PackPlanner, Pass, ResponsePack, Responses
 from open_po.reference.shards import shard_files
 from tests import cli, tiny
 from tests.test_packing import datasets, layouts
-from tests.test_reference import Rows, assert_same, expected_rows, stored, stores
+from tests.test_reference import Rows, assert_same, expected_rows, rows_in, stored, stores
 
 ROWS = tiny.text_rows(150, seed=5)
 BUDGET = 60  # tokens of a pack: a few responses
@@ -170,7 +171,7 @@ def test_two_ranks_killed_in_the_pass_go_on_to_the_same_numbers(llama: Path, man
 def test_four_writers_share_the_work(llama: Path, many: Path, tmp_path: Path, uninterrupted: Rows) -> None:
     words = build_words(llama, many, tmp_path)
     logs = [tmp_path / f"log {number}" for number in range(4)]
-    children = [fork(words, lambda log=log: log_scores(log, 0.01)) for log in logs]  # type: ignore[misc]
+    children = [fork(words, partial(log_scores, log, 0.01)) for log in logs]
     assert [exit_code(child) for child in children] == [0] * 4
     assert stored(tmp_path / "reference") == uninterrupted  # which fails for a row that comes twice
     shares = [sum(logged(log)) for log in logs]
@@ -184,17 +185,13 @@ def test_writers_of_other_data_share_what_they_have_in_common(llama: Path, many:
     files = [tiny.write_jsonl(tmp_path / f"part {number}.jsonl", part) for number, part in enumerate(parts)]
     logs = [tmp_path / f"log {number}" for number in range(2)]
     children = [
-        fork(build_words(llama, file, tmp_path), lambda log=log: log_scores(log, 0.01))  # type: ignore[misc]
+        fork(build_words(llama, file, tmp_path), partial(log_scores, log, 0.01))
         for file, log in zip(files, logs, strict=True)
     ]
     assert [exit_code(child) for child in children] == [0, 0]
-    found = {key: row for path in shard_files(stores(tmp_path / "reference")[0]) for key, row in rows_of(path).items()}
+    found = {key: row for path in shard_files(stores(tmp_path / "reference")[0]) for key, row in rows_in(path).items()}
     assert_same(found, expected_rows(llama, ROWS))
     assert sum(sum(logged(log)) for log in logs) <= 1.05 * len(found)
-
-
-def rows_of(path: Path) -> Rows:
-    return {key: (row.logp, row.tokens) for key, row in open_po.reference.shards.read_shard(path).rows().items()}
 
 
 @pytest.mark.parametrize(
@@ -288,7 +285,7 @@ def test_a_file_system_that_renames_late(llama: Path, pairs_file: Path, tmp_path
 
     assert cli.forked_ranks(words, linger) == [0, 0]
     (store,) = stores(tmp_path / "reference")
-    found = {key: row for path in shard_files(store) for key, row in rows_of(path).items()}
+    found = {key: row for path in shard_files(store) for key, row in rows_in(path).items()}
     assert_same(found, expected_rows(llama, tiny.text_rows(24)))
 
 

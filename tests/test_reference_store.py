@@ -26,13 +26,13 @@ from transformers import AutoModelForCausalLM
 
 import open_po.model_files
 from open_po.data.tokenization import KEY_DTYPE
-from open_po.model_files import FileHashes, ModelSource, model_identity
+from open_po.model_files import ModelSource, model_identity
 from open_po.reference.shards import DamagedShard, Row, find, read_shard, write_shard
 from open_po.reference.store import Facts, ReferenceStore
 from tests import cli, tiny
 from tests.test_model import load
 from tests.test_packing import sized
-from tests.test_reference import assert_same, expected_rows, stored, stores
+from tests.test_reference import assert_same, expected_rows, rows_in, stored, stores
 
 Capture = pytest.CaptureFixture[str]
 
@@ -235,9 +235,9 @@ def test_a_value_that_the_model_does_not_give_stops_the_run(
     cli.train(llama, pairs_file, tmp_path / "first", max_train_steps=1)
     (store,) = stores(tmp_path / "reference")
     (path,) = store.glob("rows-*")
-    rows = read_shard(path).rows()
+    rows = rows_in(path)
     path.unlink()
-    wrong = {key: Row(row.logp * 1.001, row.tokens, None) for key, row in rows.items()}
+    wrong = {key: Row(logp * 1.001, tokens, None) for key, (logp, tokens) in rows.items()}
     write_shard(store, wrong, {"device": "another machine"})
     line = cli.failure(capsys, cli.arguments(llama, pairs_file, tmp_path / "second"))
     assert "pairs.jsonl row 1: the reference log-prob of the chosen response is -" in line
@@ -248,7 +248,7 @@ def test_a_value_that_the_model_does_not_give_stops_the_run(
     taken = cli.summary(cli.train(llama, pairs_file, tmp_path / "third", **fields))["reference"]
     assert (taken["pairs_computed"], taken["rows_verified"]) == (0, 0)
     for key in rows:
-        write_shard(store, {key: rows[key]}, {"device": "cpu"})
+        write_shard(store, {key: Row(*rows[key], None)}, {"device": "cpu"})
     for path in store.glob("rows-*"):
         if len(read_shard(path)) > 1:
             path.unlink()
@@ -413,23 +413,23 @@ def test_adapters_are_a_model_and_so_is_what_they_are_merged_into(
     plain = expected_rows(llama, tiny.text_rows(24))
     assert max(abs(plain[key][0] - expected[key][0]) for key in plain) > 0.1, "the adapters change something"
 
-    identity = model_identity(ModelSource(name=str(adapted)), FileHashes(tmp_path / "nowhere"))
+    identity = model_identity(ModelSource(name=str(adapted)), tmp_path / "nowhere")
     assert {"adapter_config.json", "adapter_model.safetensors", "base/config.json", "base/model.safetensors"} == set(
         identity
     )
     adapters_for(base, adapted, seed=1)
-    others = [model_identity(ModelSource(name=str(adapted)), FileHashes(tmp_path / "nowhere"))]
+    others = [model_identity(ModelSource(name=str(adapted)), tmp_path / "nowhere")]
     weights = load_weights(base / "model.safetensors")
     weights["model.norm.weight"][0] += 0.5
     save_weights(weights, base / "model.safetensors", metadata={"format": "pt"})
-    others.append(model_identity(ModelSource(name=str(adapted)), FileHashes(tmp_path / "nowhere")))
+    others.append(model_identity(ModelSource(name=str(adapted)), tmp_path / "nowhere"))
     assert [sum(identity[name] != other[name] for name in identity) for other in others] == [1, 2]
 
 
 def test_weights_are_not_mistaken_for_adapters_that_lie_beside_them(llama: Path, tmp_path: Path) -> None:
     model = shutil.copytree(llama, tmp_path / "model")
     (model / "adapter_model.safetensors").write_bytes(b"left over")
-    identity = model_identity(ModelSource(name=str(model)), FileHashes(tmp_path / "nowhere"))
+    identity = model_identity(ModelSource(name=str(model)), tmp_path / "nowhere")
     assert set(identity) == {"config.json", "model.safetensors"}
 
 
@@ -441,7 +441,7 @@ def test_adapters_trained_on_adapters_are_merged_and_others_name_their_base(
     run = cli.train(llama, pairs_file, tmp_path / "runs" / "plain", **fields)
     named = json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str(llama)
-    merged = model_identity(ModelSource(name=str(run / "adapter")), FileHashes(tmp_path / "nowhere"))
+    merged = model_identity(ModelSource(name=str(run / "adapter")), tmp_path / "nowhere")
     assert "base/model.safetensors" in merged
     scorer = load(run / "adapter")
     for name, weight in load_weights(run / "model.safetensors").items():
@@ -496,7 +496,7 @@ def test_files_are_hashed_once(llama: Path, tmp_path: Path, monkeypatch: pytest.
 
     def identity() -> dict[str, str]:
         opened_files.clear()
-        return model_identity(ModelSource(name=str(model)), FileHashes(tmp_path))
+        return model_identity(ModelSource(name=str(model)), tmp_path)
 
     first = identity()
     assert sorted(opened_files) == ["config.json", "model.safetensors"]

@@ -7,7 +7,8 @@
     python -m open_po cache merge FOLDER [FOLDER ...] --into FOLDER   join caches, of several machines for example
 
 `build` takes what `python dpo_tune_cache.py` takes; started several times, on several machines that share the folder or
-under torchrun, the processes share the work. The others take --dir, the cache's folder (default the configuration's).
+under torchrun, the processes share the work. The others take --dir, the cache's folder, if it is not the
+default one.
 """
 
 from __future__ import annotations
@@ -30,13 +31,12 @@ from open_po.command import run_command
 from open_po.config import ReferenceConfig, RunConfig, help_text, load_config
 from open_po.data.tokenization import KEY_DTYPE
 from open_po.errors import UserError
-from open_po.model_files import FileHashes
 from open_po.output import write_atomically
 from open_po.prepare import policy_source, prepare_data
 from open_po.reference import log_probs_of, open_cache, separate_reference
 from open_po.reference.claims import Claims
 from open_po.reference.shards import DamagedShard, Shard, damaged_files, read_shard, set_aside, shard_files
-from open_po.reference.store import MANIFEST, read_manifest
+from open_po.reference.store import MANIFEST, ReferenceStore, read_manifest
 from open_po.runtime import Runtime, user_line
 
 
@@ -59,10 +59,10 @@ def main(words: Sequence[str]) -> int:
         default = Path(ReferenceConfig().reference_cache_dir).expanduser()
         command.add_argument("--dir", type=Path, default=default, help=f"the cache's folder (default {default})")
         if name == "prune":
-            command.add_argument("--key", action="append", default=[], help="remove the store of this name")
+            command.add_argument("--key", action="append", default=[], help="remove the store whose name begins so")
             command.add_argument("--model", help="remove the stores of models whose name holds this text")
             command.add_argument("--older-than", type=float, metavar="DAYS", help="remove files not written since")
-            command.add_argument("--damaged", action="store_true", help="remove files that were set aside")
+            command.add_argument("--damaged", action="store_true", help="remove files that are damaged")
             command.add_argument("--dry-run", action="store_true", help="say what would be removed")
     arguments = parser.parse_args(words)
     commands_by_name: dict[str, Callable[[argparse.Namespace, Console], int]] = {
@@ -86,7 +86,7 @@ def _build(words: Sequence[str]) -> int:
     if not words or {"-h", "--help"} & set(words):
         print(help_text("python -m open_po cache build"))
         return 0
-    return run_command(lambda: load_config(words), build, seed=lambda config: config.train.seed)
+    return run_command(lambda: load_config(words), build)
 
 
 def build(config: RunConfig, runtime: Runtime) -> None:
@@ -95,12 +95,11 @@ def build(config: RunConfig, runtime: Runtime) -> None:
         runtime.say(f"loss_type {', '.join(config.loss.names)} uses no reference log-probs: there is nothing to build")
         return
     runtime.on_main(lambda: open_cache(config))
-    hashes = FileHashes(Path(config.reference.reference_cache_dir))
     data = prepare_data(config, runtime)
-    reference = separate_reference(config, runtime, data, hashes)
+    reference = separate_reference(config, runtime, data)
     if reference is None:
         trains, source = not config.model.use_lora, policy_source(config)
-        reference = log_probs_of(source, config, runtime, data, hashes, trains=trains, label="Reference model")
+        reference = log_probs_of(source, config, runtime, data, trains=trains, label="Reference model")
     done = reference.summary
     table = _table("Reference log-probs", "what", "value")
     table.add_row("pairs", f"{done.pairs_computed + done.pairs_reused:,}, of which {done.pairs_reused:,} were there")
@@ -261,32 +260,19 @@ def _merge(arguments: argparse.Namespace, console: Console) -> int:
             except OSError as error:
                 raise UserError(f"--into {arguments.into}: no folder can be made there ({error.strerror})") from error
             read_manifest(target)
-            known = []
-            for path in shard_files(target):
-                try:
-                    known.append(read_shard(path))
-                except DamagedShard as damage:
-                    set_aside(path)
-                    console.print(f"{path}: {damage}; is set aside", soft_wrap=True, markup=False)
-            there = {shard.path.name for shard in known}
+            warn = partial(console.print, soft_wrap=True, markup=False)
+            known = {by_token: ReferenceStore(target, by_token=by_token, warn=warn) for by_token in (False, True)}
             for path, fault in store.faults.items():
                 console.print(f"{path}: {fault}; left out", soft_wrap=True, markup=False)
             for shard in store.shards:
-                if shard.path.name in there or _covers(known, shard):
+                if (known[shard.token_logps is not None].find(shard.keys) >= 0).all():
                     continue
                 write_atomically(target / shard.path.name, partial(shutil.copyfile, shard.path))
-                known.append(shard)
                 copied, rows = copied + 1, rows + len(shard)
             if not (target / MANIFEST).exists():
                 write_atomically(target / MANIFEST, partial(shutil.copyfile, store.folder / MANIFEST))
     console.print(f"Copied {copied} files, {rows:,} rows, into {arguments.into}", soft_wrap=True, markup=False)
     return 0
-
-
-def _covers(known: Sequence[Shard], shard: Shard) -> bool:
-    """Whether every row of a shard is in others that say as much of it."""
-    fit = [other.keys for other in known if other.token_logps is not None or shard.token_logps is None]
-    return bool(fit) and bool(np.isin(shard.keys, np.concatenate(fit)).all())
 
 
 def _table(title: str, *columns: str, header: bool = False) -> Table:

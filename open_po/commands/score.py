@@ -20,7 +20,6 @@ from open_po.command import run_command
 from open_po.config import FIELDS, RunConfig, load_config
 from open_po.errors import ConfigError, UserError
 from open_po.losses import PairLogps
-from open_po.model_files import FileHashes
 from open_po.output import disk_faults, write_atomically
 from open_po.prepare import Data, policy_source, prepare_data
 from open_po.reference import log_probs_of, open_cache, separate_reference
@@ -59,7 +58,7 @@ def main(words: Sequence[str]) -> int:
             raise ConfigError(["eval_mixer_list: score takes its data from --data"])
         return config
 
-    return run_command(read, job, seed=lambda config: config.train.seed)
+    return run_command(read, job)
 
 
 def _concerns(name: str) -> bool:
@@ -71,14 +70,13 @@ def score(config: RunConfig, runtime: Runtime, out: Path, beta: float) -> None:
     """Score the data under the policy, and under the reference if there is one, and write one line a pair."""
     runtime.on_main(lambda: _check(out, config))
     runtime.on_main(lambda: open_cache(config))
-    hashes = FileHashes(Path(config.reference.reference_cache_dir))
     data = prepare_data(config, runtime, label="Data")
 
-    scored = log_probs_of(policy_source(config), config, runtime, data, hashes, trains=False, label="Model")
+    scored = log_probs_of(policy_source(config), config, runtime, data, trains=False, label="Model")
     policy = runtime.on_all(lambda: scored.store.lookup(data.train))
     under_reference = None
     if config.reference.reference_model_name_or_path is not None:
-        reference = separate_reference(config, runtime, data, hashes) or scored  # the model itself
+        reference = separate_reference(config, runtime, data) or scored  # the model itself
         under_reference = runtime.on_all(lambda: reference.store.lookup(data.train))
     rows = _rows(data, policy, under_reference, beta)
 

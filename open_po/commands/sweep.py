@@ -230,9 +230,10 @@ class Sweep:
         needs: dict[str, list[Run]] = {}
         for run in runs:
             config = run.config
-            lora = {"lora_rank": None, "lora_alpha": None, "lora_dropout": None, "lora_target_modules": None}
             if config.loss.mix().needs_reference:
-                model = replace(config.model, **lora)  # type: ignore[arg-type]
+                model = replace(
+                    config.model, lora_rank=None, lora_alpha=None, lora_dropout=None, lora_target_modules=None
+                )
                 needs.setdefault(repr((model, config.data, config.reference)), []).append(run)
         failed: list[Run] = []
         for number, group in enumerate(needs.values()):
@@ -328,8 +329,8 @@ def _flags(values: Mapping[str, str]) -> list[str]:
 
 def _rank(row: Mapping[str, Any]) -> tuple[float, float]:
     """Most accurate first, then the widest margin; what has no figures last."""
-    figures = (row["rewards/accuracy"], row["rewards/margin"])
-    return tuple(-figure if figure is not None else math.inf for figure in figures)  # type: ignore[return-value]
+    accuracy, margin = row["rewards/accuracy"], row["rewards/margin"]
+    return (math.inf, math.inf) if accuracy is None else (-accuracy, -margin)
 
 
 def _last_line(log: Path) -> str:

@@ -74,8 +74,6 @@ def _is_dead(host: str, pid: int) -> bool:
         return True
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:  # or another user's, which lives
+        return isinstance(error, ProcessLookupError)
     return False

@@ -16,13 +16,14 @@ from open_po.config import RunConfig
 from open_po.data import PairDataset
 from open_po.errors import UserError
 from open_po.logprobs import response_sums
-from open_po.model import Numerics, Scorer, load_scorer, refuse_other_vocabulary, release_memory
-from open_po.model_files import FileHashes, ModelSource, model_identity
+from open_po.model import Numerics, Scorer, load_scorer, release_memory
+from open_po.model_files import ModelSource, model_identity
 from open_po.packing import Group, PackingStats, pack_responses
 from open_po.prepare import Data, load_alike, reference_source
 from open_po.reference.fill import Pass
 from open_po.reference.store import Facts, ReferenceStore, read_manifest
 from open_po.runtime import Runtime
+from open_po.tokenizer import refuse_other_vocabulary
 
 T = TypeVar("T")
 
@@ -78,7 +79,7 @@ def open_cache(config: RunConfig) -> None:
             raise UserError(f"reference_cache_read_only: {folder} is no folder")
 
 
-def separate_reference(config: RunConfig, runtime: Runtime, data: Data, hashes: FileHashes) -> Reference | None:
+def separate_reference(config: RunConfig, runtime: Runtime, data: Data) -> Reference | None:
     """Log-probs of the reference model, if it is another than the policy's starting weights. It is gone afterwards.
 
     Raises UserError if its tokenizer gives other tokens the ids of the data.
@@ -87,7 +88,7 @@ def separate_reference(config: RunConfig, runtime: Runtime, data: Data, hashes: 
     if source is None:
         return None
     runtime.on_main(lambda: refuse_other_vocabulary(source, data.tokenizer, data.token_ids()))
-    return log_probs_of(source, config, runtime, data, hashes, trains=False, label="Reference model")
+    return log_probs_of(source, config, runtime, data, trains=False, label="Reference model")
 
 
 def log_probs_of(
@@ -95,7 +96,6 @@ def log_probs_of(
     config: RunConfig,
     runtime: Runtime,
     data: Data,
-    hashes: FileHashes,
     *,
     trains: bool,
     label: str,
@@ -111,7 +111,7 @@ def log_probs_of(
         data.prepare(scorer, config.model.prompt_sharing, label, runtime)
         return scorer
 
-    identity = runtime.on_main(lambda: model_identity(source, hashes))
+    identity = runtime.on_main(lambda: model_identity(source, Path(config.reference.reference_cache_dir)))
     reference = ensure_reference(load, source, identity, numerics, config, runtime, data)
     release_memory()
     return reference

@@ -91,9 +91,9 @@ class PackPlanner:
         """
         dataset = self.responses.dataset
         every = [Response(pair, side) for pair in range(len(dataset)) for side in (0, 1)]
-        tokens = sum(unit.tokens(self.layout) for unit in self._planner.units(every))
-        packs = self.cut(every, max(1, min(self.budget, math.ceil(tokens / world_size))))
-        return self.without_stored(packs)
+        units = self._planner.units(every)
+        share = math.ceil(sum(unit.tokens(self.layout) for unit in units) / world_size)
+        return self.without_stored(self._packs(units, max(1, min(self.budget, share))))
 
     def without_stored(self, packs: Iterable[ResponsePack]) -> list[ResponsePack]:
         """`packs` without the responses that are stored."""
@@ -109,11 +109,14 @@ class PackPlanner:
 
     def cut(self, items: Iterable[Response], max_tokens: int) -> list[ResponsePack]:
         """Packs of at most `max_tokens`; a response that needs more goes alone."""
-        planner = self._planner
+        return self._packs(self._planner.units(items), max_tokens)
+
+    def _packs(self, units: Sequence[Unit[Response]], max_tokens: int) -> list[ResponsePack]:
         found = []
-        for units in planner.packs(planner.units(items), max_tokens):
-            numbers = [self.responses.dataset.response_numbers[item] for unit in units for item in unit.items]
-            found.append(ResponsePack(units, np.array(numbers, dtype=np.int64), planner.stats(units, self.budget)))
+        for part in self._planner.packs(units, max_tokens):
+            numbers = [self.responses.dataset.response_numbers[item] for unit in part for item in unit.items]
+            stats = self._planner.stats(part, self.budget)
+            found.append(ResponsePack(part, np.array(numbers, dtype=np.int64), stats))
         return found
 
     def batch(self, pack: ResponsePack) -> PackedBatch:
@@ -152,10 +155,10 @@ class Pass:
         Raises UserError naming the pair if a log-prob is not finite, which is never stored, or if a single response
         does not fit in memory.
         """
-        left = self.planner.plan(self.runtime.world_size)
-        if not left:
-            return
         lacking = int((~self.responses.stored).sum())
+        if not lacking:
+            return
+        left = self.planner.plan(self.runtime.world_size)
         try:
             label, unit = "Reference log-probs", "distinct responses"
             progress = Progress(self.runtime.console, label, total=lacking, unit=unit)

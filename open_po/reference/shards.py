@@ -16,7 +16,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,7 +62,7 @@ class Shard:
     logps: NDArray[np.float32]  # [n], nats
     tokens: NDArray[np.int32]  # [n]
     token_logps: NDArray[np.float32] | None  # [sum of tokens]
-    made: dict[str, str] = field(default_factory=dict)  # see `origin`
+    made: dict[str, str]  # see `origin`
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -75,16 +75,6 @@ class Shard:
     def age_key(self) -> tuple[str, str]:
         """What files are sorted by, the oldest first."""
         return self.made.get("created", ""), self.path.name
-
-    def rows(self) -> dict[bytes, Row]:
-        """Every row by its key."""
-        ends = np.cumsum(self.tokens)
-        found = {}
-        for number, key in enumerate(self.keys.tolist()):
-            of_token = self.token_logps
-            parts = None if of_token is None else of_token[ends[number] - self.tokens[number] : ends[number]].tolist()
-            found[key] = Row(float(self.logps[number]), int(self.tokens[number]), parts)
-        return found
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -138,7 +128,8 @@ def read_shard(path: Path) -> Shard:
         raise DamagedShard("its content does not fit the hash in its name")
     try:
         with safe_open(path, framework="pt") as file:
-            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118  # no mapping
+            names = file.keys()
+            arrays = {name: file.get_tensor(name).numpy() for name in names}
             made = file.metadata() or {}
     except SafetensorError as error:
         raise DamagedShard(f"is no safetensors file ({first_line(error)})") from error
