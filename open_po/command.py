@@ -1,14 +1,27 @@
-"""How every command starts and ends: configuration, ranks, and what a user can cause told in one line."""
+"""How every command starts and ends: words, configuration, ranks, and what a user can cause told in one line."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 from open_po.config import RunConfig
 from open_po.errors import ConfigError, UserError
 from open_po.runtime import Runtime, user_line
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The command line of `python -m open_po COMMAND`; `description` is shown as it is laid out."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2 and one line, where argparse would print its usage above it."""
+        self.exit(ConfigError.exit_code, f"config error: {message}; see {self.prog} --help\n")
 
 
 def run_command(read: Callable[[], RunConfig], job: Callable[[RunConfig, Runtime], None]) -> int:

@@ -14,7 +14,6 @@ digits make no compound. No number occurs in more than one of the three files.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
@@ -30,6 +29,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from open_po.command import CommandParser
 from open_po.errors import UserError
 from open_po.evaluate import exact_match
 from open_po.output import write_atomically
@@ -315,7 +315,7 @@ def tell(report: Report, folder: Path, console: Console) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line `arguments`; returns the exit code. What a user can cause is told in one line."""
-    parser = argparse.ArgumentParser(prog="python -m open_po.quickstart", description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(prog="python -m open_po.quickstart", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("build", "make the data and the untrained model"), ("report", "compare the two stages")):
         command = commands.add_parser(name, help=text, description=text)

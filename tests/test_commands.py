@@ -259,6 +259,21 @@ def test_the_program_names_its_commands(capsys: Capture) -> None:
     assert only_line(capsys) == "error: train: is no command; there are cache, score and sweep"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("score --model x", "the following arguments are required: --data, --out; see python -m open_po score --help"),
+        ("sweep --grid a=1 --jobs x", "argument --jobs: invalid int value: 'x'; see python -m open_po sweep --help"),
+        ("cache merge a", "the following arguments are required: --into; see python -m open_po cache merge --help"),
+    ],
+)
+def test_wrong_words_are_told_in_one_line(words: str, said: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        program.main(words.split())
+    assert ended.value.code == 2
+    assert only_line(capsys) == f"config error: {said}"
+
+
 def test_it_starts_as_a_module(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "open_po", "cache", "info", "--dir", str(tmp_path)],

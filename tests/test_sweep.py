@@ -63,6 +63,9 @@ def test_mistakes_are_reported_at_once_and_before_anything_runs(
     assert problems("--grid", "beta=1", "--push_to_hub") == [
         "config error: push_to_hub: runs of a sweep would overwrite each other's model; upload the best by hand"
     ]
+    assert problems("--grid", "beta=1,2,1.0", "max_grad_norm=1") == [
+        "config error: --grid: beta=1,max_grad_norm=1 and beta=1.0,max_grad_norm=1 are the same run; leave one out"
+    ]
     assert problems("--grid", "beta=1", "--jobs", "0") == ["config error: --jobs: must be above 0, got 0"]
     without = [word for word in words if "held_out" not in word]
     place = without.index("--eval_mixer_list")

@@ -27,7 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from open_po.command import run_command
+from open_po.command import CommandParser, run_command
 from open_po.config import ReferenceConfig, RunConfig, help_text, load_config
 from open_po.data.tokenization import KEY_DTYPE
 from open_po.errors import UserError
@@ -44,9 +44,7 @@ def main(words: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     if words and words[0] == "build":
         return _build(words[1:])
-    parser = argparse.ArgumentParser(
-        prog="python -m open_po cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="python -m open_po cache", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="build|info|verify|prune|merge")
     for name in ("info", "verify", "prune", "merge"):
         command = commands.add_parser(name)

@@ -8,7 +8,6 @@ concerns model, data and reference can follow. Log-probs are kept in and taken f
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
-from open_po.command import run_command
+from open_po.command import CommandParser, run_command
 from open_po.config import FIELDS, RunConfig, load_config
 from open_po.errors import ConfigError, UserError
 from open_po.losses import PairLogps
@@ -29,12 +28,7 @@ from open_po.tracking import wins
 
 def main(words: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m open_po score",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser(prog="python -m open_po score", description=__doc__)
     parser.add_argument("--model", required=True, help="a folder or a Hub model")
     parser.add_argument("--data", required=True, nargs="+", metavar="NAME", help="one data set, or NAME AMOUNT ...")
     parser.add_argument("--reference", help="a folder or a Hub model: adds the implicit rewards")

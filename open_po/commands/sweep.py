@@ -10,7 +10,6 @@ and sweep.png hold each setting's last held-out evaluation. What is stopped goes
 
 from __future__ import annotations
 
-import argparse
 import csv
 import itertools
 import math
@@ -30,6 +29,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from open_po.command import CommandParser
 from open_po.commands.processes import Slots
 from open_po.config import RunConfig, load_config
 from open_po.errors import ConfigError, UserError
@@ -77,12 +77,7 @@ class Run:
 def main(words: Sequence[str]) -> int:
     """Run the command; returns the exit code: 1 if a run failed, 130 if the sweep was stopped."""
     configs = list(itertools.takewhile(lambda word: not word.startswith("--"), words))
-    parser = argparse.ArgumentParser(
-        prog="python -m open_po sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser(prog="python -m open_po sweep", description=__doc__)
     parser.add_argument("--grid", nargs="+", required=True, metavar="NAME=VALUE,VALUE", help="fields and their values")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: one for each device, or one)")
     parser.add_argument("--devices", help="GPUs to spread the runs over: 0,1")
@@ -158,6 +153,9 @@ class Sweep:
             problems["eval_mixer_list: is required, a sweep compares runs on held-out data"] = None
         if not problems and configs[0].output.push_to_hub:
             problems["push_to_hub: runs of a sweep would overwrite each other's model; upload the best by hand"] = None
+        for (one, mine), (other, theirs) in itertools.combinations(zip(settings, configs, strict=False), 2):
+            if not problems and mine == theirs:
+                problems[f"--grid: {_name(one)} and {_name(other)} are the same run; leave one out"] = None
         if problems:
             raise ConfigError(list(problems))
         folder = Path(configs[0].output.output_dir or "")
