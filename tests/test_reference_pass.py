@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -194,6 +194,28 @@ def test_four_writers_share_the_work(llama: Path, many: Path, tmp_path: Path, un
     shares = [sum(logged(log)) for log in logs]
     assert sum(shares) <= 1.02 * len(uninterrupted)
     assert min(shares) > 0, "none of them is idle"
+
+
+def test_what_another_stores_before_a_claim_is_seen_is_not_computed_again(
+    llama: Path, many: Path, tmp_path: Path, uninterrupted: Rows
+) -> None:
+    """One process has chosen its packs; before it claims them another computes, stores and releases them all."""
+    words, log = build_words(llama, many, tmp_path), tmp_path / "log"
+
+    def prepare() -> None:
+        real = Pass._write_claim
+
+        def late(self: Pass, window: Sequence[ResponsePack]) -> None:
+            Pass._write_claim = real  # type: ignore[method-assign]
+            assert exit_code(fork(words, lambda: None)) == 0
+            log_scores(log)
+            real(self, window)
+
+        Pass._write_claim = late  # type: ignore[method-assign]
+
+    assert exit_code(fork(words, prepare)) == 0
+    assert logged(log) == []
+    assert stored(tmp_path / "reference") == uninterrupted
 
 
 def test_writers_of_other_data_share_what_they_have_in_common(llama: Path, many: Path, tmp_path: Path) -> None:
