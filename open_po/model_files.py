@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from huggingface_hub import snapshot_download
 
 from open_po.errors import UserError
 from open_po.output import write_atomically
+from open_po.runtime import Runtime
 
 _SAFE = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 _OTHER = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
@@ -60,8 +62,14 @@ def _downloaded(name: str, revision: str | None) -> Path:
             # model.fp16.safetensors.
             patterns = ["config.json", "generation_config.json", "*.py", *weights]
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-            if any(any(folder.glob(pattern)) for pattern in weights):
+            found = _weights(folder, weights)
+            if not all(path.exists() for path in found):  # an index names other files than usual
+                patterns += [path.name for path in found]
+                folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+            if found:
                 return folder
+    except UserError:
+        raise
     except Exception as error:  # the client's own errors, or those of the HTTP library it is built on
         reason = " ".join(str(error).split())
         raise UserError(f"{name}: neither a local folder nor a Hub model that can be reached ({reason})") from error
@@ -76,6 +84,8 @@ def adapter_base(folder: Path, trust_remote_code: bool) -> ModelSource | None:
     try:
         content = json.loads(path.read_text())
         name, revision = content["base_model_name_or_path"], content.get("revision")
+        if not name or Path(name).resolve() == folder.resolve():
+            raise ValueError(f"it is {name!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: names no base model ({error}); set its base_model_name_or_path") from error
     return ModelSource(name=name, revision=revision, trust_remote_code=trust_remote_code)
@@ -137,13 +147,41 @@ def model_identity(source: ModelSource, memo: Path) -> dict[str, str]:
     return identity
 
 
+def agreed_identity(source: ModelSource, memo: Path, runtime: Runtime) -> dict[str, str]:
+    """The same, made sure of on all ranks, whose machines may have files of their own under one name.
+
+    Raises UserError naming a rank whose files differ from rank 0's.
+    """
+    identity = runtime.on_main(lambda: model_identity(source, memo))  # alone at first: the others find it remembered
+    if runtime.world_size == 1:
+        return identity
+    for rank, other in enumerate(runtime.gather(runtime.on_all(lambda: model_identity(source, memo)))):
+        differing = sorted(name for name, _ in identity.items() ^ other.items())
+        if differing:
+            raise UserError(
+                f"{source.name}: rank {rank} has another {differing[0]} than rank 0; give all machines the same files",
+                shared=True,
+            )
+    return identity
+
+
 def _files(folder: Path, source: ModelSource) -> list[Path]:
     """The files that decide what a model computes: transformers prefers safetensors, and adapters to whole weights."""
     if (folder / _ADAPTER[0]).is_file():
         return [folder / name for name in _ADAPTER if (folder / name).is_file()]
     for patterns in (_SAFE, _OTHER):
-        weights = {path for pattern in patterns for path in folder.glob(pattern)}
-        if weights:
+        if weights := _weights(folder, patterns):
             code = folder.glob("*.py") if source.trust_remote_code else ()
             return sorted({*weights, *folder.glob("config.json"), *code})
     raise UserError(f"{source.name}: {_NO_WEIGHTS}")
+
+
+def _weights(folder: Path, patterns: Sequence[str]) -> set[Path]:
+    """The files of some patterns, and those that an index among them names. Raises UserError for a damaged index."""
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    for index in [path for path in found if path.name.endswith(".index.json")]:
+        try:
+            found |= {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: names no weight files ({error}); copy or download the model again") from error
+    return found

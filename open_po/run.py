@@ -17,7 +17,7 @@ from open_po.evaluate import HeldOut
 from open_po.hub import create_repository, upload
 from open_po.losses import PairLogps
 from open_po.model import Numerics, Scorer, save_model, trainable_parameters
-from open_po.model_files import model_identity
+from open_po.model_files import agreed_identity
 from open_po.optim import make_optimizer, make_schedule, total_steps
 from open_po.output import RunFolder
 from open_po.packing import Planner, Sampler
@@ -81,7 +81,7 @@ def _train(folder: RunFolder, config: RunConfig, numerics: Numerics, runtime: Ru
         runtime.on_main(lambda: open_cache(config))
     data = prepare_data(config, runtime)
     reference = separate_reference(config, runtime, data) if needs_reference else None
-    identity = runtime.on_main(lambda: model_identity(source, Path(config.reference.reference_cache_dir)))
+    identity = agreed_identity(source, Path(config.reference.reference_cache_dir), runtime)
     policy = load_alike(lambda: load_policy(config, numerics, runtime, data), runtime)
     if needs_reference and reference is None:
         reference = ensure_reference(lambda: policy, source, identity, numerics, config, runtime, data)

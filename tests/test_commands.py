@@ -89,6 +89,24 @@ def test_verify_finds_a_flipped_byte(filled: Path, capsys: Capture) -> None:
     assert not stores(filled)
 
 
+def test_a_file_that_cannot_be_read_stops_no_command(filled: Path, tmp_path: Path, capsys: Capture) -> None:
+    (store,) = stores(filled)
+    path = store / f"rows-{'0' * 32}.safetensors"
+    path.symlink_to(path)  # too many levels of symbolic links
+    for words, code, said in (
+        (["verify", "--dir", str(filled)], 1, "1 files are whole, 0 damaged, 1 cannot be read"),
+        (["info", "--dir", str(filled)], 0, " 48 "),
+        (["merge", str(filled), "--into", str(tmp_path / "both")], 0, "Copied 1 files, 48 rows"),
+        (["prune", "--dir", str(filled), "--key", store.name], 0, "2 of 2 files"),
+    ):
+        capsys.readouterr()
+        assert cache.main(words) == code
+        shown = capsys.readouterr()
+        assert said in shown.out
+        assert shown.err == f"left alone: {path}: cannot be read (Too many levels of symbolic links)\n"
+    assert not store.exists()
+
+
 def test_prune_by_key_model_and_age(
     llama: Path, pairs_file: Path, tmp_path: Path, filled: Path, capsys: Capture
 ) -> None:
@@ -148,6 +166,10 @@ def test_merge_joins_caches_and_copies_nothing_twice(
     os.utime(path, (0, 0))
     assert cache.main(["merge", *map(str, folders), "--into", str(both)]) == 0
     assert path.read_bytes() == whole, "a damaged file is replaced by the whole one"
+    for folder in folders:
+        (stores(folder)[0] / "manifest.json").unlink()
+    assert cache.main(["merge", *map(str, folders), "--into", str(tmp_path / "bare")]) == 0
+    assert stored(tmp_path / "bare") == before[0] | before[1], "a store is its files, with a manifest or without"
     for words, said in (
         ([tmp_path / "nowhere"], f"{tmp_path}/nowhere: is no folder; --dir names the reference_cache_dir"),
         ([pairs_file.parent], f"{pairs_file.parent}: holds no reference log-probs"),
@@ -242,7 +264,12 @@ def test_what_score_refuses(llama: Path, pairs_file: Path, tmp_path: Path, capsy
     assert score.main([*words, "--out", str(tmp_path)]) == 1
     assert only_line(capsys) == f"error: --out {tmp_path}: is a folder; name a file"
     assert score.main([*words, "--out", str(tmp_path / "x.jsonl"), "--eval_mixer_list", "a", "1.0"]) == 2
-    assert only_line(capsys) == "config error: eval_mixer_list: score takes its data from --data"
+    assert only_line(capsys) == "config error: eval_mixer_list: score takes this from --data"
+    assert score.main([*words, "--out", str(tmp_path / "x.jsonl"), "--model_name_or_path", "b"]) == 2
+    assert only_line(capsys) == "config error: model_name_or_path: score takes this from --model"
+    for field in ("use_lora", "gradient_checkpointing"):
+        assert score.main([*words, "--out", str(tmp_path / "x.jsonl"), f"--{field}", "true"]) == 2
+        assert only_line(capsys) == f"config error: {field}: score does not train; leave it out"
     assert score.main([*words, "--out", str(tmp_path / "x.jsonl"), "--learning_rate", "1"]) == 2
     assert only_line(capsys) == "config error: learning_rate: score does not train; leave it out"
 

@@ -188,6 +188,22 @@ def test_a_fault_that_rank_0_finds_ends_both(
     cli.only_error(capfd.readouterr().err)
 
 
+def test_ranks_with_other_weights_under_one_name_are_refused(
+    llama: Path, pairs_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where one of two machines has an older copy: its rows would stand under the other's key."""
+    for rank in range(2):
+        tiny.make_model_folder(tmp_path / str(rank) / "model", seed=rank)
+    words = cli.arguments("./model", pairs_file, tmp_path / "run")
+    capfd.readouterr()
+    assert cli.forked_ranks(words, lambda rank: os.chdir(tmp_path / str(rank))) == [1, 1]
+    line = cli.only_error(capfd.readouterr().err)
+    assert line == (
+        "error: ./model: rank 1 has another model.safetensors than rank 0; give all machines the same files"
+    )
+    assert not list((tmp_path / "reference").rglob("rows-*"))
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"

@@ -258,6 +258,42 @@ def test_a_claim_of_a_process_that_is_gone_holds_nobody_up(
     assert not claim.exists()
 
 
+def test_a_claim_that_has_ended_and_cannot_be_removed_is_no_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's, in a folder where each may only remove files of their own."""
+    claim = tmp_path / "claim-of-another.safetensors"
+    save_file({"keys": np.zeros((1, 16), np.uint8)}, claim, {"host": "elsewhere", "pid": "1", "seconds": "60"})
+    assert len(Claims(tmp_path).others()) == 1
+    os.utime(claim, (0, 0))
+    real = Path.unlink
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        if self == claim:
+            raise PermissionError(1, "Operation not permitted")
+        real(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert Claims(tmp_path).others() == []
+
+
+def test_a_store_is_not_pruned_while_its_pass_is_planned(
+    llama: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, codes = PackPlanner.plan, []
+
+    def plan(self: PackPlanner, world_size: int) -> list[ResponsePack]:
+        (store,) = (tmp_path / "reference").glob("*/")
+        words = ["prune", "--dir", str(tmp_path / "reference"), "--key", store.name]
+        codes.append(exit_code(fork(words, lambda: None)))
+        return real(self, world_size)
+
+    monkeypatch.setattr(PackPlanner, "plan", plan)
+    run = cli.train(llama, pairs_file, tmp_path / "run", max_train_steps=1)
+    assert cli.summary(run)["reference"]["pairs_computed"] == 24
+    assert codes == [1]
+
+
 def test_claims_are_seen_taken_and_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of this very process number is of a process before it, as in a container that was started again."""
     mine, theirs = Claims(tmp_path), Claims(tmp_path)
@@ -397,7 +433,7 @@ def note(module, name, what, before):
         if not before: print(what, resident(), file=sys.stderr)
         return result
     setattr(module, name, noted)
-note(open_po.reference.ensure, "model_identity", "empty", False)
+note(open_po.reference.ensure, "agreed_identity", "empty", False)
 note(open_po.reference.fill.Pass, "run", "used", False)
 note(open_po.prepare, "load_scorer", "policy", True)
 main({words!r})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from transformers import AutoModelForCausalLM
 
 import open_po.model_files
 from open_po.data.tokenization import KEY_DTYPE
+from open_po.errors import UserError
 from open_po.model_files import ModelSource, model_identity
 from open_po.reference.shards import DamagedShard, Row, find, read_shard, write_shard
 from open_po.reference.store import Facts, ReferenceStore
@@ -159,6 +161,36 @@ def test_a_file_that_cannot_be_read_is_left_where_it_is(tmp_path: Path) -> None:
     assert not ReferenceStore(tmp_path, warn=warned.append).shards
     assert warned == [f"{path}: cannot be read (Too many levels of symbolic links), its rows count as missing"]
     assert path.is_symlink()
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_is_read_later(tmp_path: Path) -> None:
+    path = write_shard(tmp_path, rows := made_up(3), {}).path
+    content = path.read_bytes()
+    path.unlink()
+    path.symlink_to(path)
+    warned: list[str] = []
+    store = ReferenceStore(tmp_path, warn=warned.append)
+    assert not len(store.refresh())
+    path.unlink()
+    path.write_bytes(content)
+    assert len(store.refresh()) == 3
+    assert (store.find(np.frombuffer(b"".join(rows), dtype=KEY_DTYPE)) >= 0).all()
+    assert len(warned) == 1
+
+
+def test_of_two_copies_of_a_file_the_whole_one_serves(tmp_path: Path) -> None:
+    rows = made_up(3)
+    for name in ("mine", "team"):
+        (tmp_path / name).mkdir()
+    path = write_shard(tmp_path / "team", rows, {}).path
+    damaged = tmp_path / "mine" / path.name
+    damaged.write_bytes(path.read_bytes()[:-1])
+    os.utime(damaged, (0, 0))
+    warned: list[str] = []
+    store = ReferenceStore(tmp_path / "mine", beneath=[tmp_path / "team"], warn=warned.append)
+    assert (store.find(np.frombuffer(b"".join(rows), dtype=KEY_DTYPE)) >= 0).all()
+    assert len(warned) == 1
+    assert not damaged.exists()
 
 
 def test_a_damaged_file_of_a_read_only_cache_stays_as_it_is(
@@ -424,6 +456,69 @@ def test_adapters_are_a_model_and_so_is_what_they_are_merged_into(
     save_weights(weights, base / "model.safetensors", metadata={"format": "pt"})
     others.append(model_identity(ModelSource(name=str(adapted)), tmp_path / "nowhere"))
     assert [sum(identity[name] != other[name] for name in identity) for other in others] == [1, 2]
+
+
+def oddly_named(model: Path, folder: Path, factor: float = 1.0) -> Path:
+    """A model in files that only its index names."""
+    shutil.copytree(model, folder)
+    weights = {name: factor * tensor for name, tensor in load_weights(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    names = {name: f"model_0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(weights)}
+    for file in set(names.values()):
+        save_weights({name: weights[name] for name in weights if names[name] == file}, folder / file, {"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_weight_files_are_those_that_an_index_names(llama: Path, tmp_path: Path) -> None:
+    one, two = oddly_named(llama, tmp_path / "one"), oddly_named(llama, tmp_path / "two", 1.5)
+    first, second = (model_identity(ModelSource(name=str(folder)), tmp_path / "nowhere") for folder in (one, two))
+    assert {name for name in first if first[name] != second[name]} == {
+        "model_00001-of-00002.safetensors",
+        "model_00002-of-00002.safetensors",
+    }
+    assert (load(two).base.model.embed_tokens.weight == 1.5 * load(one).base.model.embed_tokens.weight).all()
+    (one / "model_00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model_00002-of-00002.safetensors: cannot be read \(No such file"):
+        model_identity(ModelSource(name=str(one)), tmp_path / "nowhere")
+    index = two / "model.safetensors.index.json"
+    index.write_text('{"metadata": {}}')
+    with pytest.raises(UserError, match=r"index.json: names no weight files \('weight_map'\); copy or download"):
+        model_identity(ModelSource(name=str(two)), tmp_path / "nowhere")
+
+
+def test_weight_files_that_an_index_names_are_downloaded(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = oddly_named(llama, tmp_path / "repository")
+    (repository / "model.fp16.safetensors").write_bytes(b"another variant")
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        snapshot = tmp_path / "snapshot"
+        snapshot.mkdir(exist_ok=True)
+        for path in repository.iterdir():
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr(open_po.model_files, "snapshot_download", download)
+    folder = ModelSource(name="someone/odd").folder()
+    assert {path.name for path in folder.glob("*.safetensors")} == {
+        "model_00001-of-00002.safetensors",
+        "model_00002-of-00002.safetensors",
+    }
+
+
+@pytest.mark.parametrize("base", [None, "", "."])
+def test_adapters_name_another_model_as_their_base(base: str | None, llama: Path, tmp_path: Path) -> None:
+    adapted = tmp_path / "adapted"
+    adapters_for(llama, adapted)
+    path = adapted / "adapter_config.json"
+    name = str(adapted) if base == "." else base
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+    with pytest.raises(UserError, match=r"adapter_config.json: names no base model \(it is "):
+        model_identity(ModelSource(name=str(adapted)), tmp_path / "nowhere")
 
 
 def test_weights_are_not_mistaken_for_adapters_that_lie_beside_them(llama: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from open_po.commands import sweep
+from open_po.commands.processes import Slots
 from open_po.commands.sweep import read_grid
 from open_po.errors import ConfigError
 from open_po.output import lock_folder
@@ -32,6 +33,24 @@ def words(llama: Path, pairs_file: Path, tmp_path: Path) -> list[str]:
 def table(folder: Path) -> list[dict[str, str]]:
     with open(folder / "sweep.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_the_reference_pass_uses_a_device_of_the_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    script = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'), os.environ.get('OMP_NUM_THREADS'))"
+    for devices, jobs, said in ((["2", "3"], 2, "2 None\n"), ([None], 2, "None None\n")):
+        log = tmp_path / f"log of {said.strip()}"
+        assert Slots.of(devices, jobs).run_alone([sys.executable, "-c", script], log) == 0
+        assert log.read_text() == said
+
+
+def test_help_is_shown(capsys: Capture) -> None:
+    for flag in ("-h", "--help"):
+        with pytest.raises(SystemExit) as ended:
+            sweep.main([flag])
+        assert ended.value.code == 0
+        assert "--grid NAME=VALUE" in capsys.readouterr().out
 
 
 def test_a_grid_is_every_combination() -> None:

@@ -120,6 +120,7 @@ class StoreFiles:
     manifest: dict[str, Any]
     shards: list[Shard]
     faults: dict[Path, str] = field(default_factory=dict)  # files that are damaged
+    unreadable: int = 0  # files
     aside: list[Path] = field(default_factory=list)  # files that were set aside before
 
     @property
@@ -129,7 +130,9 @@ class StoreFiles:
 
 
 def _stores(cache: Path) -> list[StoreFiles]:
-    """The stores of a cache, every file read and checked; those of a newer format are left alone, with a line.
+    """The stores of a cache, every file read and checked.
+
+    Stores of a newer format, and files that cannot be read, are left alone, with a line.
 
     Raises UserError if the cache is no folder.
     """
@@ -145,14 +148,27 @@ def _stores(cache: Path) -> list[StoreFiles]:
         if manifest is None and not shard_files(folder):
             continue
         manifest = manifest or {}
-        shards, faults = [], {}
+        shards, faults, unreadable = [], {}, 0
         for path in shard_files(folder):
             try:
                 shards.append(read_shard(path))
             except DamagedShard as damage:
                 faults[path] = str(damage)
-        aside = damaged_files(folder)
-        found.append(StoreFiles(folder=folder, manifest=manifest, shards=shards, faults=faults, aside=aside))
+            except FileNotFoundError:  # removed, or set aside, meanwhile
+                continue
+            except OSError as error:
+                print(f"left alone: {path}: cannot be read ({error.strerror})", file=sys.stderr)
+                unreadable += 1
+        found.append(
+            StoreFiles(
+                folder=folder,
+                manifest=manifest,
+                shards=shards,
+                faults=faults,
+                unreadable=unreadable,
+                aside=damaged_files(folder),
+            )
+        )
     return found
 
 
@@ -182,17 +198,18 @@ def _info(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _verify(arguments: argparse.Namespace, console: Console) -> int:
-    """1 if a file is damaged, which is set aside."""
-    damaged = good = 0
+    """1 if a file is damaged, which is set aside, or cannot be read."""
+    damaged = good = unreadable = 0
     for store in _stores(arguments.dir):
-        good += len(store.shards)
+        good, unreadable = good + len(store.shards), unreadable + store.unreadable
         for path, fault in store.faults.items():
             kept = set_aside(path)
             what = "is set aside; a run that needs its rows computes them again" if kept else "cannot be set aside"
             console.print(f"{path}: {fault}; {what}", soft_wrap=True, markup=False)
             damaged += 1
-    console.print(f"{good} files are whole, {damaged} damaged", markup=False)
-    return int(damaged > 0)
+    more = f", {unreadable} cannot be read" if unreadable else ""
+    console.print(f"{good} files are whole, {damaged} damaged{more}", markup=False)
+    return int(damaged + unreadable > 0)
 
 
 # ------------------------------------------------------------------------------------------------------- changing it
@@ -223,14 +240,14 @@ def _prune(arguments: argparse.Namespace, console: Console) -> int:
         doomed = [
             path
             for path in files
-            if (limit is None or path.stat().st_mtime < limit) and (path in bad or not arguments.damaged)
+            if (limit is None or path.lstat().st_mtime < limit) and (path in bad or not arguments.damaged)
         ]
         everything = len(doomed) == len(files) and limit is None and not arguments.damaged
         if not doomed and not everything:
             continue
         if Claims(store.folder).others():
             raise UserError(f"{store.folder}: a process is filling this store; prune it afterwards")
-        size = sum(path.stat().st_size for path in doomed)
+        size = sum(path.lstat().st_size for path in doomed)
         freed += size
         said = f"{store.folder} ({store.model}): {len(doomed)} of {len(files)} files"
         console.print(f"{said}, {size / 1e6:,.1f} MB", soft_wrap=True, markup=False)
@@ -267,7 +284,7 @@ def _merge(arguments: argparse.Namespace, console: Console) -> int:
                     continue
                 write_atomically(target / shard.path.name, partial(shutil.copyfile, shard.path))
                 copied, rows = copied + 1, rows + len(shard)
-            if not (target / MANIFEST).exists():
+            if store.manifest and not (target / MANIFEST).exists():
                 write_atomically(target / MANIFEST, partial(shutil.copyfile, store.folder / MANIFEST))
     console.print(f"Copied {copied} files, {rows:,} rows, into {arguments.into}", soft_wrap=True, markup=False)
     return 0

@@ -85,8 +85,11 @@ class Slots:
                 yield slot.what, code, time.monotonic() - slot.started
 
     def run_alone(self, command: Sequence[str], log: Path) -> int:
-        """Run one process to its end, with all that this machine has; returns its exit code."""
-        self.start(None, command, log, dict(os.environ))
+        """Run one process to its end, on the first slot's device with all of the cores; returns its exit code."""
+        environment = dict(os.environ)
+        if device := self.slots[0].environment.get("CUDA_VISIBLE_DEVICES"):
+            environment["CUDA_VISIBLE_DEVICES"] = device
+        self.start(None, command, log, environment)
         while True:
             for _, code, _ in self.ended():
                 return code

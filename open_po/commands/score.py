@@ -46,18 +46,30 @@ def main(words: Sequence[str]) -> int:
     def read() -> RunConfig:
         config = load_config([*flags, *rest])
         given = (word[2:].partition("=")[0] for word in rest if word.startswith("--"))
-        if odd := [f"{name}: score does not train; leave it out" for name in given if not _concerns(name)]:
+        if odd := [problem for name in given if (problem := _problem(name))]:
             raise ConfigError(odd)
-        if config.data.eval_mixer_list is not None:
-            raise ConfigError(["eval_mixer_list: score takes its data from --data"])
         return config
 
     return run_command(read, job)
 
 
-def _concerns(name: str) -> bool:
-    """Whether a field has to do with scoring."""
-    return FIELDS[name][0] in ("model", "data", "reference") or name == "max_tokens_per_batch"
+_INSTEAD = {
+    "model_name_or_path": "--model",
+    "mixer_list": "--data",
+    "dataset_mixer": "--data",
+    "eval_mixer_list": "--data",
+    "eval_mixer_list_splits": "--data",
+    "reference_model_name_or_path": "--reference",
+}
+
+
+def _problem(name: str) -> str | None:
+    """What is wrong with a field, as far as scoring is concerned."""
+    if name in _INSTEAD:
+        return f"{name}: score takes this from {_INSTEAD[name]}"
+    trains = name == "gradient_checkpointing" or "lora" in name
+    concerns = (FIELDS[name][0] in ("model", "data", "reference") and not trains) or name == "max_tokens_per_batch"
+    return None if concerns else f"{name}: score does not train; leave it out"
 
 
 def score(config: RunConfig, runtime: Runtime, out: Path, beta: float) -> None:

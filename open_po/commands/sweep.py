@@ -76,7 +76,7 @@ class Run:
 
 def main(words: Sequence[str]) -> int:
     """Run the command; returns the exit code: 1 if a run failed, 130 if the sweep was stopped."""
-    configs = list(itertools.takewhile(lambda word: not word.startswith("--"), words))
+    configs = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     parser = CommandParser(prog="python -m open_po sweep", description=__doc__)
     parser.add_argument("--grid", nargs="+", required=True, metavar="NAME=VALUE,VALUE", help="fields and their values")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: one for each device, or one)")

@@ -17,7 +17,7 @@ from open_po.data import PairDataset
 from open_po.errors import UserError
 from open_po.logprobs import response_sums
 from open_po.model import Numerics, Scorer, load_scorer, release_memory
-from open_po.model_files import ModelSource, model_identity
+from open_po.model_files import ModelSource, agreed_identity
 from open_po.packing import Group, PackingStats, pack_responses
 from open_po.prepare import Data, load_alike, reference_source
 from open_po.reference.fill import Pass
@@ -111,7 +111,7 @@ def log_probs_of(
         data.prepare(scorer, config.model.prompt_sharing, label, runtime)
         return scorer
 
-    identity = runtime.on_main(lambda: model_identity(source, Path(config.reference.reference_cache_dir)))
+    identity = agreed_identity(source, Path(config.reference.reference_cache_dir), runtime)
     reference = ensure_reference(load, source, identity, numerics, config, runtime, data)
     release_memory()
     return reference
@@ -156,12 +156,11 @@ def ensure_reference(
     if missing or samples:
         scorer = load_alike(load, runtime)
         runtime.on_all(lambda: _verify(samples, store, scorer, source, data))
-        if missing:
-            runtime.on_all(lambda: store.prepare(facts, {"model": source.name, "revision": source.revision}))
         usual = (4 if runtime.device.type == "cuda" else 1) * (config.train.max_tokens_per_batch or 0)
         max_tokens = config.reference.reference_max_tokens_per_batch or usual
         for part in data.parts if missing else ():
             work = runtime.on_all(partial(Pass, store, scorer, part, runtime, max_tokens=max_tokens, pad=data.pad))
+            runtime.on_all(lambda: store.prepare(facts, {"model": source.name, "revision": source.revision}))
             runtime.on_all(work.run)
             done, computed = done + work.stats, computed + work.computed
     summary = PassSummary(

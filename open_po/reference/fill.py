@@ -158,8 +158,9 @@ class Pass:
         lacking = int((~self.responses.stored).sum())
         if not lacking:
             return
-        left = self.planner.plan(self.runtime.world_size)
         try:
+            self._claim_keys(self.responses.keys[:0], _CLAIM_SECONDS)  # planning takes time: the store is in use
+            left = self.planner.plan(self.runtime.world_size)
             label, unit = "Reference log-probs", "distinct responses"
             progress = Progress(self.runtime.console, label, total=lacking, unit=unit)
             with progress, self.scorer.as_reference():
@@ -233,8 +234,11 @@ class Pass:
         keys = self.responses.keys[np.concatenate([pack.numbers for pack in window])]
         tokens = sum(pack.stats.computed for pack in window)
         expected = 0.0 if self._rate is None else tokens / self._rate
+        self._claim_keys(keys, _CLAIM_SECONDS + 5 * expected)
+
+    def _claim_keys(self, keys: Keys, seconds: float) -> None:
         try:
-            self.claims.take(keys, _CLAIM_SECONDS + 5 * expected)
+            self.claims.take(keys, seconds)
         except OSError as error:
             raise self.store.unwritable(error) from error
 

@@ -72,7 +72,9 @@ class ReferenceStore:
     ) -> None:
         self.folder, self.beneath, self.by_token, self._warn = folder, tuple(beneath), by_token, warn
         self.shards: list[Shard] = []
-        self._names: set[str] = set()  # of files that are open, or set aside
+        self._names: set[str] = set()  # of files that are open, wherever they lie
+        self._damaged: set[Path] = set()
+        self._unreadable: set[Path] = set()  # so far: a network file system may lose a file for a moment
         # Rows are numbered through all shards. Here: each shard's first number, and the one after the last.
         self._starts = np.zeros(1, dtype=np.int64)
         self._sorted: tuple[Keys, NDArray[np.int64]] | None = None  # all keys and their numbers; None: out of date
@@ -85,19 +87,20 @@ class ReferenceStore:
         fresh, damaged = [], []
         for folder in (self.folder, *self.beneath):
             for path in shard_files(folder):
-                if path.name in self._names:
+                if path.name in self._names or path in self._damaged:
                     continue
                 try:
                     shard = read_shard(path)
                 except FileNotFoundError:  # pruned meanwhile
                     continue
                 except OSError as error:
-                    self._names.add(path.name)
-                    self._warn(f"{path}: cannot be read ({error.strerror}), its rows count as missing")
+                    if path not in self._unreadable:
+                        self._unreadable.add(path)
+                        self._warn(f"{path}: cannot be read ({error.strerror}), its rows count as missing")
                     continue
                 except DamagedShard as fault:
                     damaged.append(f"{path}: {fault}")
-                    self._names.add(path.name)
+                    self._damaged.add(path)
                     if folder == self.folder:  # the others are not ours to change
                         set_aside(path)
                     continue
