@@ -24,14 +24,19 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(ConfigError.exit_code, f"config error: {message}; see {self.prog} --help\n")
 
 
+def refused(error: ConfigError) -> int:
+    """Tell every problem of a configuration, a line each and on one rank; returns the exit code."""
+    for problem in error.problems if os.environ.get("RANK", "0") == "0" else ():
+        print(f"config error: {problem}", file=sys.stderr)
+    return error.exit_code
+
+
 def run_command(read: Callable[[], RunConfig], job: Callable[[RunConfig, Runtime], None]) -> int:
     """Do `job` with the configuration that `read` gives, on all ranks; returns the exit code."""
     try:
         config = read()
     except ConfigError as error:
-        for problem in error.problems if os.environ.get("RANK", "0") == "0" else ():
-            print(f"config error: {problem}", file=sys.stderr)
-        return error.exit_code
+        return refused(error)
     try:
         runtime = Runtime.start(config.train.seed)
     except UserError as error:

@@ -58,12 +58,14 @@ def _disk_fault(error: BaseException | None) -> str | None:
     return None
 
 
-def changed_fields(theirs: Mapping[str, Any], config: RunConfig, free: Collection[str] = ()) -> str:
+def changed_fields(
+    theirs: Mapping[str, Any], config: RunConfig, *, free: Collection[str] = (), more: Collection[str] = ()
+) -> str:
     """The fields that shape a result and differ from those of an earlier run, with both values; empty if none do.
 
-    `free` are fields that may differ.
+    `free` are fields that may differ, `more` others that may not.
     """
-    ours = config.result_fields()
+    ours = config.result_fields() | {name: config.flat()[name] for name in more}
     changed = [name for name in ours if name not in free and theirs.get(name) != ours[name]]
     return "; ".join(f"{name} was {theirs.get(name)}, is {ours[name]}" for name in changed)
 

@@ -29,8 +29,9 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from open_po.command import CommandParser
-from open_po.errors import UserError
+from open_po.command import CommandParser, refused
+from open_po.config import load_config
+from open_po.errors import ConfigError, UserError
 from open_po.evaluate import exact_match
 from open_po.output import write_atomically
 from open_po.runtime import Runtime
@@ -322,7 +323,14 @@ def main(arguments: Sequence[str]) -> int:
         command.add_argument("--dir", type=Path, default=Path("output/quickstart"), help="default %(default)s")
         if name == "build":
             command.add_argument("--seed", type=int, default=42, help="of the rows and weights; default %(default)s")
+            then = "a configuration for later: nothing is made if it has a mistake"
+            command.add_argument("then", nargs="*", metavar="-- CONFIG.yaml --field value ...", help=then)
     options = parser.parse_args(arguments)
+    try:
+        if options.command == "build" and options.then:
+            load_config(options.then)
+    except ConfigError as error:
+        return refused(error)
     runtime = Runtime.start(seed=0)
     try:
         if options.command == "build":

@@ -45,10 +45,27 @@ def user_line(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or error}"
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; what is on disk is kept (training goes on with --resume_from_checkpoint auto)"
+        return (
+            "interrupted; what is on disk is kept, and the same command goes on from there (training does with "
+            "--resume_from_checkpoint auto)"
+        )
     if isinstance(error, RuntimeError) and re.search("closed by peer|reset by peer|Broken pipe", str(error)):
         return "another process of this run has stopped; its own line says why"
     return None
+
+
+class _Output(Console):
+    """Standard output; where rich would end the process without a word when nobody reads it any more, an error."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
+        raise UserError("standard output was closed by its reader; what is on disk is kept")
+
+
+def make_console(*, quiet: bool = False) -> Console:
+    """What a command prints to: lines as wide as the terminal, or of 200 characters in a file."""
+    return _Output(quiet=quiet, highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -94,10 +111,7 @@ class Runtime:
         set_seed(seed)
         # A scheduler's SIGTERM ends a run like Ctrl-C: with a line, and a summary that says so.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        console = Console(
-            quiet=not accelerator.is_main_process, highlight=False, width=None if sys.stdout.isatty() else 200
-        )
-        return Runtime(accelerator=accelerator, console=console)
+        return Runtime(accelerator=accelerator, console=make_console(quiet=not accelerator.is_main_process))
 
     @property
     def device(self) -> torch.device:

@@ -59,6 +59,13 @@ def test_a_separate_reference_is_built_as_a_run_needs_it(llama: Path, pairs_file
     assert cli.summary(run)["reference"]["pairs_computed"] == 0
 
 
+def test_a_store_is_no_cache(filled: Path, capsys: Capture) -> None:
+    (store,) = stores(filled)
+    capsys.readouterr()
+    assert cache.main(["info", "--dir", str(store)]) == 1
+    assert only_line(capsys) == f"error: {store}: is one store of a cache; name the folder it lies in"
+
+
 def test_info_tells_models_rows_tokens_and_bytes(llama: Path, filled: Path, capsys: Capture) -> None:
     capsys.readouterr()
     assert cache.main(["info", "--dir", str(filled)]) == 0
@@ -171,8 +178,10 @@ def test_merge_joins_caches_and_copies_nothing_twice(
     assert cache.main(["merge", *map(str, folders), "--into", str(tmp_path / "bare")]) == 0
     assert stored(tmp_path / "bare") == before[0] | before[1], "a store is its files, with a manifest or without"
     for words, said in (
-        ([tmp_path / "nowhere"], f"{tmp_path}/nowhere: is no folder; --dir names the reference_cache_dir"),
+        ([tmp_path / "nowhere"], f"{tmp_path}/nowhere: is no folder; name a reference_cache_dir"),
         ([pairs_file.parent], f"{pairs_file.parent}: holds no reference log-probs"),
+        ([both], f"--into {both}: is one of the caches to take rows from; name another"),
+        ([stores(folders[0])[0]], f"{stores(folders[0])[0]}: holds no reference log-probs"),
     ):
         capsys.readouterr()
         assert cache.main(["merge", *map(str, words), "--into", str(both)]) == 1
@@ -267,6 +276,9 @@ def test_what_score_refuses(llama: Path, pairs_file: Path, tmp_path: Path, capsy
     assert only_line(capsys) == "config error: eval_mixer_list: score takes this from --data"
     assert score.main([*words, "--out", str(tmp_path / "x.jsonl"), "--model_name_or_path", "b"]) == 2
     assert only_line(capsys) == "config error: model_name_or_path: score takes this from --model"
+    assert score.main([*words, "--out", str(tmp_path / "x.jsonl"), "--reference", "nobody"]) == 1
+    assert only_line(capsys).startswith("error: nobody: neither a local folder nor a Hub model that can be reached (")
+    assert not list((tmp_path / "reference").rglob("rows-*")), "it is told before anything is computed"
     for field in ("use_lora", "gradient_checkpointing"):
         assert score.main([*words, "--out", str(tmp_path / "x.jsonl"), f"--{field}", "true"]) == 2
         assert only_line(capsys) == f"config error: {field}: score does not train; leave it out"
@@ -291,6 +303,25 @@ def test_the_program_names_its_commands(capsys: Capture) -> None:
     [
         ("score --model x", "the following arguments are required: --data, --out; see python -m open_po score --help"),
         ("sweep --grid a=1 --jobs x", "argument --jobs: invalid int value: 'x'; see python -m open_po sweep --help"),
+        ("cache prune --key=", "argument --key: is empty; see python -m open_po cache prune --help"),
+        ("cache prune --model=", "argument --model: is empty; see python -m open_po cache prune --help"),
+        (
+            "cache prune --older-than=-1",
+            "argument --older-than: must be days, 0 or more, got -1; see python -m open_po cache prune --help",
+        ),
+        (
+            "score --model m --data d --reference r --out o --beta=nan",
+            "argument --beta: must be above 0, got nan; see python -m open_po score --help",
+        ),
+        (
+            "score --model m --data d --out o --beta 1",
+            "argument --beta: implicit rewards need --reference; see python -m open_po score --help",
+        ),
+        (
+            "score x.yaml --model m --data d --out o",
+            "x.yaml: score takes no configuration files; give fields as --field value; see python -m open_po score "
+            "--help",
+        ),
         ("cache merge a", "the following arguments are required: --into; see python -m open_po cache merge --help"),
     ],
 )

@@ -388,7 +388,8 @@ def test_ctrl_c_keeps_the_checkpoints(
     capfd.readouterr()
     assert cli.forked(words, interrupt_at_step(4)) == 130
     assert cli.only_error(capfd.readouterr().err) == (
-        "error: interrupted; what is on disk is kept (training goes on with --resume_from_checkpoint auto)"
+        "error: interrupted; what is on disk is kept, and the same command goes on from there (training does with "
+        "--resume_from_checkpoint auto)"
     )
     assert cli.checkpoints(tmp_path / "run") == ["step_000002"]
     assert cli.summary(tmp_path / "run") == {"status": "interrupted", "error": "KeyboardInterrupt"}
@@ -417,3 +418,21 @@ def test_the_summary_says_running_while_it_runs(
     monkeypatch.setattr(Trainer, "train_step", watched)
     cli.train(llama, pairs_file, tmp_path / "run")
     assert seen == 6 * ["running"]
+
+
+def test_output_that_nobody_reads_any_more_ends_the_run(llama: Path, pairs_file: Path, tmp_path: Path) -> None:
+    words = cli.arguments(llama, pairs_file, tmp_path / "run")
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run(
+        [sys.executable, "dpo_tune_cache.py", *words],
+        cwd=cli.REPOSITORY,
+        env=cli.environment(),
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    said = "standard output was closed by its reader; what is on disk is kept"
+    assert (process.returncode, process.stderr) == (1, f"error: {said}\n")
+    assert cli.summary(tmp_path / "run") == {"status": "failed", "error": said}

@@ -217,6 +217,15 @@ def test_script_refuses_what_it_cannot_use(arguments: list[str], variables: dict
     assert result.stdout == ""
 
 
+def test_a_mistake_in_what_comes_later_is_told_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["build", "--dir", str(tmp_path / "made"), "--", "configs/quickstart/dpo.yaml", "--learning_rat", "3"]
+    assert quickstart.main(words) == 2
+    assert capsys.readouterr().err == "config error: learning_rat: unknown field; did you mean learning_rate?\n"
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A copy of what the script needs, whose output goes nowhere else."""

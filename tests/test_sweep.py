@@ -45,6 +45,26 @@ def test_the_reference_pass_uses_a_device_of_the_sweeps(tmp_path: Path, monkeypa
         assert log.read_text() == said
 
 
+def test_the_folder_of_a_training_run_is_refused(words: list[str], tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "config.yaml").write_text("beta: 1\n")
+    assert sweep.main([*words, "--grid", "beta=1"]) == 1
+    assert cli.only_error(capsys.readouterr().err) == (
+        f"error: output_dir {tmp_path}/sweep: holds a training run; choose another folder with --output_dir"
+    )
+
+
+def test_a_grid_that_never_begins_leaves_another_ones_table(words: list[str], tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.csv").write_text("mine\n")
+    broken = ["--reference_model_name_or_path", str(tmp_path / "nowhere")]
+    assert sweep.main([*words, *broken, "--grid", "beta=1,2"]) == 1
+    shown = capsys.readouterr()
+    assert "so these do not start: beta=1; beta=2" in shown.out
+    assert "Table: " not in shown.out
+    assert (tmp_path / "sweep" / "sweep.csv").read_text() == "mine\n"
+
+
 def test_help_is_shown(capsys: Capture) -> None:
     for flag in ("-h", "--help"):
         with pytest.raises(SystemExit) as ended:
@@ -54,10 +74,11 @@ def test_help_is_shown(capsys: Capture) -> None:
 
 
 def test_a_grid_is_every_combination() -> None:
-    assert read_grid(["beta=1,2", "gamma=0"]) == [{"beta": "1", "gamma": "0"}, {"beta": "2", "gamma": "0"}]
+    assert read_grid(["beta=1, 2", "gamma=0"]) == [{"beta": "1", "gamma": "0"}, {"beta": "2", "gamma": "0"}]
     for items, said in (
         (["beta"], "--grid beta: must be NAME=VALUE,VALUE; configuration files come first"),
-        (["beta=1,"], "--grid beta=1,: must be NAME=VALUE,VALUE; configuration files come first"),
+        (["beta=1,"], "--grid beta=1,: has an empty value; must be NAME=VALUE,VALUE without blanks"),
+        (["beta=1,,2"], "--grid beta=1,,2: has an empty value; must be NAME=VALUE,VALUE without blanks"),
         (["=1"], "--grid =1: must be NAME=VALUE,VALUE; configuration files come first"),
         (["beta=1", "beta=2"], "--grid beta: is given twice"),
         (["output_dir=x"], "--grid output_dir: is set by the sweep itself"),
@@ -120,6 +141,10 @@ def test_every_setting_runs_once_on_one_reference_pass(words: list[str], tmp_pat
     assert "Sweep of 1 runs in" in capsys.readouterr().out
     assert (folder / "runs" / "learning_rate=1e-3" / "model.safetensors").stat().st_mtime_ns == weights
     capsys.readouterr()
+    other = tiny.write_jsonl(tmp_path / "other.jsonl", tiny.text_rows(5, seed=8))
+    assert sweep.main([*words, *broken, "--eval_mixer_list", str(other), "1.0", "--grid", "learning_rate=1e-3"]) == 1
+    line = cli.only_error(capsys.readouterr().err)
+    assert f"output_dir {folder}: holds a sweep of another configuration (eval_mixer_list was [" in line
     elsewhere = [*words, *broken, "--max_seq_length", "99", "--grid", "learning_rate=2e-3"]
     assert sweep.main(elsewhere) == 1, "a sweep of another configuration, whatever its grid"
     assert "(max_seq_length was 128, is 99)" in cli.only_error(capsys.readouterr().err)

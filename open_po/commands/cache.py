@@ -14,6 +14,7 @@ default one.
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import sys
 import time
@@ -37,7 +38,7 @@ from open_po.reference import log_probs_of, open_cache, separate_reference
 from open_po.reference.claims import Claims
 from open_po.reference.shards import DamagedShard, Shard, damaged_files, read_shard, set_aside, shard_files
 from open_po.reference.store import MANIFEST, ReferenceStore, read_manifest
-from open_po.runtime import Runtime, user_line
+from open_po.runtime import Runtime, make_console, user_line
 
 
 def main(words: Sequence[str]) -> int:
@@ -57,9 +58,11 @@ def main(words: Sequence[str]) -> int:
         default = Path(ReferenceConfig().reference_cache_dir).expanduser()
         command.add_argument("--dir", type=Path, default=default, help=f"the cache's folder (default {default})")
         if name == "prune":
-            command.add_argument("--key", action="append", default=[], help="remove the store whose name begins so")
-            command.add_argument("--model", help="remove the stores of models whose name holds this text")
-            command.add_argument("--older-than", type=float, metavar="DAYS", help="remove files not written since")
+            command.add_argument(
+                "--key", action="append", type=_text, default=[], help="remove the store whose name begins so"
+            )
+            command.add_argument("--model", type=_text, help="remove the stores of models whose name holds this text")
+            command.add_argument("--older-than", type=_days, metavar="DAYS", help="remove files not written since")
             command.add_argument("--damaged", action="store_true", help="remove files that are damaged")
             command.add_argument("--dry-run", action="store_true", help="say what would be removed")
     arguments = parser.parse_args(words)
@@ -69,12 +72,25 @@ def main(words: Sequence[str]) -> int:
         "prune": _prune,
         "merge": _merge,
     }
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console = make_console()
     try:
         return commands_by_name[arguments.command](arguments, console)
     except (UserError, OSError, KeyboardInterrupt) as error:
         print(f"error: {user_line(error)}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _text(word: str) -> str:
+    if not word:
+        raise argparse.ArgumentTypeError("is empty")
+    return word
+
+
+def _days(word: str) -> float:
+    days = float(word)
+    if not 0 <= days < math.inf:
+        raise argparse.ArgumentTypeError(f"must be days, 0 or more, got {word}")
+    return days
 
 
 # ------------------------------------------------------------------------------------------------------------- build
@@ -134,10 +150,12 @@ def _stores(cache: Path) -> list[StoreFiles]:
 
     Stores of a newer format, and files that cannot be read, are left alone, with a line.
 
-    Raises UserError if the cache is no folder.
+    Raises UserError if the cache is no folder, or one of its stores.
     """
     if not cache.is_dir():
-        raise UserError(f"{cache}: is no folder; --dir names the reference_cache_dir")
+        raise UserError(f"{cache}: is no folder; name a reference_cache_dir")
+    if (cache / MANIFEST).is_file():
+        raise UserError(f"{cache}: is one store of a cache; name the folder it lies in")
     found = []
     for folder in sorted(path for path in cache.iterdir() if path.is_dir()):
         try:
@@ -265,6 +283,8 @@ def _merge(arguments: argparse.Namespace, console: Console) -> int:
     """Copy into one cache the files of others that hold rows it lacks."""
     copied = rows = 0
     for source in arguments.folders:
+        if source.resolve() == arguments.into.resolve():
+            raise UserError(f"--into {arguments.into}: is one of the caches to take rows from; name another")
         stores = _stores(source)
         if not stores:
             raise UserError(f"{source}: holds no reference log-probs")

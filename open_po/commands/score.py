@@ -8,7 +8,9 @@ concerns model, data and reference can follow. Log-probs are kept in and taken f
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from open_po.reference import log_probs_of, open_cache, separate_reference
 from open_po.runtime import Runtime
 from open_po.tracking import wins
 
+_BETA = 0.1
+
 
 def main(words: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
@@ -33,15 +37,19 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--data", required=True, nargs="+", metavar="NAME", help="one data set, or NAME AMOUNT ...")
     parser.add_argument("--reference", help="a folder or a Hub model: adds the implicit rewards")
     parser.add_argument("--out", required=True, type=Path, help="JSON Lines file, one line for each pair")
-    parser.add_argument("--beta", type=float, default=0.1, help="of the implicit rewards (default 0.1)")
+    parser.add_argument("--beta", type=_beta, help=f"of the implicit rewards (default {_BETA})")
     arguments, rest = parser.parse_known_args(words)
+    if arguments.beta is not None and arguments.reference is None:
+        parser.error("argument --beta: implicit rewards need --reference")
+    if rest and not rest[0].startswith("--"):
+        parser.error(f"{rest[0]}: score takes no configuration files; give fields as --field value")
     data = arguments.data if len(arguments.data) > 1 else [*arguments.data, "1.0"]
     flags = ["--model_name_or_path", arguments.model, "--mixer_list", *data]
     if arguments.reference is not None:
         flags += ["--reference_model_name_or_path", arguments.reference]
 
     def job(config: RunConfig, runtime: Runtime) -> None:
-        score(config, runtime, arguments.out, arguments.beta)
+        score(config, runtime, arguments.out, arguments.beta or _BETA)
 
     def read() -> RunConfig:
         config = load_config([*flags, *rest])
@@ -51,6 +59,13 @@ def main(words: Sequence[str]) -> int:
         return config
 
     return run_command(read, job)
+
+
+def _beta(word: str) -> float:
+    beta = float(word)
+    if not 0 < beta < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {word}")
+    return beta
 
 
 _INSTEAD = {

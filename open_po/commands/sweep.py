@@ -29,15 +29,16 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from open_po.command import CommandParser
+from open_po.command import CommandParser, refused
 from open_po.commands.processes import Slots
-from open_po.config import RunConfig, load_config
+from open_po.config import FIELDS, RunConfig, load_config
 from open_po.errors import ConfigError, UserError
 from open_po.output import RunFolder, changed_fields, lock_folder, write_atomically
 from open_po.report import plot_settings
-from open_po.runtime import user_line
+from open_po.runtime import make_console, user_line
 
 _ATTEMPTS = 2
+_NOT_STARTED = "not started"
 
 Setting = dict[str, str]  # a value for each field of the grid
 
@@ -67,7 +68,7 @@ class Run:
         held_out = recorded.get("eval") or {}
         return {
             **self.setting,
-            "status": recorded.get("status", "not started"),
+            "status": recorded.get("status", _NOT_STARTED),
             **{name: held_out.get(name) for name in ("rewards/accuracy", "rewards/margin", "loss")},
             "seconds": recorded.get("train", {}).get("seconds"),
             "folder": str(self.folder.path),
@@ -82,7 +83,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=int, help="runs at a time (default: one for each device, or one)")
     parser.add_argument("--devices", help="GPUs to spread the runs over: 0,1")
     arguments, rest = parser.parse_known_args(words[len(configs) :])
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console = make_console()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         devices = arguments.devices.split(",") if arguments.devices else [None]
@@ -94,9 +95,7 @@ def main(words: Sequence[str]) -> int:
         sweep = Sweep.read([*configs, *rest], arguments.grid, console)
         return sweep.run(Slots.of(devices, jobs))
     except ConfigError as error:
-        for problem in error.problems:
-            print(f"config error: {problem}", file=sys.stderr)
-        return error.exit_code
+        return refused(error)
     except (UserError, OSError) as error:
         print(f"error: {user_line(error)}", file=sys.stderr)
         return 1
@@ -113,14 +112,17 @@ def read_grid(items: Sequence[str]) -> list[Setting]:
     problems = []
     axes: dict[str, list[str]] = {}
     for item in items:
-        name, equals, values = item.partition("=")
-        if not name or not equals or not all(values.split(",")):
+        name, equals, after = item.partition("=")
+        values = [value.strip() for value in after.split(",")]
+        if not name or not equals:
             problems.append(f"--grid {item}: must be NAME=VALUE,VALUE; configuration files come first")
+        elif not all(values):
+            problems.append(f"--grid {item}: has an empty value; must be NAME=VALUE,VALUE without blanks")
         elif name in axes:
             problems.append(f"--grid {name}: is given twice")
         elif name in ("output_dir", "exp_name", "resume_from_checkpoint"):
             problems.append(f"--grid {name}: is set by the sweep itself")
-        axes[name] = list(dict.fromkeys(values.split(",")))
+        axes[name] = list(dict.fromkeys(values))
     if problems:
         raise ConfigError(problems)
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
@@ -208,13 +210,19 @@ class Sweep:
 
     def _refuse_other_sweep(self) -> None:
         """Runs of other grids may lie there, if they differ from these in nothing but the fields of a grid."""
+        if RunFolder(self.folder).config.exists():
+            raise UserError(f"output_dir {self.folder}: holds a training run; choose another folder with --output_dir")
         mine = {run.folder.path: run for run in self.runs}
         for path in (self.folder / "runs").glob("*"):
             run = mine.get(path, self.runs[0])
             with suppress(OSError, yaml.YAMLError):
                 theirs = yaml.safe_load((path / "config.yaml").read_text())
                 free = set() if path in mine else {*run.setting, *re.findall(r"(?:^|,)(\w+)=", path.name)}
-                if isinstance(theirs, dict) and (changed := changed_fields(theirs, run.config, free)):
+                if "loss_type" in free:  # it sets others
+                    free |= {name for name, (group, *_) in FIELDS.items() if group == "loss"}
+                held_out = {"eval_mixer_list", "eval_mixer_list_splits"} - free
+                changed = isinstance(theirs, dict) and changed_fields(theirs, run.config, free=free, more=held_out)
+                if changed:
                     raise UserError(
                         f"output_dir {self.folder}: holds a sweep of another configuration ({changed}); choose another "
                         "folder"
@@ -281,8 +289,10 @@ class Sweep:
     # ---------------------------------------------------------------------------------------------------------- results
 
     def _write(self) -> None:
-        """sweep.csv and sweep.png, as far as runs are complete."""
+        """sweep.csv and sweep.png, as far as runs are complete; another grid's stay until one of this has begun."""
         rows = [run.result() for run in self.runs]
+        if all(row["status"] == _NOT_STARTED for row in rows):
+            return
 
         def write(path: Path) -> None:
             with open(path, "w", newline="", encoding="utf-8") as file:
@@ -311,7 +321,7 @@ class Sweep:
         best = results[0]
         if best["rewards/accuracy"] is not None:
             self._say(f"Best: {_name({name: best[name] for name in names})}, in {best['folder']}")
-        self._say(f"Table: {self.folder / 'sweep.csv'}; plot: {self.folder / 'sweep.png'}")
+            self._say(f"Table: {self.folder / 'sweep.csv'}; plot: {self.folder / 'sweep.png'}")
         failed = [run.name for run in self.runs if not run.done()]
         if failed:
             print(f"error: {len(failed)} of {len(self.runs)} runs failed: {'; '.join(failed)}", file=sys.stderr)

@@ -63,11 +63,12 @@ class Sample(NamedTuple):
 def open_cache(config: RunConfig) -> None:
     """Make the cache's folder, if need be.
 
-    Raises UserError, before anything takes long, if that or the reference model's folder cannot be.
+    Raises UserError, before anything takes long, if that cannot be, or the reference model is not to be had.
     """
     source = reference_source(config)
     if source is not None:
         source.refuse_missing("reference_model_name_or_path")
+        source.folder()
     path = Path(config.reference.reference_cache_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)

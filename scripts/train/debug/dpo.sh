@@ -45,7 +45,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 seed=${SEED:-42}
 SECONDS=0
 echo "== 1/4  Making a model and a task"
-python -m open_po.quickstart build --seed "$seed"
+python -m open_po.quickstart build --seed "$seed" -- configs/quickstart/dpo.yaml --seed "$seed" "$@"
 echo "== 2/4  Supervised fine-tuning (configs/quickstart/sft.yaml)"
 python dpo_tune_cache.py configs/quickstart/sft.yaml --seed "$seed"
 echo "== 3/4  Preference optimisation (configs/quickstart/dpo.yaml)"
