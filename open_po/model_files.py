@@ -153,9 +153,8 @@ def agreed_identity(source: ModelSource, memo: Path, runtime: Runtime) -> dict[s
     Raises UserError naming a rank whose files differ from rank 0's.
     """
     identity = runtime.on_main(lambda: model_identity(source, memo))  # alone at first: the others find it remembered
-    if runtime.world_size == 1:
-        return identity
-    for rank, other in enumerate(runtime.gather(runtime.on_all(lambda: model_identity(source, memo)))):
+    mine = runtime.on_all(lambda: identity if runtime.is_main else model_identity(source, memo))
+    for rank, other in enumerate(runtime.gather(mine)):
         differing = sorted(name for name, _ in identity.items() ^ other.items())
         if differing:
             raise UserError(

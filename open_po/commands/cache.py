@@ -7,8 +7,7 @@
     python -m open_po cache merge FOLDER [FOLDER ...] --into FOLDER   join caches, of several machines for example
 
 `build` takes what `python dpo_tune_cache.py` takes; started several times, on several machines that share the folder or
-under torchrun, the processes share the work. The others take --dir, the cache's folder, if it is not the
-default one.
+under torchrun, the processes share the work. The others take --dir, the cache's folder, if it is not the default one.
 """
 
 from __future__ import annotations
@@ -148,9 +147,8 @@ class StoreFiles:
 def _stores(cache: Path) -> list[StoreFiles]:
     """The stores of a cache, every file read and checked.
 
-    Stores of a newer format, and files that cannot be read, are left alone, with a line.
-
-    Raises UserError if the cache is no folder, or one of its stores.
+    Stores of a newer format, and files that cannot be read, are left alone, with a line. Raises UserError if
+    the cache is no folder, or one of its stores.
     """
     if not cache.is_dir():
         raise UserError(f"{cache}: is no folder; name a reference_cache_dir")
@@ -282,9 +280,9 @@ def _prune(arguments: argparse.Namespace, console: Console) -> int:
 def _merge(arguments: argparse.Namespace, console: Console) -> int:
     """Copy into one cache the files of others that hold rows it lacks."""
     copied = rows = 0
+    if arguments.into.resolve() in [source.resolve() for source in arguments.folders]:
+        raise UserError(f"--into {arguments.into}: is one of the caches to take rows from; name another")
     for source in arguments.folders:
-        if source.resolve() == arguments.into.resolve():
-            raise UserError(f"--into {arguments.into}: is one of the caches to take rows from; name another")
         stores = _stores(source)
         if not stores:
             raise UserError(f"{source}: holds no reference log-probs")

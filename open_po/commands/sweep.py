@@ -38,7 +38,7 @@ from open_po.report import plot_settings
 from open_po.runtime import make_console, user_line
 
 _ATTEMPTS = 2
-_NOT_STARTED = "not started"
+_NOT_STARTED, _COMPLETED = "not started", "completed"
 
 Setting = dict[str, str]  # a value for each field of the grid
 
@@ -60,7 +60,7 @@ class Run:
 
     def done(self) -> bool:
         """Whether the run is complete."""
-        return self.folder.recorded().get("status") == "completed"
+        return self.folder.recorded().get("status") == _COMPLETED
 
     def result(self) -> dict[str, Any]:
         """A row of sweep.csv."""
@@ -220,7 +220,7 @@ class Sweep:
                 free = set() if path in mine else {*run.setting, *re.findall(r"(?:^|,)(\w+)=", path.name)}
                 if "loss_type" in free:  # it sets others
                     free |= {name for name, (group, *_) in FIELDS.items() if group == "loss"}
-                held_out = {"eval_mixer_list", "eval_mixer_list_splits"} - free
+                held_out = ("eval_mixer_list", "eval_mixer_list_splits")
                 changed = isinstance(theirs, dict) and changed_fields(theirs, run.config, free=free, more=held_out)
                 if changed:
                     raise UserError(
@@ -301,8 +301,11 @@ class Sweep:
                 writer.writerows(rows)
 
         write_atomically(self.folder / "sweep.csv", write)
-        complete = [(run.name, run.result()) for run in self.runs if run.done()]
-        complete = [(name, result) for name, result in complete if result["rewards/accuracy"] is not None]
+        complete = [
+            (run.name, row)
+            for run, row in zip(self.runs, rows, strict=True)
+            if row["status"] == _COMPLETED and row["rewards/accuracy"] is not None
+        ]
         if complete:
             plot_settings(complete, self.folder / "sweep.png", f"{len(complete)} of {len(self.runs)} settings")
 
