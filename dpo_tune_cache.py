@@ -11,7 +11,7 @@ import sys
 def start() -> int:
     """Run the command line; importing takes seconds, in which Ctrl-C must be as quiet as later."""
     try:
-        from open_po.run import main
+        from open_po.commands.train import main
 
         return main(sys.argv[1:])
     except KeyboardInterrupt:

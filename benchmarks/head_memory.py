@@ -24,7 +24,7 @@ def measure(kind: str, tokens: int, vocabulary: int) -> int:
     """Bytes by which one pass raises this process's peak resident memory."""
     import torch
 
-    from open_po.logprobs import Head, fused_logprobs
+    from open_po.model.logprobs import Head, fused_logprobs
 
     def naive(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
         return (hidden @ head.weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]

@@ -106,12 +106,13 @@ def measure_pass(pairs: int, rounds: int) -> str:
     from workloads import Shape, build_model, write_pairs
 
     from open_po.config import load_config
-    from open_po.model import Numerics, load_scorer
-    from open_po.model_files import model_identity
-    from open_po.prepare import policy_source, prepare_data
+    from open_po.data.run_data import prepare_data
+    from open_po.distributed.runtime import Runtime
+    from open_po.model.load import load_scorer
+    from open_po.model.numerics import Numerics
+    from open_po.model_files import model_identity, policy_source
     from open_po.reference import ensure_reference
     from open_po.reference.fill import PackPlanner, Responses
-    from open_po.runtime import Runtime
 
     shape = Shape(hidden=384, layers=6, heads=6, kv_heads=6, intermediate=1024, vocabulary=16_384)
     rng = np.random.default_rng(0)

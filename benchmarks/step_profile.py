@@ -22,8 +22,9 @@ from transformers import LlamaForCausalLM
 from workloads import Shape, Workload, useful_flops
 
 from open_po.data import PreferencePair
-from open_po.layout import choose_layout
-from open_po.model import Numerics, Scorer
+from open_po.model.layout_check import choose_layout
+from open_po.model.numerics import Numerics
+from open_po.model.scorer import Scorer
 from open_po.packing import pack
 
 KINDS = {

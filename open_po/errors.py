@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+import torch
 
 
 class UserError(Exception):
@@ -31,3 +34,27 @@ class ConfigError(UserError):
 def first_line(error: BaseException) -> str:
     """What another library's error says first, or its kind if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def user_line(error: BaseException) -> str | None:
+    """The one line that tells a user of an error that is not the code's own; None for one that is."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        return f"out of memory ({first_line(error)}); lower max_tokens_per_batch, or set gradient_checkpointing"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or error}"
+    if isinstance(error, KeyboardInterrupt):
+        return (
+            "interrupted; what is on disk is kept, and the same command goes on from there (training does with "
+            "--resume_from_checkpoint auto)"
+        )
+    if isinstance(error, RuntimeError) and re.search("closed by peer|reset by peer|Broken pipe", str(error)):
+        return "another process of this run has stopped; its own line says why"
+    return None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or this machine, had no memory left for a tensor."""
+    said = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)

@@ -14,9 +14,10 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from open_po.config import RunConfig
+from open_po.distributed.runtime import Runtime
 from open_po.errors import UserError
-from open_po.output import write_atomically
-from open_po.runtime import Runtime
+from open_po.output.files import write_atomically
 
 _SAFE = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 _OTHER = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
@@ -184,3 +185,19 @@ def _weights(folder: Path, patterns: Sequence[str]) -> set[Path]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: names no weight files ({error}); copy or download the model again") from error
     return found
+
+
+def policy_source(config: RunConfig) -> ModelSource:
+    """Where the policy's starting weights come from."""
+    model = config.model
+    return ModelSource(
+        name=model.model_name_or_path, revision=model.model_revision, trust_remote_code=model.trust_remote_code
+    )
+
+
+def reference_source(config: RunConfig) -> ModelSource | None:
+    """Where the reference model comes from, if it is another than the policy's starting weights."""
+    name, revision = config.reference.reference_model_name_or_path, config.reference.reference_model_revision
+    if name is None or (name, revision) == (config.model.model_name_or_path, config.model.model_revision):
+        return None
+    return ModelSource(name=name, revision=revision, trust_remote_code=config.model.trust_remote_code)

@@ -22,7 +22,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from open_po.run import main
+from open_po.commands.train import main
 
 REPOSITORY = Path(__file__).parent.parent
 DEFAULTS: dict[str, Any] = {

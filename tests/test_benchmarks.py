@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from open_po.config import load_config
 from open_po.data import PreferencePair
-from open_po.layout import choose_layout
-from open_po.model import Scorer
+from open_po.model.layout_check import choose_layout
+from open_po.model.scorer import Scorer
 from open_po.packing import Sampler, pack
 from tests import cli
-from tests.test_model import FLOAT32
+from tests.scoring import FLOAT32
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 FOLDERS = [str(BENCHMARKS), str(BENCHMARKS / "against_trl")]  # where Python finds them when a benchmark is run

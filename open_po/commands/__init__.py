@@ -1,1 +1,1 @@
-"""The commands of `python -m open_po`."""
+"""What there is to run: training, the reference cache, scores, sweeps."""

@@ -27,17 +27,19 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from open_po.command import CommandParser, run_command
+from open_po.commands.command_line import CommandParser, run_command
 from open_po.config import ReferenceConfig, RunConfig, help_text, load_config
+from open_po.data.run_data import prepare_data
 from open_po.data.tokenization import KEY_DTYPE
-from open_po.errors import UserError
-from open_po.output import write_atomically
-from open_po.prepare import policy_source, prepare_data
+from open_po.distributed.runtime import Runtime
+from open_po.errors import UserError, user_line
+from open_po.model_files import policy_source
+from open_po.output.console import make_console
+from open_po.output.files import write_atomically
 from open_po.reference import log_probs_of, open_cache, separate_reference
 from open_po.reference.claims import Claims
 from open_po.reference.shards import DamagedShard, Shard, damaged_files, read_shard, set_aside, shard_files
 from open_po.reference.store import MANIFEST, ReferenceStore, read_manifest
-from open_po.runtime import Runtime, make_console, user_line
 
 
 def main(words: Sequence[str]) -> int:

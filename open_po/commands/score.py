@@ -17,15 +17,16 @@ from typing import Any
 
 from rich.table import Table
 
-from open_po.command import CommandParser, run_command
+from open_po.commands.command_line import CommandParser, run_command
 from open_po.config import FIELDS, RunConfig, load_config
+from open_po.data.run_data import Data, prepare_data
+from open_po.distributed.runtime import Runtime
 from open_po.errors import ConfigError, UserError
+from open_po.evaluation.meter import wins
 from open_po.losses import PairLogps
-from open_po.output import disk_faults, write_atomically
-from open_po.prepare import Data, policy_source, prepare_data
+from open_po.model_files import policy_source
+from open_po.output.files import disk_faults, write_atomically
 from open_po.reference import log_probs_of, open_cache, separate_reference
-from open_po.runtime import Runtime
-from open_po.tracking import wins
 
 _BETA = 0.1
 

@@ -29,13 +29,14 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from open_po.command import CommandParser, refused
+from open_po.commands.command_line import CommandParser, refused
 from open_po.commands.processes import Slots
 from open_po.config import FIELDS, RunConfig, load_config
-from open_po.errors import ConfigError, UserError
-from open_po.output import RunFolder, changed_fields, lock_folder, write_atomically
-from open_po.report import plot_settings
-from open_po.runtime import make_console, user_line
+from open_po.errors import ConfigError, UserError, user_line
+from open_po.output.console import make_console
+from open_po.output.curves import plot_settings
+from open_po.output.files import lock_folder, write_atomically
+from open_po.output.run_folder import RunFolder, changed_fields
 
 _ATTEMPTS = 2
 _NOT_STARTED, _COMPLETED = "not started", "completed"

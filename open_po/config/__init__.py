@@ -1,6 +1,5 @@
 """The run's configuration: YAML files merged left to right, then command-line flags, checked as a whole."""
 
-from open_po.config.checks import mixture
 from open_po.config.fields import (
     FIELDS,
     DataConfig,
@@ -12,6 +11,7 @@ from open_po.config.fields import (
     Sharing,
     TrainConfig,
 )
+from open_po.config.mixture import mixture
 from open_po.config.reading import help_text, load_config
 
 __all__ = [

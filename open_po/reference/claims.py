@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from open_po.data.tokenization import KEY_DTYPE
-from open_po.output import write_atomically
+from open_po.output.files import write_atomically
 from open_po.reference.shards import Keys
 
 

@@ -14,16 +14,20 @@ import torch
 
 from open_po.config import RunConfig
 from open_po.data import PairDataset
+from open_po.data.run_data import Data
+from open_po.data.tokenizer import refuse_other_vocabulary
+from open_po.distributed.runtime import Runtime
 from open_po.errors import UserError
-from open_po.logprobs import response_sums
-from open_po.model import Numerics, Scorer, load_scorer, release_memory
-from open_po.model_files import ModelSource, agreed_identity
+from open_po.model.load import load_scorer
+from open_po.model.logprobs import response_sums
+from open_po.model.memory import release_memory
+from open_po.model.numerics import Numerics
+from open_po.model.prepare import load_alike, set_layout
+from open_po.model.scorer import Scorer
+from open_po.model_files import ModelSource, agreed_identity, reference_source
 from open_po.packing import Group, PackingStats, pack_responses
-from open_po.prepare import Data, load_alike, reference_source
 from open_po.reference.fill import Pass
 from open_po.reference.store import Facts, ReferenceStore, read_manifest
-from open_po.runtime import Runtime
-from open_po.tokenizer import refuse_other_vocabulary
 
 T = TypeVar("T")
 
@@ -109,7 +113,7 @@ def log_probs_of(
 
     def load() -> Scorer:
         scorer = load_scorer(source, numerics, runtime.device)
-        data.prepare(scorer, config.model.prompt_sharing, label, runtime)
+        set_layout(scorer, data, config.model.prompt_sharing, label, runtime)
         return scorer
 
     identity = agreed_identity(source, Path(config.reference.reference_cache_dir), runtime)

@@ -20,15 +20,16 @@ from torch import Tensor
 
 from open_po.data import PairDataset
 from open_po.data.tokenization import KEY_DTYPE
-from open_po.errors import UserError, first_line
-from open_po.logprobs import response_sums
-from open_po.model import Scorer, release_memory
+from open_po.distributed.runtime import Runtime
+from open_po.errors import UserError, first_line, is_out_of_memory
+from open_po.model.logprobs import response_sums
+from open_po.model.memory import release_memory
+from open_po.model.scorer import Scorer
+from open_po.output.progress import Progress
 from open_po.packing import Layout, PackedBatch, PackingStats, Response, ResponsePlanner, Unit
 from open_po.reference.claims import Claims
 from open_po.reference.shards import Keys, Row, find, origin
 from open_po.reference.store import ReferenceStore
-from open_po.runtime import Runtime, is_out_of_memory
-from open_po.tracking import Progress
 
 _SHARD_SECONDS = 60.0  # so much of a pass is lost, at most, when it is killed
 _SHARD_ROWS = 16_384

@@ -29,7 +29,7 @@ from safetensors.numpy import save
 
 from open_po.data.tokenization import KEY_DTYPE
 from open_po.errors import first_line
-from open_po.output import write_atomically
+from open_po.output.files import write_atomically
 
 Keys = NDArray[np.void]  # of KEY_DTYPE, see `response_key`
 

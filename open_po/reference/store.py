@@ -27,7 +27,7 @@ from open_po.data import PairDataset
 from open_po.data.tokenization import KEY_DTYPE
 from open_po.errors import UserError
 from open_po.losses import PairLogps
-from open_po.output import write_atomically
+from open_po.output.files import write_atomically
 from open_po.reference.shards import (
     DamagedShard,
     Keys,

@@ -13,14 +13,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from open_po.data.chat_templates import chat_template
 from open_po.data.formats import MessagePair, RowError, TextPair
-from open_po.data.tokenization import (
-    LeftOut,
-    PreferencePair,
-    Truncation,
-    response_key,
-    tokenise,
-    tokenizer_digest,
-)
+from open_po.data.tokenization import LeftOut, PreferencePair, Truncation, response_key, tokenise, tokenizer_digest
 from open_po.errors import UserError
 from tests import tiny
 

@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import open_po.prepare
+import open_po.model.prepare
 import open_po.reference.ensure
-from open_po.attention import Segments, _by_flash, _by_sdpa
-from open_po.layout import choose_layout
-from open_po.logprobs import Head, fused_logprobs
-from open_po.model import Numerics, Scorer, checkpoint_gradients, load_scorer
+from open_po.commands.train import main
+from open_po.model.attention import Segments, _by_flash, _by_sdpa
+from open_po.model.layout_check import choose_layout
+from open_po.model.load import checkpoint_gradients, load_scorer
+from open_po.model.logprobs import Head, fused_logprobs
+from open_po.model.numerics import Numerics
+from open_po.model.scorer import Scorer
 from open_po.model_files import ModelSource
 from open_po.packing import Segment, pack
-from open_po.run import main
 from tests import tiny
-from tests.test_logprobs import gradients, make, naive_logprobs
-from tests.test_model import PAIRS, as_matrix, scores_one_by_one
+from tests.naive import gradients, make, naive_logprobs
+from tests.scoring import PAIRS, as_matrix, scores_one_by_one
 
 pytestmark = [
     pytest.mark.gpu,
@@ -203,7 +205,7 @@ def test_a_separate_reference_model_gives_its_memory_back(tmp_path: Path, monkey
         seen.append(torch.cuda.memory_allocated())
         return scorer
 
-    for module in (open_po.prepare, open_po.reference.ensure):
+    for module in (open_po.model.prepare, open_po.reference.ensure):
         monkeypatch.setattr(module, "load_scorer", load)
     arguments = f"""--model_name_or_path {policy} --mixer_list {data} 1.0 --reference_cache_dir {tmp_path / "cache"}
         --reference_model_name_or_path {reference} --output_dir {tmp_path / "out"} --max_train_steps 1""".split()

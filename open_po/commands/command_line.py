@@ -1,0 +1,56 @@
+"""How every command starts and ends: words, configuration, ranks, and what a user can cause told in one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from open_po.config import RunConfig
+from open_po.distributed.runtime import Runtime
+from open_po.errors import ConfigError, UserError, user_line
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The command line of `python -m open_po COMMAND`; `description` is shown as it is laid out."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2 and one line, where argparse would print its usage above it."""
+        self.exit(ConfigError.exit_code, f"config error: {message}; see {self.prog} --help\n")
+
+
+def refused(error: ConfigError) -> int:
+    """Tell every problem of a configuration, a line each and on one rank; returns the exit code."""
+    for problem in error.problems if os.environ.get("RANK", "0") == "0" else ():
+        print(f"config error: {problem}", file=sys.stderr)
+    return error.exit_code
+
+
+def run_command(read: Callable[[], RunConfig], job: Callable[[RunConfig, Runtime], None]) -> int:
+    """Do `job` with the configuration that `read` gives, on all ranks; returns the exit code."""
+    try:
+        config = read()
+    except ConfigError as error:
+        return refused(error)
+    try:
+        runtime = Runtime.start(config.train.seed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    try:
+        job(config, runtime)
+    except (Exception, KeyboardInterrupt) as error:
+        line = user_line(error)
+        if line is None:
+            raise
+        told_by_main = isinstance(error, UserError) and error.shared
+        if runtime.is_main or not told_by_main:
+            print(f"error: {'' if runtime.is_main else f'rank {runtime.rank}: '}{line}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    runtime.close()  # after an error the others may wait in a collective: then only the process's end frees them
+    return 0

@@ -1,0 +1,69 @@
+"""The data of a run: its tokenizer, its training pairs and its held-out pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from open_po.config import RunConfig
+from open_po.data import PairDataset, load_pairs
+from open_po.data.tokenization import Truncation
+from open_po.data.tokenizer import load_tokenizer, pad_token_id
+from open_po.distributed.runtime import Runtime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The run's pairs and the tokenizer that made them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    pad: int
+    train: PairDataset
+    held_out: PairDataset | None
+
+    @property
+    def parts(self) -> list[PairDataset]:
+        """The data sets, training first."""
+        return [self.train] if self.held_out is None else [self.train, self.held_out]
+
+    @property
+    def highest_id(self) -> int:
+        """Of all tokens."""
+        return max(part.highest_id for part in self.parts)
+
+    def token_ids(self) -> set[int]:
+        """Every token id that occurs."""
+        return set().union(*(part.token_ids() for part in self.parts))
+
+
+def prepare_data(config: RunConfig, runtime: Runtime, *, label: str = "Training data") -> Data:
+    """Tokenizer and pairs, `label` the name of the first. Rank 0 tokenises, the others read its cache."""
+
+    def load() -> Data:
+        tokenizer = load_tokenizer(config.model)
+        data = config.data
+        truncation = Truncation(data.max_seq_length, data.max_prompt_length)
+        workers = data.preprocessing_num_workers
+        train = load_pairs(
+            data.mixer_list or [],
+            data.mixer_list_splits,
+            tokenizer,
+            truncation,
+            max_rows=data.max_train_samples,
+            num_workers=workers,
+        )
+        held_out = None
+        if data.eval_mixer_list is not None:
+            held_out = load_pairs(
+                data.eval_mixer_list, data.eval_mixer_list_splits, tokenizer, truncation, num_workers=workers
+            )
+        return Data(tokenizer=tokenizer, pad=pad_token_id(tokenizer), train=train, held_out=held_out)
+
+    if runtime.world_size > 1:
+        runtime.on_main(lambda: bool(load()))
+    loaded = load()
+    for name, part in ((label, loaded.train), ("Held-out data", loaded.held_out)):
+        for line in part.describe() if part is not None else []:
+            runtime.say(f"{name}: {line}")
+    return loaded

@@ -1,0 +1,1 @@
+"""Ranks: who runs what, and what they tell one another."""

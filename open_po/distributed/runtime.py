@@ -1,0 +1,156 @@
+"""The process: device, ranks, seeds, console. The only place that sets process-wide state."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import datasets
+import huggingface_hub
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
+from rich.console import Console
+
+from open_po.errors import UserError, user_line
+from open_po.output.console import make_console
+
+T = TypeVar("T")
+_ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def _for_all(error: Exception) -> Exception:
+    """`error` as one that every rank can raise."""
+    line = user_line(error)
+    if line is None:
+        return error
+    shared = error if isinstance(error, UserError) else UserError(line)
+    shared.shared = True
+    return shared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What the parts of a run share: the accelerator, this process's place among the ranks, and the console."""
+
+    accelerator: Accelerator
+    console: Console
+
+    @staticmethod
+    def start(seed: int) -> Runtime:
+        """Join the other ranks, if any, seed every generator and quieten the libraries."""
+        _quieten_libraries()
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision="no",  # the model casts by itself, alike in training, evaluation and the reference pass
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # rank 0 may tokenise for hours
+            ],
+        )
+        if accelerator.distributed_type not in _ENGINES:
+            raise UserError(
+                f"the launcher asks for {accelerator.distributed_type.value}, which is not supported; use torchrun, or "
+                "accelerate launch without an engine"
+            )
+        set_seed(seed)
+        # A scheduler's SIGTERM ends a run like Ctrl-C: with a line, and a summary that says so.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        return Runtime(accelerator=accelerator, console=make_console(quiet=not accelerator.is_main_process))
+
+    @property
+    def device(self) -> torch.device:
+        """The device that models run on."""
+        return cast(torch.device, self.accelerator.device)
+
+    @property
+    def rank(self) -> int:
+        """This process's number among the ranks."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks there are."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes and prints."""
+        return bool(self.accelerator.is_main_process)
+
+    def say(self, line: str) -> None:
+        """One line on the main rank's console, never wrapped."""
+        self.console.print(line, soft_wrap=True, markup=False)
+
+    def say_here(self, line: str) -> None:
+        """One line of this rank's, whichever it is."""
+        if self.is_main:
+            self.say(line)
+        else:
+            print(f"rank {self.rank}: {line}", file=sys.stderr, flush=True)
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 only; every rank gets its result or raises its error."""
+        if self.world_size == 1:
+            return action()
+        box: list[T | Exception | None] = [None]
+        if self.is_main:
+            try:
+                box[0] = action()
+            except Exception as error:
+                box[0] = _for_all(error)
+        broadcast_object_list(box)
+        if isinstance(box[0], Exception):
+            raise box[0]
+        return box[0]  # type: ignore[return-value]
+
+    def on_all(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; an error on one is raised on all, so that none waits for another forever."""
+        if self.world_size == 1:
+            return action()
+        result: T | None = None
+        failure: Exception | None = None
+        try:
+            result = action()
+        except Exception as error:
+            failure = _for_all(error)
+        for theirs in gather_object([failure]):
+            if theirs is not None:
+                raise theirs
+        return cast(T, result)
+
+    def gather(self, mine: T) -> list[T]:
+        """What every rank has, in the ranks' order."""
+        return [mine] if self.world_size == 1 else cast(list[T], gather_object([mine]))
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _quieten_libraries() -> None:
+    # Tokenisation forks one process per CPU, which is parallel enough.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module=r"(transformers|torch|accelerate|datasets|peft)")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity(logging.ERROR)
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    if not sys.stderr.isatty() or int(os.environ.get("RANK", "0")) > 0:
+        datasets.disable_progress_bars()

@@ -1,0 +1,1 @@
+"""Held-out evaluation: preference metrics from log-probs, exact match from generated answers."""

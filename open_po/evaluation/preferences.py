@@ -1,0 +1,57 @@
+"""Preference metrics on held-out pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from open_po.distributed.gathering import gather_logps
+from open_po.distributed.runtime import Runtime
+from open_po.evaluation.meter import PreferenceMeter
+from open_po.losses import LossMix, PairLogps
+from open_po.model.scorer import Scorer
+from open_po.output.metrics import Metrics
+from open_po.packing import Planner
+from open_po.reference import lookup
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Pairs to evaluate on, with their reference log-probs if the loss needs them."""
+
+    planner: Planner
+    reference: PairLogps | None
+
+
+@torch.no_grad()
+def evaluate(
+    scorer: Scorer,
+    held_out: HeldOut,
+    loss: LossMix,
+    running_means: Sequence[Tensor | None],
+    runtime: Runtime,
+    *,
+    pad: int,
+) -> Metrics:
+    """The training metrics on held-out pairs taken as one batch, under `eval/`.
+
+    Both responses are scored whatever the loss needs.
+    """
+    planner = held_out.planner
+    training = scorer.training
+    scorer.eval()
+    packs = planner.packs(range(len(planner.dataset)), rank=runtime.rank, world_size=runtime.world_size)
+    scored = [
+        (indices, scorer(planner.batch(indices, pad), extras=loss.extras, ld_alpha=loss.ld_alpha)) for indices in packs
+    ]
+    scorer.train(training)
+    order = range(len(planner.dataset))
+    policy = gather_logps(scored, order, runtime)
+    meter = PreferenceMeter()
+    if runtime.is_main:  # every rank has all pairs now; one counts them
+        losses = loss(policy, lookup(held_out.reference, order, policy), running_means)
+        meter.add(policy, losses, planner.counts(order))
+    return {f"eval/{name}": value for name, value in meter.means(runtime).items()}

@@ -1,0 +1,84 @@
+"""Models from files: weights, adapters merged into them, dropout off, kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from open_po.errors import UserError, first_line
+from open_po.model.numerics import Numerics
+from open_po.model.scorer import Scorer
+from open_po.model_files import ModelSource, adapter_base
+
+
+def load_scorer(source: ModelSource, numerics: Numerics, device: torch.device) -> Scorer:
+    """A causal language model on `device`, dropout off, its weights in `numerics.weights_dtype`.
+
+    A folder of adapters gives their base model with the adapters merged into it. Dropout would make the policy differ
+    from the reference it starts from. Raises UserError if the model cannot be loaded.
+    """
+    folder = source.folder()
+    base = adapter_base(folder, source.trust_remote_code)
+    try:
+        model, dropout = _load_whole(folder if base is None else base.folder(), source.trust_remote_code, numerics)
+        if base is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        # Adapters that are trained on it name it as their base: not by the folder of this machine's Hub cache.
+        model.name_or_path = model.config._name_or_path = source.name
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises whatever a bad folder makes it
+        raise UserError(f"{source.name}: no causal language model can be loaded ({first_line(error)})") from error
+    if numerics.use_liger:
+        apply_liger(model)
+    return Scorer(cast(nn.Module, model).to(device), numerics, dropout, holds_adapters=base is not None)
+
+
+def _load_whole(folder: Path, trust_remote_code: bool, numerics: Numerics) -> tuple[PreTrainedModel, dict[str, float]]:
+    """The model of a folder without adapters, and the dropout rates that were switched off."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    dropout = _switch_off_dropout(config)
+    # PyTorch's attention, the default, cannot cap scores; transformers 5.17 uses it for Gemma 2 all the same.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        attn_implementation="eager" if capped else None,
+        dtype=numerics.weights_dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    return model, dropout
+
+
+def _switch_off_dropout(config: Any) -> dict[str, float]:
+    """Set every dropout rate of a model's configuration to 0; returns the old rates, which are saved with the model."""
+    rates = {
+        name: value
+        for name, value in config.to_dict().items()
+        if ("dropout" in name or "pdrop" in name) and isinstance(value, float) and value > 0
+    }
+    for name in rates:
+        setattr(config, name, 0.0)
+    return rates
+
+
+def apply_liger(model: PreTrainedModel) -> None:
+    """Liger's RMSNorm, RoPE and gated MLPs, for the model types it knows; the head is fused by `logprobs`."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    kernels = {"rope": True, "rms_norm": True, "swiglu": True, "geglu": True, "layer_norm": True}
+    _apply_liger_kernel_to_instance(model, **kernels, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def checkpoint_gradients(scorer: Scorer) -> None:
+    """Recompute each layer's activations in the backward pass. Raises UserError if the model cannot."""
+    try:
+        scorer.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"gradient_checkpointing: {first_line(error)}") from error

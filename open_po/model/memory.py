@@ -1,0 +1,26 @@
+"""The memory that models take, and giving it back."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+from contextlib import suppress
+
+import torch
+
+
+def peak_memory_bytes() -> int:
+    """Most memory held so far: allocated on the GPU, or resident in this process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def release_memory() -> None:
+    """Give the memory of models that are gone back to the GPU or the system."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,0 +1,53 @@
+"""In which precision, and by which kernels, a model computes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from open_po.config import ModelConfig
+from open_po.errors import UserError
+from open_po.model.attention import ATTENTION_VERSION
+from open_po.model.logprobs import LOGPROB_VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+    """How a model computes, as far as it changes its log-probs."""
+
+    compute_dtype: torch.dtype
+    weights_dtype: torch.dtype
+    use_liger: bool
+
+    @staticmethod
+    def choose(config: ModelConfig, device: torch.device, *, trainable_weights: bool) -> Numerics:
+        """Precision and kernels for `device`.
+
+        Weights that train are float32, whatever they compute in: an update at a learning rate of 1e-7 is lost in
+        bfloat16. Raises UserError if Liger's kernels are asked for where they cannot run.
+        """
+        auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+        compute = auto if config.dtype == "auto" else cast(torch.dtype, getattr(torch, config.dtype))
+        use_liger = device.type == "cuda" if config.use_liger_kernel is None else config.use_liger_kernel
+        if use_liger and device.type != "cuda" and not _triton_interprets():
+            raise UserError(f"use_liger_kernel: Liger's kernels need CUDA, this device is {device.type}; leave it out")
+        return Numerics(
+            compute_dtype=compute, weights_dtype=torch.float32 if trainable_weights else compute, use_liger=use_liger
+        )
+
+    def key(self) -> dict[str, str | int]:
+        """What, besides weights and tokens, decides a log-prob: part of the reference cache's key."""
+        return {
+            "compute_dtype": str(self.compute_dtype).removeprefix("torch."),
+            "weights_dtype": str(self.weights_dtype).removeprefix("torch."),
+            "kernels": "liger" if self.use_liger else "torch",  # of the head too
+            "attention_version": ATTENTION_VERSION,
+            "logprob_version": LOGPROB_VERSION,
+        }
+
+
+def _triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,209 @@
+"""A causal language model that maps packs to the log-probs of their responses. No loss code."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from open_po.errors import UserError
+from open_po.losses import Extra, PairLogps
+from open_po.model.attention import ATTENTION_NAME, Segments
+from open_po.model.last_layer import SegmentsAndLast, compute_scored_tokens_only
+from open_po.model.logprobs import Head, fused_logprobs, log_sum_squares, pair_logps
+from open_po.model.numerics import Numerics
+from open_po.model.rope import _forget_longer_rows, rope_limit
+from open_po.packing import LastLayer, Layout, PackedBatch
+
+
+class Scorer(nn.Module):
+    """A causal language model that maps packs to the log-probs of their responses, never to logits."""
+
+    def __init__(
+        self, model: nn.Module, numerics: Numerics, saved_dropout: dict[str, float], *, holds_adapters: bool = False
+    ) -> None:
+        super().__init__()
+        self.model = model  # a PreTrainedModel, or a PeftModel around one
+        self.numerics = numerics
+        self.saved_dropout = saved_dropout  # rates that were switched off, to be saved with the model
+        self.holds_adapters = holds_adapters  # merged into the weights when they were loaded
+        self.layout: Layout = "rows"  # of the packs it takes; see use_layout
+        # Whether rows must be computed alone and unpadded, because the longest row of a batch changes the others.
+        self.row_by_row = rope_limit(self.base.config) is not None
+        self._last_layer_hook: RemovableHandle | None = None
+        self._own_attention: str = self.base.config._attn_implementation
+        self.balances_experts = False
+        self.load_balancing: Tensor | None = None  # scalar, of the last forward pass, if the scorer balances experts
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model, inside its adapters if it has any."""
+        inner = self.model.get_base_model() if self.has_adapters else self.model  # type: ignore[operator]
+        return cast(PreTrainedModel, inner)
+
+    @property
+    def has_adapters(self) -> bool:
+        return hasattr(self.model, "disable_adapter")
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    def use_layout(self, layout: Layout) -> None:
+        """Take packs in `layout` from now on: with attention over segments, or in rows with the model's own."""
+        self.base.set_attn_implementation(self._own_attention if layout == "rows" else ATTENTION_NAME)
+        self.layout = layout
+
+    def shorten_last_layer(self, layer: nn.Module | None) -> None:
+        """Compute `layer`, the model's last, only for tokens that predict a scored one; None: for all of them."""
+        if self._last_layer_hook is not None:
+            self._last_layer_hook.remove()
+        self._last_layer_hook = None if layer is None else compute_scored_tokens_only(layer)
+
+    @property
+    def last_layer_is_short(self) -> bool:
+        """Whether `shorten_last_layer` is in force."""
+        return self._last_layer_hook is not None
+
+    def balance_experts(self) -> None:
+        """From now on compute `load_balancing`. Raises UserError if the model has no experts."""
+        if not getattr(self.base.config, "num_experts_per_tok", None):
+            raise UserError(f"load_balancing_loss: {self.base.config.model_type} is no mixture-of-experts model")
+        self.balances_experts = True
+
+    def head(self) -> Head:
+        """The output layer, with what the model's configuration says is done to its logits."""
+        layer, config = self.base.get_output_embeddings(), self.base.config
+        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+        scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+        softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        return Head(layer.weight, getattr(layer, "bias", None), softcap, scale)
+
+    def forward(self, batch: PackedBatch, *, extras: Collection[Extra] = (), ld_alpha: float = 1.0) -> PairLogps:
+        """Log-probs of the pack's pairs, with the optional fields `extras`; the batch moves to the model's device.
+
+        `ld_alpha` as in `pair_logps`.
+        """
+        batch = batch.to(self.device)
+        hidden, head = self._scored_states(batch), self.head()
+        logprobs = fused_logprobs(hidden, head, batch.target_ids, use_liger=self.numerics.use_liger)
+        squares = log_sum_squares(hidden, head) if "log_sum_sq" in extras else None
+        return pair_logps(logprobs, batch, ld_alpha=ld_alpha, log_sum_sq=squares)
+
+    def token_logprobs(self, batch: PackedBatch) -> Tensor:
+        """Log-prob of every scored token of the pack: [N]."""
+        batch = batch.to(self.device)
+        hidden = self._scored_states(batch)
+        return fused_logprobs(hidden, self.head(), batch.target_ids, use_liger=self.numerics.use_liger)
+
+    def _scored_states(self, batch: PackedBatch) -> Tensor:
+        """The hidden states that predict scored tokens, in the compute dtype: [N, H]."""
+        if batch.layout != self.layout:
+            raise ValueError(f"a pack in layout {batch.layout} for a scorer that takes {self.layout}")
+        balances = self.balances_experts and torch.is_grad_enabled()
+        # Experts are balanced over all tokens of all layers. In training this holds without gradients too: a pass that
+        # is repeated with them must see the same dropout.
+        whole = not self.last_layer_is_short or (self.balances_experts and self.training)
+        last = None if whole else batch.last_layer
+        index = batch.score_index if last is None else last.score_index
+        return self._hidden_states(batch, last, balances).index_select(0, index).to(self.numerics.compute_dtype)
+
+    def _hidden_states(self, batch: PackedBatch, last: LastLayer | None, balances: bool) -> Tensor:
+        """Last hidden states of a pack: [T, H], or [S, H] of the tokens that `last` says are scored."""
+        inputs: list[dict[str, Any]]
+        if batch.layout == "rows":
+            # Causal models need no mask for padding on the right.
+            rows = batch.input_ids.view(len(batch.row_lengths), -1)
+            inputs = [{"input_ids": rows}]
+            if self.row_by_row:
+                inputs = [{"input_ids": rows[i : i + 1, :length]} for i, length in enumerate(batch.row_lengths)]
+        else:
+            segments = Segments(batch.segments, self.device)
+            if last is not None:
+                segments = SegmentsAndLast(batch.segments, last, self.device)
+            tokens, positions = batch.input_ids[None], batch.position_ids[None]
+            inputs = [{"input_ids": tokens, "position_ids": positions, "segments": segments}]
+        if balances:
+            inputs = [call | {"output_router_logits": True} for call in inputs]
+        outputs = []
+        for call in inputs:
+            if self.row_by_row:
+                _forget_longer_rows(self.base)
+            with self.autocast():
+                outputs.append(self.base.base_model(**call, use_cache=False))
+        if balances:
+            self.load_balancing = self._load_balancing([output.router_logits for output in outputs], batch)
+        states = [output.last_hidden_state for output in outputs]
+        if len(states) > 1:
+            width = len(batch.input_ids) // len(states)
+            states = [F.pad(state, (0, 0, 0, width - state.shape[1])) for state in states]
+        return (states[0] if len(states) == 1 else torch.cat(states)).flatten(0, 1)
+
+    def _load_balancing(self, router_logits: list[tuple[Tensor, ...]], batch: PackedBatch) -> Tensor:
+        """transformers' own load balancing loss (arXiv 2101.03961) of the pairs' rows, as if every prompt was computed
+        with each response.
+
+        `router_logits` has the layers' [tokens, experts] of each forward pass.
+        """
+        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+        layers: Any = tuple(torch.cat(parts) for parts in zip(*router_logits, strict=True))
+        weights = batch.token_weights.view(max(1, len(batch.row_lengths)), -1)
+        if len(router_logits) > 1:  # rows that went one by one have no padding
+            lengths = torch.tensor(batch.row_lengths, device=self.device)
+            weights = weights[torch.arange(weights.shape[1], device=self.device) < lengths[:, None]][None]
+        config = self.base.config
+        experts = layers[0].shape[-1]
+        loss = load_balancing_loss_func(layers, experts, config.num_experts_per_tok, weights)
+        return cast(Tensor, loss)
+
+    def autocast(self) -> torch.autocast:
+        """The context that the model computes in."""
+        dtype = self.numerics.compute_dtype
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Score as the weights the run started from: without gradients, adapters off."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                if self.has_adapters:
+                    with self.model.disable_adapter():  # type: ignore[operator]
+                        yield
+                else:
+                    yield
+        finally:
+            self.train(training)
+
+    def check_ids(self, highest_id: int) -> None:
+        """Raises UserError if the data hold token ids that the model has no embedding for."""
+        layers = (self.base.get_input_embeddings(), self.base.get_output_embeddings())
+        embeddings = min(cast(Tensor, layer.weight).shape[0] for layer in layers)
+        if highest_id >= embeddings:
+            raise UserError(
+                f"the tokenizer makes token id {highest_id}, but the model's vocabulary has {embeddings} entries; "
+                "tokenizer and model do not belong together"
+            )
+
+    def check_length(self, longest: int) -> None:
+        """Raises UserError if a row is longer than the model's table of learned positions."""
+        config = self.base.config
+        positions = getattr(config, "max_position_embeddings", None)
+        rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+        if positions is not None and longest > positions and not rotary:
+            raise UserError(
+                f"max_seq_length: the longest row has {longest} tokens, the model {positions} positions; lower it"
+            )
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that an optimizer updates."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

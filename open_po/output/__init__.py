@@ -1,0 +1,1 @@
+"""What a run prints and leaves behind: its folder, metrics, summary, tables, plots, trackers, the Hub."""

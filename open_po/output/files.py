@@ -1,0 +1,67 @@
+"""Files that are whole or not there, and what to say when a disk refuses."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from open_po.errors import UserError
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` a file under a temporary name, fsync it and only then give it its own: it is never seen half-written."""
+    # Processes of several machines can have the same number.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names no file
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_faults(what: str, kept: str) -> Iterator[None]:
+    """Raise a UserError for a full or failing disk, whatever type of error a library wraps it in."""
+    try:
+        yield
+    except Exception as error:
+        reason = _disk_fault(error)
+        if reason is None:
+            raise
+        raise UserError(f"{what} cannot be written ({reason}); {kept}") from error
+
+
+def _disk_fault(error: BaseException | None) -> str | None:
+    """What the system said about the file, if that is what `error` is about."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.strerror or str(error)
+        if found := re.search(r"([^:]+) \(os error \d+\)", str(error)):  # safetensors, tokenizers
+            return found[1].strip()
+        error = error.__cause__ or error.__context__  # torch.save
+    return None
+
+
+def lock_folder(path: Path, who: str) -> int | None:
+    """Keep others out of a folder until this process ends or closes what is returned.
+
+    Raises UserError that `who` is writing there. Where the file system has no locks, nothing is kept out.
+    """
+    try:
+        held = os.open(path, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return held
+    except BlockingIOError as error:
+        raise UserError(f"{who} is writing to it; choose another folder") from error
+    except OSError:
+        return None

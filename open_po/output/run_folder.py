@@ -1,0 +1,155 @@
+"""The run's folder: who owns it, and the files that are not the model's."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from open_po.config import RunConfig
+from open_po.errors import UserError
+from open_po.output.files import disk_faults, lock_folder, write_atomically
+
+
+def changed_fields(
+    theirs: Mapping[str, Any], config: RunConfig, *, free: Collection[str] = (), more: Collection[str] = ()
+) -> str:
+    """The fields that shape a result and differ from those of an earlier run, with both values; empty if none do.
+
+    `free` are fields that may differ, `more` others that may not.
+    """
+    ours = config.result_fields() | {name: config.flat()[name] for name in more}
+    changed = [name for name in ours if name not in free and theirs.get(name) != ours[name]]
+    return "; ".join(f"{name} was {theirs.get(name)}, is {ours[name]}" for name in changed)
+
+
+class RunFolder:
+    """`output_dir` and the paths in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.curves = path / "training_curves.png"
+        self.summary = path / "run_summary.json"
+        self.checkpoints = path / "checkpoints"
+        self._held: int | None = None  # the folder, open and locked
+
+    def claim(self, config: RunConfig) -> bool:
+        """Make the folder this run's; False, with nothing changed, if it holds this very run and that is complete.
+
+        Raises UserError, before anything is changed, if it holds something else.
+        """
+        wanted = config.output.resume_from_checkpoint
+        if wanted not in (None, "auto") and not Path(wanted).is_dir():
+            raise UserError(f"resume_from_checkpoint {wanted}: is no folder")
+        try:
+            if self.path.exists():
+                self._refuse_other_run(config)
+                if config.output.resume_from_checkpoint == "auto" and self.recorded().get("status") == "completed":
+                    return False
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._held = lock_folder(self.path, f"output_dir {self.path}: another run")
+            self._remove_leftovers()
+            write_atomically(self.config, lambda path: path.write_text(config.to_yaml()))
+            return True
+        except OSError as error:
+            raise UserError(f"output_dir {self.path}: cannot be written ({error.strerror})") from error
+
+    def _refuse_other_run(self, config: RunConfig) -> None:
+        held = {item.name for item in self.path.iterdir() if not item.match(f".{self.config.name}.*.partial")}
+        failed_early = held <= {self.config.name, self.summary.name} and self.recorded().get("status") == "failed"
+        if not held or failed_early:  # a run that failed before it made anything does not stand in the way
+            return
+        if not self.config.is_file():
+            raise UserError(f"output_dir {self.path}: is not empty and holds no run; choose another folder")
+        if config.output.resume_from_checkpoint is None:
+            raise UserError(
+                f"output_dir {self.path}: holds another run; choose another folder, or continue that run with "
+                "--resume_from_checkpoint auto"
+            )
+        wanted = config.output.resume_from_checkpoint
+        if wanted != "auto" and self.checkpoints.resolve() not in Path(wanted).resolve().parents:
+            raise UserError(
+                f"output_dir {self.path}: holds another run than resume_from_checkpoint {wanted}; choose another folder"
+            )
+        try:
+            theirs = yaml.safe_load(self.config.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            theirs = None
+        if not isinstance(theirs, dict):
+            raise UserError(f"output_dir {self.path}: its {self.config.name} is damaged; choose another folder")
+        if changed := changed_fields(theirs, config):
+            raise UserError(
+                f"output_dir {self.path}: holds a run of another configuration ({changed}); choose another folder"
+            )
+
+    def release(self) -> None:
+        """Let other runs in."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a killed run was in the middle of writing."""
+        for leftover in [*self.path.glob(".*.partial"), *self.checkpoints.glob(".step_*"), self.path / ".staging"]:
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
+
+    def recorded(self) -> dict[str, Any]:
+        """What run_summary.json says; empty if there is none that can be read."""
+        try:
+            recorded = json.loads(self.summary.read_text())
+        except (OSError, ValueError):
+            return {}
+        return recorded if isinstance(recorded, dict) else {}
+
+    @contextmanager
+    def recording_failure(self, is_main: bool) -> Iterator[None]:
+        """Keep run_summary.json's `status` true while the run lasts and when it stops early."""
+        try:
+            if is_main:
+                self.write_summary({"status": "running"})
+            yield
+        except BaseException as error:
+            if is_main:
+                status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                failure = {"status": status, "error": str(error) or type(error).__name__}
+                with suppress(OSError):  # a full disk must not hide the error that is on its way
+                    self.write_summary(self.recorded() | failure)
+            raise
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A folder to write files into that then move to this one, each whole.
+
+        Raises UserError if the disk refuses; what was written is removed, checkpoints are kept.
+        """
+        staged = self.path / ".staging"
+        try:
+            with disk_faults(f"{self.path}: the model", "checkpoints are kept"):
+                staged.mkdir()
+                yield staged
+                for item in staged.iterdir():
+                    target = self.path / item.name
+                    if target.is_dir():
+                        shutil.rmtree(target)
+                    item.replace(target)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+    def record(self, **facts: Any) -> None:
+        """Add to run_summary.json."""
+        self.write_summary(self.recorded() | facts)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Replace run_summary.json."""
+        write_atomically(self.summary, lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))

@@ -1,0 +1,96 @@
+"""What the preference stage did: both stages' models compared on held-out prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from open_po.errors import UserError
+from open_po.evaluation.generation import exact_match
+from open_po.output.files import write_atomically
+from open_po.quickstart.build import _REPORT
+from open_po.quickstart.task import Row, read_rows
+
+MAX_ANSWER_TOKENS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A share, 0 to 1, before and after the preference stage."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What the preference stage did on the held-out prompts."""
+
+    prompts: int
+    exact_match: Change  # greedy answers
+    reward_accuracy: Change  # share of pairs whose chosen response has the higher reward, ties counted half
+
+
+def measure(folder: Path, device: torch.device) -> Report:
+    """Evaluate both stages' models on `device`. Raises UserError if a stage has not been run to its end."""
+    summaries = {stage: _summary(folder / stage) for stage in ("sft", "dpo")}
+    before, after = summaries["dpo"]["eval_before"], summaries["dpo"]["eval"]
+    if after is None:
+        raise UserError(f"{folder / 'dpo'}: the run had no held-out data; leave eval_mixer_list as it is")
+    rows = read_rows(folder / "data" / "held_out.jsonl")
+    return Report(
+        prompts=len(rows),
+        exact_match=Change(
+            before=_exact_match(folder / "sft", rows, device), after=_exact_match(folder / "dpo", rows, device)
+        ),
+        reward_accuracy=Change(before=before["rewards/accuracy"], after=after["rewards/accuracy"]),
+    )
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    path = run / "run_summary.json"
+    summary: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if summary.get("status") != "completed":
+        raise UserError(f"{run}: holds no completed run; `bash scripts/train/debug/dpo.sh` runs all stages")
+    return summary
+
+
+def _exact_match(run: Path, rows: Sequence[Row], device: torch.device) -> float:
+    model: Any = AutoModelForCausalLM.from_pretrained(run)
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    prompts, answers = [row.prompt for row in rows], [row.chosen for row in rows]
+    return exact_match(model.to(device), tokenizer, prompts, answers, max_new_tokens=MAX_ANSWER_TOKENS)
+
+
+def report_table(report: Report) -> Table:
+    """The report for the console."""
+    table = Table(
+        title=f"Quickstart: {report.prompts} held-out numbers into words",
+        title_justify="left",
+        caption="Reward accuracy starts at one half: a policy that still is its reference prefers neither answer.",
+        caption_justify="left",
+    )
+    table.add_column("", style="bold", overflow="fold")
+    table.add_column("before (SFT)", justify="right")
+    table.add_column("after (preferences)", justify="right")
+    table.add_column("change", justify="right")
+    for label, change in (("exact match", report.exact_match), ("reward accuracy", report.reward_accuracy)):
+        points = 100 * (change.after - change.before)
+        table.add_row(label, f"{change.before:.1%}", f"{change.after:.1%}", f"{points:+.1f} points")
+    return table
+
+
+def tell(report: Report, folder: Path, console: Console) -> None:
+    """Write the report to `report.json`, and print it with the paths of what to look at next."""
+    write_atomically(folder / _REPORT, lambda path: path.write_text(json.dumps(asdict(report), indent=2) + "\n"))
+    console.print(report_table(report))
+    for label, path in (("curves", folder / "dpo" / "training_curves.png"), ("model", folder / "dpo")):
+        console.print(f"{label}: {path}", soft_wrap=True, markup=False)

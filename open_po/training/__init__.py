@@ -1,0 +1,1 @@
+"""One run: its steps, their state, its checkpoints."""

@@ -1,0 +1,262 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from open_po.config import RunConfig
+from open_po.distributed.gathering import gather_logps
+from open_po.distributed.runtime import Runtime
+from open_po.errors import UserError
+from open_po.evaluation.preferences import HeldOut, evaluate
+from open_po.losses import Counts, LossMix, PairLogps
+from open_po.model.memory import peak_memory_bytes
+from open_po.model.scorer import trainable_parameters
+from open_po.output.metrics import Metrics
+from open_po.output.progress import Progress
+from open_po.output.run_folder import RunFolder
+from open_po.output.trackers import Trackers
+from open_po.packing import PackedBatch, Planner, Sampler
+from open_po.reference import lookup
+from open_po.training.coupled_loss import GlobalLoss, global_loss
+from open_po.training.state import RandomState, TrainingState, Window
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSize:
+    """One optimizer step over all ranks."""
+
+    pairs: int
+    tokens: int
+    response_tokens: int
+    counts: Counts
+
+
+class Trainer:
+    """Runs the optimizer steps of one run, from wherever its state stands to the end."""
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        runtime: Runtime,
+        state: TrainingState,
+        loss: LossMix,
+        planner: Planner,
+        sampler: Sampler,
+        steps: int,
+        reference: PairLogps | None,
+        held_out: HeldOut | None,
+        pad: int,
+        folder: RunFolder,
+        trackers: Trackers,
+    ) -> None:
+        # What is trained
+        self.state = state
+        self.parameters = trainable_parameters(state.scorer)
+        self.model, self.optimizer = runtime.accelerator.prepare(state.scorer, state.optimizer)
+        # On what
+        self.loss, self.planner, self.sampler, self.steps = loss, planner, sampler, steps
+        self.reference, self.held_out, self.pad = reference, held_out, pad
+        # And around it
+        self.config, self.runtime, self.folder, self.trackers = config, runtime, folder, trackers
+
+    def train(self) -> None:
+        """Run to the last step, with the evaluations and checkpoints that fall due.
+
+        Raises UserError if a loss or gradient is not finite (before the update) or a checkpoint cannot be written.
+        """
+        progress, output = self.state.progress, self.config.output
+        if progress.step == 0:
+            self.evaluate()
+        self.model.train()
+        bar = Progress(self.runtime.console, "Training", total=self.steps, unit="steps", done=progress.step)
+        with bar:
+            while progress.step < self.steps:
+                size, metrics = self.train_step()
+                bar.advance(1, tokens=size.tokens, note=_note(metrics))
+                last = progress.step == self.steps
+                if last or _due(progress.step, self.config.train.eval_steps):
+                    self.evaluate()
+                if _due(progress.step, output.checkpointing_steps):
+                    self.state.save(self.folder.checkpoints, self.config, self.runtime)
+
+    def train_step(self) -> tuple[StepSize, Metrics]:
+        """One optimizer step; returns its size and the metrics written after it, if any were due."""
+        start = time.monotonic()
+        progress = self.state.progress
+        indices = self.sampler.step_pairs(progress.step)
+        size = self._size(indices)
+        not_finite = self._backward(indices, size)
+        limit = self.config.train.max_grad_norm or float("inf")
+        grad_norm = float(cast(Tensor, self.runtime.accelerator.clip_grad_norm_(self.parameters, limit)))
+        self._stop_unless_finite(indices, not_finite, grad_norm)
+        learning_rate = float(self.state.schedule.get_last_lr()[0])
+        self.optimizer.step()
+        self.state.schedule.step()
+        self.optimizer.zero_grad()
+        progress.step += 1
+        progress.pairs += size.pairs
+        progress.tokens += size.tokens
+        progress.response_tokens += size.response_tokens
+        self._count(size, time.monotonic() - start)
+        if not (_due(progress.step, self.config.train.logging_steps) or progress.step == self.steps):
+            return size, {}
+        return size, self._log(learning_rate, grad_norm)
+
+    def _size(self, indices: list[int]) -> StepSize:
+        data = self.planner.dataset
+        prompt, chosen = int(data.prompt_lengths[indices].sum()), int(data.chosen_lengths[indices].sum())
+        rejected = int(data.rejected_lengths[indices].sum()) if self.planner.with_rejected else 0
+        prompts = prompt * (2 if self.planner.with_rejected else 1)
+        return StepSize(
+            pairs=len(indices),
+            tokens=prompts + chosen + rejected,
+            response_tokens=chosen + rejected,
+            counts=self.planner.counts(indices),
+        )
+
+    def _backward(self, indices: list[int], size: StepSize) -> dict[int, Tensor]:
+        """Gradients of the step's loss: every pack adds its losses over the step's global counts.
+
+        Returns whether each of this rank's pairs has a loss that is not finite; nothing here waits for the device.
+        """
+        runtime, counts = self.runtime, size.counts
+        packs = self.planner.packs(indices, rank=runtime.rank, world_size=runtime.world_size)
+        whole = self._whole_step(indices, packs, counts) if self.loss.batch_coupled else None
+        self.state.progress.packing += self.planner.stats(packs)
+        # A step may have fewer pairs than ranks; a rank without any still joins, with coefficient 0.
+        idle, packs = not packs, packs or [indices[:1]]
+        bad: dict[int, Tensor] = {}
+        for position, pack in enumerate(packs):
+            last = position == len(packs) - 1
+            with nullcontext() if last else runtime.accelerator.no_sync(self.model):
+                batch = self.planner.batch(pack, self.pad)
+                policy = self.model(batch, extras=self.loss.extras, ld_alpha=self.loss.ld_alpha)
+                if whole is not None:
+                    value = whole.surrogate(pack, policy)
+                else:
+                    losses = self.loss(policy, lookup(self.reference, pack, policy))
+                    value = losses.value(counts)
+                aux = self._balance(batch, size)
+                if aux is not None:
+                    value = value + (self.config.loss.load_balancing_weight or 0.0) * aux
+                # The ranks' gradients are averaged, hence the factor of their number.
+                (value * (0.0 if idle else runtime.world_size)).backward()
+            if aux is not None and not idle:
+                self.state.window.meter.add_aux(aux)
+            if whole is None and not idle:
+                self.state.window.meter.add(policy, losses, counts)
+                bad |= zip(pack, losses.not_finite(), strict=True)
+        return bad if whole is None else dict(zip(indices, whole.losses.not_finite(), strict=True))
+
+    def _balance(self, batch: PackedBatch, size: StepSize) -> Tensor | None:
+        """The load balancing loss of the pack that was just scored, by its share of the step's tokens."""
+        loss = self.state.scorer.load_balancing
+        return None if loss is None else batch.tokens / size.tokens * loss
+
+    def _whole_step(self, indices: list[int], packs: list[list[int]], counts: Counts) -> GlobalLoss:
+        """The loss of a step whose pairs depend on one another: one more forward pass over its packs.
+
+        It runs under the random state that the passes with a graph will have, so that dropout is the same in both.
+        """
+        random = RandomState.take()
+        with torch.no_grad():
+            scored = [
+                (
+                    pack,
+                    self.state.scorer(
+                        self.planner.batch(pack, self.pad), extras=self.loss.extras, ld_alpha=self.loss.ld_alpha
+                    ),
+                )
+                for pack in packs
+            ]
+        random.put_back()
+        policy = gather_logps(scored, indices, self.runtime)
+        reference = lookup(self.reference, indices, policy)
+        self.state.update_running_means(self.loss, policy, reference)
+        whole = global_loss(self.loss, indices, policy, reference, counts, self.running_means())
+        if self.runtime.is_main:  # every rank has the whole step now; one counts it
+            self.state.window.meter.add(policy, whole.losses, counts)
+        return whole
+
+    def running_means(self) -> list[Tensor | None]:
+        """The running mean of each part of the loss that keeps one."""
+        means = self.state.progress.running_means
+        return [torch.tensor(mean.mean, device=self.runtime.device) if mean.count else None for mean in means]
+
+    def _stop_unless_finite(self, indices: list[int], not_finite: dict[int, Tensor], grad_norm: float) -> None:
+        flags = torch.stack(list(not_finite.values())).tolist() if not_finite else []
+        bad = [index for index, flag in zip(not_finite, flags, strict=True) if flag]
+        if self.runtime.world_size > 1:
+            bad = gather_object(bad)
+        if not bad and math.isfinite(grad_norm):
+            return
+        origins = self.planner.dataset.origins
+        named = "; ".join(origins[index] for index in sorted(bad or indices)[:8])
+        more = len(bad or indices) - 8
+        raise UserError(
+            f"step {self.state.progress.step + 1}: the {'loss' if bad else 'gradient'} is not finite, stopped before "
+            f"the update; pairs: {named}{f' and {more} more' if more > 0 else ''}; checkpoints, if any, are kept",
+            shared=True,
+        )
+
+    def _count(self, size: StepSize, seconds: float) -> None:
+        self.state.progress.seconds += seconds
+        window = self.state.window
+        window.steps += 1
+        window.pairs += size.pairs
+        window.tokens += size.tokens
+        window.seconds += seconds
+
+    def _log(self, learning_rate: float, grad_norm: float) -> Metrics:
+        window, self.state.window = self.state.window, Window()
+        means = window.meter.means(self.runtime, window.steps)
+        metrics = {
+            "training_step": self.state.progress.step,
+            "epoch": self.sampler.epochs(self.state.progress.step),
+            "learning_rate": learning_rate,
+            "train_loss": means.pop("loss"),
+            **means,
+            "grad_norm": grad_norm,
+            "perf/tokens_per_second": window.tokens / window.seconds,
+            "perf/pairs_per_second": window.pairs / window.seconds,
+            "perf/peak_memory_gb": peak_memory_bytes() / 1e9,
+        }
+        self.trackers.log(metrics)
+        return metrics
+
+    def evaluate(self) -> None:
+        """Held-out metrics, if there is held-out data."""
+        if self.held_out is None:
+            return
+        scorer = self.state.scorer
+        metrics = evaluate(scorer, self.held_out, self.loss, self.running_means(), self.runtime, pad=self.pad)
+        self.trackers.log({"training_step": self.state.progress.step, **metrics})
+        self.runtime.say(f"Held out, step {self.state.progress.step}: {_note(metrics, 'eval/')}")
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _note(metrics: Metrics, prefix: str = "") -> str:
+    """The few numbers a person watches."""
+    shown = {
+        "train_loss": "loss {:.4f}",
+        f"{prefix}loss": "loss {:.4f}",
+        f"{prefix}rewards/accuracy": "accuracy {:.3f}",
+        f"{prefix}rewards/margin": "margin {:.3f}",
+        f"{prefix}logps/chosen": "chosen {:.2f}",
+        "learning_rate": "lr {:.2e}",
+    }
+    parts = [form.format(metrics[name]) for name, form in shown.items() if name in metrics]
+    return ", ".join(parts).replace("-0.000,", "0.000,")
