@@ -84,7 +84,7 @@ def make_scorer(setting: Setting, shape: Shape, pairs: list[PreferencePair], dev
 def train_step(scorer: Scorer, optimizer: torch.optim.Optimizer, batch: PackedBatch) -> float:
     """Forward, DPO loss, backward, update; returns the sum of the chosen log-probs before the update."""
     loss = Loss(loss_spec("dpo"), loss_spec("dpo").resolve({}))
-    policy = scorer(batch)
+    policy = scorer.score(batch).logps
     reference = PairLogps(
         chosen=policy.chosen.detach(),
         rejected=policy.rejected.detach(),

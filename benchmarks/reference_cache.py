@@ -109,7 +109,8 @@ def measure_pass(pairs: int, rounds: int) -> str:
     from open_po.data.run_data import prepare_data
     from open_po.distributed.runtime import Runtime
     from open_po.model.load import load_scorer
-    from open_po.model.numerics import Numerics
+    from open_po.model.numerics import policy_numerics
+    from open_po.model.prepare import set_layout
     from open_po.model_files import model_identity, policy_source
     from open_po.reference import ensure_reference
     from open_po.reference.fill import PackPlanner, Responses
@@ -127,11 +128,11 @@ def measure_pass(pairs: int, rounds: int) -> str:
         config = load_config([*words, "--reference_cache_dir", str(folder / "unused")])
         runtime = Runtime.start(0)
         source = policy_source(config)
-        numerics = Numerics.choose(config.model, runtime.device, trainable_weights=True)
+        numerics = policy_numerics(config.model, runtime.device)
         scorer = load_scorer(source, numerics, runtime.device)
         with redirect_stdout(StringIO()):
             data = prepare_data(config, runtime)
-            data.prepare(scorer, "auto", "Model", runtime)
+            set_layout(scorer, data, "auto", "Model", runtime)
         planner = PackPlanner(responses=Responses(data.train), layout=scorer.layout, budget=2048, pad=data.pad)
         packs = planner.plan(1)
 
@@ -145,8 +146,8 @@ def measure_pass(pairs: int, rounds: int) -> str:
             own = load_config([*words, "--reference_cache_dir", str(cache)])
             identity = model_identity(source, cache)
             reference = ensure_reference(lambda: scorer, source, identity, numerics, own, runtime, data)
-            assert reference.summary.responses_computed == sum(len(pack.numbers) for pack in packs)
-            return reference.store.lookup(data.train)
+            assert reference.totals.responses_computed == sum(len(pack.numbers) for pack in packs)
+            return reference.store.logps_of(data.train)
 
         bare()
         scoring = 0.0  # seconds

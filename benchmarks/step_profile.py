@@ -69,7 +69,7 @@ def main() -> None:
     def step() -> float:
         scorer.zero_grad()
         start = time.perf_counter()
-        logps = scorer(batch)
+        logps = scorer.score(batch).logps
         (logps.chosen - logps.rejected).sum().backward()
         return time.perf_counter() - start
 

@@ -149,20 +149,20 @@ def model_identity(source: ModelSource, memo: Path) -> dict[str, str]:
 
 
 def agreed_identity(source: ModelSource, memo: Path, runtime: Runtime) -> dict[str, str]:
-    """The same, made sure of on all ranks, whose machines may have files of their own under one name.
+    """`model_identity`, made sure of on all ranks, whose machines may have files of their own under one name.
 
     Raises UserError naming a rank whose files differ from rank 0's.
     """
-    identity = runtime.on_main(lambda: model_identity(source, memo))  # alone at first: the others find it remembered
-    mine = runtime.on_all(lambda: identity if runtime.is_main else model_identity(source, memo))
-    for rank, other in enumerate(runtime.gather(mine)):
-        differing = sorted(name for name, _ in identity.items() ^ other.items())
+    # Rank 0 alone at first: the others find hashes remembered.
+    identities = runtime.gather(runtime.main_first(model_identity, source, memo))
+    for rank, other in enumerate(identities):
+        differing = sorted(name for name, _ in identities[0].items() ^ other.items())
         if differing:
             raise UserError(
                 f"{source.name}: rank {rank} has another {differing[0]} than rank 0; give all machines the same files",
                 shared=True,
             )
-    return identity
+    return identities[0]
 
 
 def _files(folder: Path, source: ModelSource) -> list[Path]:

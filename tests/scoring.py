@@ -60,13 +60,9 @@ BFLOAT16 = replace(FLOAT32, compute_dtype=torch.bfloat16)
 
 
 LAYOUTS: tuple[Layout, ...] = ("shared", "unshared", "rows")
-
-
 # Several pairs of one prompt that share responses; a prompt and a response of one token; a pair that comes twice; a
 # response that two prompts have.
 PROMPT, SHORT, LONG = [0, 5, 9, 30], [8, 1], [9, 200, 14, 5, 66, 1]
-
-
 FAMILY = [
     PreferencePair(PROMPT, [44, 3, 17, 1], SHORT),
     PreferencePair(PROMPT, LONG, SHORT),
@@ -78,11 +74,7 @@ FAMILY = [
 
 
 ALL = [*PAIRS, *FAMILY]
-
-
 WEIGHTS = torch.randn(len(ALL), 2, generator=torch.Generator().manual_seed(0))
-
-
 LONGEST = max(len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in ALL)
 
 
@@ -140,7 +132,7 @@ def score(scorer: Scorer, layout: Layout, pairs: Sequence[PreferencePair] = ALL)
     """Scores [P, 2] in a layout, and gradients of their sum weighted by `WEIGHTS`."""
     scorer.use_layout(layout)
     scorer.zero_grad()
-    got = as_matrix(scorer(pack(pairs, layout=layout, pad_token_id=2)))
+    got = as_matrix(scorer.score(pack(pairs, layout=layout, pad_token_id=2)).logps)
     (got * WEIGHTS[: len(pairs)]).sum().backward()
     parameters = scorer.base.named_parameters()
     return got.detach(), {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}

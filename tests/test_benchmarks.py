@@ -125,7 +125,7 @@ def test_skipped_flops_are_what_the_last_layer_leaves_out() -> None:
     for layer in (scorer.base.base_model.layers[-1], None):
         scorer.shorten_last_layer(layer)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            scorer(pack(pairs, layout="shared", pad_token_id=0))
+            scorer.score(pack(pairs, layout="shared", pad_token_id=0))
         products = counter.get_flop_counts()["Global"]
         found.append(sum(count for name, count in products.items() if "mm" in str(name)))
     queries = 2 * 2 * SHAPE.hidden**2  # of the two prompt tokens that are not its last: computed, though useless

@@ -33,6 +33,7 @@ from open_po.data.run_data import prepare_data
 from open_po.data.tokenization import KEY_DTYPE
 from open_po.distributed.runtime import Runtime
 from open_po.errors import UserError, user_line
+from open_po.model.numerics import reference_numerics
 from open_po.model_files import policy_source
 from open_po.output.console import make_console
 from open_po.output.files import write_atomically
@@ -109,13 +110,13 @@ def build(config: RunConfig, runtime: Runtime) -> None:
     if not config.loss.mix().needs_reference:
         runtime.say(f"loss_type {', '.join(config.loss.names)} uses no reference log-probs: there is nothing to build")
         return
-    runtime.on_main(lambda: open_cache(config))
+    runtime.on_main(open_cache, config)
     data = prepare_data(config, runtime)
     reference = separate_reference(config, runtime, data)
     if reference is None:
-        trains, source = not config.model.use_lora, policy_source(config)
-        reference = log_probs_of(source, config, runtime, data, trains=trains, label="Reference model")
-    done = reference.summary
+        numerics = runtime.from_main(reference_numerics, config, runtime.device)
+        reference = log_probs_of(policy_source(config), numerics, config, runtime, data, label="Reference model")
+    done = reference.totals
     table = _table("Reference log-probs", "what", "value")
     table.add_row("pairs", f"{done.pairs_computed + done.pairs_reused:,}, of which {done.pairs_reused:,} were there")
     table.add_row("computed here", f"{done.responses_computed:,} responses in {done.seconds:.1f} s")

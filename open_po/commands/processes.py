@@ -20,7 +20,7 @@ _DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 @dataclass(kw_only=True)
 class Slot:
-    """Room for one process."""
+    """Room for one process at a time, on one device, with the environment that it gets."""
 
     environment: dict[str, str]
     what: Any = None

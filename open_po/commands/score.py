@@ -24,6 +24,7 @@ from open_po.distributed.runtime import Runtime
 from open_po.errors import ConfigError, UserError
 from open_po.evaluation.meter import wins
 from open_po.losses import PairLogps
+from open_po.model.numerics import frozen_numerics
 from open_po.model_files import policy_source
 from open_po.output.files import disk_faults, write_atomically
 from open_po.reference import log_probs_of, open_cache, separate_reference
@@ -83,23 +84,22 @@ def _problem(name: str) -> str | None:
     """What is wrong with a field, as far as scoring is concerned."""
     if name in _INSTEAD:
         return f"{name}: score takes this from {_INSTEAD[name]}"
-    trains = name == "gradient_checkpointing" or "lora" in name
-    concerns = (FIELDS[name][0] in ("model", "data", "reference") and not trains) or name == "max_tokens_per_batch"
-    return None if concerns else f"{name}: score does not train; leave it out"
+    return None if FIELDS[name].is_scored else f"{name}: score does not train; leave it out"
 
 
 def score(config: RunConfig, runtime: Runtime, out: Path, beta: float) -> None:
     """Score the data under the policy, and under the reference if there is one, and write one line a pair."""
-    runtime.on_main(lambda: _check(out, config))
-    runtime.on_main(lambda: open_cache(config))
+    runtime.on_main(_check, out, config)
+    runtime.on_main(open_cache, config)
     data = prepare_data(config, runtime, label="Data")
 
-    scored = log_probs_of(policy_source(config), config, runtime, data, trains=False, label="Model")
-    policy = runtime.on_all(lambda: scored.store.lookup(data.train))
+    numerics = runtime.from_main(frozen_numerics, config.model, runtime.device)
+    scored = log_probs_of(policy_source(config), numerics, config, runtime, data, label="Model")
+    policy = runtime.on_every_rank(scored.store.logps_of, data.train)
     under_reference = None
     if config.reference.reference_model_name_or_path is not None:
         reference = separate_reference(config, runtime, data) or scored  # the model itself
-        under_reference = runtime.on_all(lambda: reference.store.lookup(data.train))
+        under_reference = runtime.on_every_rank(reference.store.logps_of, data.train)
     rows = _rows(data, policy, under_reference, beta)
 
     def write(path: Path) -> None:
@@ -116,7 +116,7 @@ def score(config: RunConfig, runtime: Runtime, out: Path, beta: float) -> None:
 
 def _check(out: Path, config: RunConfig) -> None:
     """Raises UserError, before anything takes long, if `out` cannot be, or is a file that is read."""
-    read = {Path(name).resolve() for name in config.data.mixer_list or ()}
+    read = {Path(part.name).resolve() for part in config.data.mixture}
     if out.resolve() in read:
         raise UserError(f"--out {out}: is the data that is scored; choose another file")
     if out.is_dir():

@@ -30,50 +30,20 @@ from rich.console import Console
 from rich.table import Table
 
 from open_po.commands.command_line import CommandParser, refused
+from open_po.commands.grid import FIGURES, NOT_STARTED, Run, flags, read_grid, setting_name
 from open_po.commands.processes import Slots
 from open_po.config import FIELDS, RunConfig, load_config
 from open_po.errors import ConfigError, UserError, user_line
 from open_po.output.console import make_console
 from open_po.output.curves import plot_settings
 from open_po.output.files import lock_folder, write_atomically
+from open_po.output.metrics import REWARD_ACCURACY, REWARD_MARGIN
 from open_po.output.run_folder import RunFolder, changed_fields
+from open_po.output.summary import Status
 
 _ATTEMPTS = 2
-_NOT_STARTED, _COMPLETED = "not started", "completed"
-
-Setting = dict[str, str]  # a value for each field of the grid
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A setting, and where and with which words it runs."""
-
-    setting: Setting
-    folder: RunFolder
-    log: Path
-    words: list[str]
-    config: RunConfig
-
-    @property
-    def name(self) -> str:
-        """The setting as text."""
-        return _name(self.setting)
-
-    def done(self) -> bool:
-        """Whether the run is complete."""
-        return self.folder.recorded().get("status") == _COMPLETED
-
-    def result(self) -> dict[str, Any]:
-        """A row of sweep.csv."""
-        recorded = self.folder.recorded()
-        held_out = recorded.get("eval") or {}
-        return {
-            **self.setting,
-            "status": recorded.get("status", _NOT_STARTED),
-            **{name: held_out.get(name) for name in ("rewards/accuracy", "rewards/margin", "loss")},
-            "seconds": recorded.get("train", {}).get("seconds"),
-            "folder": str(self.folder.path),
-        }
+# Adapters do not change what the reference gives.
+_NO_LORA: dict[str, Any] = {name: None for name, field in FIELDS.items() if field.about.needs == "use_lora"}
 
 
 def main(words: Sequence[str]) -> int:
@@ -105,37 +75,9 @@ def main(words: Sequence[str]) -> int:
         return 130
 
 
-# -------------------------------------------------------------------------------------------------------- the settings
-
-
-def read_grid(items: Sequence[str]) -> list[Setting]:
-    """Every combination of `["name=a,b", ...]`. Raises ConfigError."""
-    problems = []
-    axes: dict[str, list[str]] = {}
-    for item in items:
-        name, equals, after = item.partition("=")
-        values = [value.strip() for value in after.split(",")]
-        if not name or not equals:
-            problems.append(f"--grid {item}: must be NAME=VALUE,VALUE; configuration files come first")
-        elif not all(values):
-            problems.append(f"--grid {item}: has an empty value; must be NAME=VALUE,VALUE without blanks")
-        elif name in axes:
-            problems.append(f"--grid {name}: is given twice")
-        elif name in ("output_dir", "exp_name", "resume_from_checkpoint"):
-            problems.append(f"--grid {name}: is set by the sweep itself")
-        axes[name] = list(dict.fromkeys(values))
-    if problems:
-        raise ConfigError(problems)
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-
-
-def _name(setting: Setting) -> str:
-    return ",".join(f"{name}={value}" for name, value in sorted(setting.items()))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """All runs of a grid."""
+    """All runs of a grid, and the folder that they lie in."""
 
     runs: list[Run]
     folder: Path
@@ -149,7 +91,7 @@ class Sweep:
         configs: list[RunConfig] = []
         for setting in settings:
             try:
-                configs.append(load_config([*words, *_flags(setting)]))
+                configs.append(load_config([*words, *flags(setting)]))
             except ConfigError as error:
                 problems |= dict.fromkeys(error.problems)
         if not problems and configs[0].data.eval_mixer_list is None:
@@ -158,15 +100,17 @@ class Sweep:
             problems["push_to_hub: runs of a sweep would overwrite each other's model; upload the best by hand"] = None
         for (one, mine), (other, theirs) in itertools.combinations(zip(settings, configs, strict=False), 2):
             if not problems and mine == theirs:
-                problems[f"--grid: {_name(one)} and {_name(other)} are the same run; leave one out"] = None
+                problems[f"--grid: {setting_name(one)} and {setting_name(other)} are the same run; leave one out"] = (
+                    None
+                )
         if problems:
             raise ConfigError(list(problems))
-        folder = Path(configs[0].output.output_dir or "")
+        folder = Path(configs[0].output.output_dir)
         needs_token = any(config.loss.mix().ld_alpha != 1.0 for config in configs)
         shared = ["--reference_cache_level", "token"] if needs_token else []
         runs = []
         for setting, config in zip(settings, configs, strict=True):
-            name = _name(setting).replace("/", "_")
+            name = setting_name(setting).replace("/", "_")
             own = {"output_dir": str(folder / "runs" / name), "exp_name": f"{config.output.exp_name}_{name}"}
             # The reference pass at the sweep's start has verified the cache.
             own |= {"resume_from_checkpoint": "auto", "verify_reference_rows": "0"}
@@ -175,7 +119,7 @@ class Sweep:
                     setting=setting,
                     folder=RunFolder(folder / "runs" / name),
                     log=folder / "logs" / f"{name}.log",
-                    words=[*words, *_flags(setting), *shared, *_flags(own)],
+                    words=[*words, *flags(setting), *shared, *flags(own)],
                     config=config,
                 )
             )
@@ -220,7 +164,7 @@ class Sweep:
                 theirs = yaml.safe_load((path / "config.yaml").read_text())
                 free = set() if path in mine else {*run.setting, *re.findall(r"(?:^|,)(\w+)=", path.name)}
                 if "loss_type" in free:  # it sets others
-                    free |= {name for name, (group, *_) in FIELDS.items() if group == "loss"}
+                    free |= {name for name, field in FIELDS.items() if field.section == "loss"}
                 held_out = ("eval_mixer_list", "eval_mixer_list_splits")
                 changed = isinstance(theirs, dict) and changed_fields(theirs, run.config, free=free, more=held_out)
                 if changed:
@@ -238,9 +182,7 @@ class Sweep:
         for run in runs:
             config = run.config
             if config.loss.mix().needs_reference:
-                model = replace(
-                    config.model, lora_rank=None, lora_alpha=None, lora_dropout=None, lora_target_modules=None
-                )
+                model = replace(config.model, **_NO_LORA)
                 needs.setdefault(repr((model, config.data, config.reference)), []).append(run)
         failed: list[Run] = []
         for number, group in enumerate(needs.values()):
@@ -271,10 +213,10 @@ class Sweep:
                     found = run.result()
                     figures = (
                         ""
-                        if found["rewards/accuracy"] is None
+                        if found[REWARD_ACCURACY] is None
                         else (
-                            f"held-out reward accuracy {found['rewards/accuracy']:.1%}, "
-                            f"margin {found['rewards/margin']:.4f}, "
+                            f"held-out reward accuracy {found[REWARD_ACCURACY]:.1%}, "
+                            f"margin {found[REWARD_MARGIN]:.4f}, "
                         )
                     )
                     self._say(f"[{done}/{len(self.runs)}] {run.name}: {figures}{seconds:.0f} s")
@@ -292,7 +234,7 @@ class Sweep:
     def _write(self) -> None:
         """sweep.csv and sweep.png, as far as runs are complete; another grid's stay until one of this has begun."""
         rows = [run.result() for run in self.runs]
-        if all(row["status"] == _NOT_STARTED for row in rows):
+        if all(row["status"] == NOT_STARTED for row in rows):
             return
 
         def write(path: Path) -> None:
@@ -305,7 +247,7 @@ class Sweep:
         complete = [
             (run.name, row)
             for run, row in zip(self.runs, rows, strict=True)
-            if row["status"] == _COMPLETED and row["rewards/accuracy"] is not None
+            if row["status"] == Status.COMPLETED and row[REWARD_ACCURACY] is not None
         ]
         if complete:
             plot_settings(complete, self.folder / "sweep.png", f"{len(complete)} of {len(self.runs)} settings")
@@ -318,13 +260,13 @@ class Sweep:
         for name in [*names, "reward accuracy", "margin", "loss", "status"]:
             table.add_column(name, justify="right" if name in ("reward accuracy", "margin", "loss") else "left")
         for row in results:
-            figures = (("rewards/accuracy", ".1%"), ("rewards/margin", ".4f"), ("loss", ".4f"))
+            figures = zip(FIGURES, (".1%", ".4f", ".4f"), strict=True)
             shown = ["" if row[name] is None else format(row[name], form) for name, form in figures]
             table.add_row(*(row[name] for name in names), *shown, row["status"])
         self.console.print(table)
         best = results[0]
-        if best["rewards/accuracy"] is not None:
-            self._say(f"Best: {_name({name: best[name] for name in names})}, in {best['folder']}")
+        if best[REWARD_ACCURACY] is not None:
+            self._say(f"Best: {setting_name({name: best[name] for name in names})}, in {best['folder']}")
             self._say(f"Table: {self.folder / 'sweep.csv'}; plot: {self.folder / 'sweep.png'}")
         failed = [run.name for run in self.runs if not run.done()]
         if failed:
@@ -335,13 +277,9 @@ class Sweep:
         self.console.print(line, soft_wrap=True, markup=False)
 
 
-def _flags(values: Mapping[str, str]) -> list[str]:
-    return [word for name, value in values.items() for word in (f"--{name}", value)]
-
-
 def _rank(row: Mapping[str, Any]) -> tuple[float, float]:
     """Most accurate first, then the widest margin; what has no figures last."""
-    accuracy, margin = row["rewards/accuracy"], row["rewards/margin"]
+    accuracy, margin = row[REWARD_ACCURACY], row[REWARD_MARGIN]
     return (math.inf, math.inf) if accuracy is None else (-accuracy, -margin)
 
 

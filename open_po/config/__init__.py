@@ -1,23 +1,16 @@
 """The run's configuration: YAML files merged left to right, then command-line flags, checked as a whole."""
 
-from open_po.config.fields import (
-    FIELDS,
-    DataConfig,
-    LossConfig,
-    ModelConfig,
-    OutputConfig,
-    ReferenceConfig,
-    RunConfig,
-    Sharing,
-    TrainConfig,
-)
-from open_po.config.mixture import mixture
+from open_po.config.loss import LossConfig
+from open_po.config.mixture import MixturePart, parse_mixture
 from open_po.config.reading import help_text, load_config
+from open_po.config.run_config import FIELDS, RunConfig
+from open_po.config.sections import DataConfig, ModelConfig, OutputConfig, ReferenceConfig, Sharing, TrainConfig
 
 __all__ = [
     "FIELDS",
     "DataConfig",
     "LossConfig",
+    "MixturePart",
     "ModelConfig",
     "OutputConfig",
     "ReferenceConfig",
@@ -26,5 +19,5 @@ __all__ = [
     "TrainConfig",
     "help_text",
     "load_config",
-    "mixture",
+    "parse_mixture",
 ]

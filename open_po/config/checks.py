@@ -3,88 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from open_po.config.fields import DataConfig, ModelConfig, OutputConfig, ReferenceConfig, RunConfig, TrainConfig
-from open_po.config.mixture import mixture
+from open_po.config.run_config import FIELDS, RunConfig
+from open_po.config.sections import DataConfig, ModelConfig, OutputConfig, ReferenceConfig, TrainConfig
 
 Section = TypeVar("Section", ModelConfig, DataConfig, OutputConfig, ReferenceConfig)
 
 
 def contradictions(config: RunConfig) -> Iterator[str]:
     """One line per value out of range or at odds with another."""
-    yield from _range_problems(config.flat())
-    yield from _model_problems(config.model)
+    values = config.flat()
+    for field in FIELDS.values():
+        yield from field.out_of_range(values[field.name])
+    if not config.model.model_name_or_path:
+        yield "model_name_or_path: is required, a local folder or a Hub name"
     yield from _data_problems(config.data)
+    yield from _lacking(values, "model", "data", "reference")
     yield from _loss_problems(config)
-    train, output = config.train, config.output
-    if config.loss.load_balancing_weight is not None and not config.loss.load_balancing_loss:
-        yield "load_balancing_weight: needs load_balancing_loss"
-    if train.eval_steps is not None and config.data.eval_mixer_list is None:
-        yield "eval_steps: needs eval_mixer_list, the held-out data"
-    if train.seed >= 2**32:
-        yield f"seed: must be below {2**32}, got {train.seed}"
+    yield from _lacking(values, "loss", "train", "output")
+    train = config.train
     if train.weight_decay and train.optimizer != "adamw":
         yield f"weight_decay: is not applied by optimizer {train.optimizer}; set it to 0 or use adamw"
     if train.lr_scheduler_type == "constant" and train.warmup_ratio not in (0.0, TrainConfig.warmup_ratio):
         yield "warmup_ratio: lr_scheduler_type constant has no warm-up; use constant_with_warmup"
-    for name in ("wandb_project_name", "wandb_entity"):
-        if getattr(output, name) is not None and not output.with_tracking:
-            yield f"{name}: needs with_tracking"
-    for name in ("hf_repo_id", "hf_repo_revision", "hf_private"):
-        if getattr(output, name) is not None and not output.push_to_hub:
-            yield f"{name}: needs push_to_hub"
 
 
-_POSITIVE = (
-    "max_train_samples",
-    "max_seq_length",
-    "max_prompt_length",
-    "preprocessing_num_workers",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_tokens_per_batch",
-    "reference_max_tokens_per_batch",
-    "learning_rate",
-    "num_epochs",
-    "max_train_steps",
-    "eval_steps",
-    "logging_steps",
-    "checkpointing_steps",
-    "keep_last_n_checkpoints",
-    "lora_rank",
-    "lora_alpha",
-    "load_balancing_weight",
-)
-_NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "seed", "lora_dropout", "warmup_ratio", "verify_reference_rows")
-
-
-def _range_problems(values: Mapping[str, Any]) -> Iterator[str]:
-    for name in _POSITIVE:
-        if values[name] is not None and not 0 < values[name] < float("inf"):
-            yield f"{name}: must be above 0, got {values[name]}"
-    for name in _NOT_NEGATIVE:
-        if values[name] is not None and not 0 <= values[name] < float("inf"):
-            yield f"{name}: must not be negative, got {values[name]}"
-    for name in ("lora_dropout", "warmup_ratio"):
-        if values[name] is not None and values[name] >= 1:
-            yield f"{name}: must be below 1, got {values[name]}"
-
-
-def _model_problems(model: ModelConfig) -> Iterator[str]:
-    if not model.model_name_or_path:
-        yield "model_name_or_path: is required, a local folder or a Hub name"
-    for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"):
-        if getattr(model, name) is not None and not model.use_lora:
-            yield f"{name}: needs use_lora"
+def _lacking(values: dict[str, Any], *sections: str) -> Iterator[str]:
+    for field in FIELDS.values():
+        if field.section in sections:
+            yield from field.lacks(values)
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
-    if data.mixer_list is not None and data.dataset_mixer is not None:
+    given = {name: getattr(data, name) for name in ("mixer_list", "dataset_mixer")}
+    if given["mixer_list"] is not None and given["dataset_mixer"] is not None:
         yield "dataset_mixer: contradicts mixer_list; give the training data once"
-    if data.mixer_list is None and not data.dataset_mixer:
+    if given["mixer_list"] is None and not given["dataset_mixer"]:
         yield "mixer_list: is required, the training data (or dataset_mixer in YAML)"
     if data.max_seq_length == 1:
         yield "max_seq_length: must be at least 2, a token of the prompt and one of the response"
@@ -93,33 +50,24 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
             f"max_prompt_length: {data.max_prompt_length} leaves no room for a response in "
             f"max_seq_length {data.max_seq_length}"
         )
-    if data.eval_mixer_list is None and data.eval_mixer_list_splits != DataConfig().eval_mixer_list_splits:
-        yield "eval_mixer_list_splits: needs eval_mixer_list, the held-out data"
-    mixers = {"mixer_list": _training_items(data), "eval_mixer_list": data.eval_mixer_list}
-    for name, items in mixers.items():
-        if items is None:
-            continue
+    whole = _with_training_list(data)
+    for read in ("mixture", "held_out_mixture") if any(given.values()) else ("held_out_mixture",):
         try:
-            parts = mixture(items)
+            getattr(whole, read)
         except ValueError as error:
-            yield f"{name}: {error}"
-            continue
-        splits = getattr(data, f"{name}_splits")
-        if len(splits) not in (1, len(parts)):
-            yield f"{name}_splits: gives {len(splits)} splits for {len(parts)} datasets; give one, or one for each"
+            yield str(error)
 
 
-def _training_items(data: DataConfig) -> list[str] | None:
+def _with_training_list(data: DataConfig) -> DataConfig:
     """The training mixture as a flat list, whichever of the two fields gave it."""
-    if data.mixer_list is None and data.dataset_mixer:
-        return [word for name, amount in data.dataset_mixer.items() for word in (name, amount)]
-    return data.mixer_list
+    if not data.dataset_mixer:
+        return data
+    words = [word for name, amount in data.dataset_mixer.items() for word in (name, amount)]
+    return dataclasses.replace(data, mixer_list=words, dataset_mixer=None)
 
 
 def _loss_problems(config: RunConfig) -> Iterator[str]:
     reference = config.reference
-    if reference.reference_model_revision is not None and reference.reference_model_name_or_path is None:
-        yield "reference_model_revision: needs reference_model_name_or_path"
     try:
         mix = config.loss.mix()
     except ValueError as error:
@@ -133,22 +81,27 @@ def _loss_problems(config: RunConfig) -> Iterator[str]:
 
 def resolve(config: RunConfig) -> RunConfig:
     """Defaults that depend on other fields, filled in."""
+    given = config.flat()
+
+    def unset(**defaults: Any) -> dict[str, Any]:
+        return {name: value for name, value in defaults.items() if given[name] is None}
+
     model, data, train, output = config.model, config.data, config.train, config.output
-    lora = {"lora_rank": 64, "lora_alpha": 16.0, "lora_dropout": 0.0, "lora_target_modules": ["all-linear"]}
     if model.use_lora:
-        unset = {k: v for k, v in lora.items() if getattr(model, k) is None}
-        model = dataclasses.replace(model, **unset)  # type: ignore[arg-type]
-    data = dataclasses.replace(data, mixer_list=_training_items(data), dataset_mixer=None)
-    if train.max_tokens_per_batch is None:
-        tokens = 2 * train.per_device_train_batch_size * data.max_seq_length
-        train = dataclasses.replace(train, max_tokens_per_batch=tokens)
-    if output.output_dir is None:
-        output = dataclasses.replace(output, output_dir=f"output/{output.exp_name}")
-    model, data, output = _expand_home(model), _expand_home(data), _expand_home(output)
-    reference = _expand_home(config.reference)
+        lora = unset(lora_rank=64, lora_alpha=16.0, lora_dropout=0.0, lora_target_modules=["all-linear"])
+        model = dataclasses.replace(model, **lora)
     loss = config.loss.resolved()
+    if loss.load_balancing_loss:
+        loss = dataclasses.replace(loss, **unset(load_balancing_weight=0.001))
+    tokens = 2 * train.per_device_train_batch_size * data.max_seq_length
     return dataclasses.replace(
-        config, model=model, data=data, reference=reference, loss=loss, train=train, output=output
+        config,
+        model=_expand_home(model),
+        data=_expand_home(_with_training_list(data)),
+        reference=_expand_home(config.reference),
+        loss=loss,
+        train=dataclasses.replace(train, **unset(max_tokens_per_batch=tokens)),
+        output=_expand_home(dataclasses.replace(output, **unset(output_dir=f"output/{output.exp_name}"))),
     )
 
 

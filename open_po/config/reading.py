@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import types
 import typing
@@ -15,7 +14,8 @@ import yaml
 from yaml.constructor import ConstructorError
 
 from open_po.config.checks import contradictions, resolve
-from open_po.config.fields import FIELDS, SECTIONS, RunConfig
+from open_po.config.field import Field
+from open_po.config.run_config import FIELDS, SECTIONS, RunConfig
 from open_po.errors import ConfigError
 
 
@@ -61,12 +61,13 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
             problems.append(_unknown_field(name))
             continue
         try:
-            typed[name] = _convert(value, FIELDS[name][2])
+            typed[name] = _convert(value, FIELDS[name])
         except ValueError as error:
             mistyped.add(name)
             problems.append(f"{name}: {error}")
     sections = {
-        section: cls(**{k: v for k, v in typed.items() if FIELDS[k][0] == section}) for section, cls in SECTIONS.items()
+        section: cls(**{k: v for k, v in typed.items() if FIELDS[k].section == section})
+        for section, cls in SECTIONS.items()
     }
     config = RunConfig(**sections)
     # A mistyped field has its default here: what that contradicts is no problem of the user's.
@@ -148,11 +149,12 @@ def _accepts(hint: Any, kind: type) -> bool:
     return any(kind in (alternative, typing.get_origin(alternative)) for alternative in _alternatives(hint))
 
 
-def _convert(value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`; raises ValueError saying what is expected and what came."""
+def _convert(value: Any, field: Field) -> Any:
+    """`value` as the field's type; raises ValueError saying what is expected and what came."""
+    hint = field.hint
     if isinstance(value, _Words):
         value = _read_words(value, hint)
-    if value is None and _accepts(hint, type(None)):
+    if value is None and field.takes_none:
         return None
     for alternative in _alternatives(hint):
         converted = _convert_one(value, alternative)
@@ -244,10 +246,8 @@ def help_text(program: str = "python dpo_tune_cache.py") -> str:
     lines += ["YAML files merge left to right, flags win.", ""]
     for section, cls in SECTIONS.items():
         lines.append(f"{section}: {(cls.__doc__ or '').splitlines()[0]}")
-        for f in dataclasses.fields(cls):
-            hint = typing.get_type_hints(cls)[f.name]
-            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            shown = "" if default in (None, "") else f" (default {default})"
-            lines.append(f"  --{f.name}: {_describe(hint)}{shown}\n      {f.metadata['help']}")
+        for field in (field for field in FIELDS.values() if field.section == section):
+            shown = "" if field.default in (None, "") else f" (default {field.default})"
+            lines.append(f"  --{field.name}: {_describe(field.hint)}{shown}\n      {field.about.text}")
         lines.append("")
     return "\n".join(lines)

@@ -17,8 +17,9 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from open_po.config import MixturePart
 from open_po.data.formats import RowError, parse_row
-from open_po.data.sources import Part, load_mixture, row_fields
+from open_po.data.sources import SourceRows, load_mixture, row_fields
 from open_po.data.tokenization import (
     KEY_DTYPE,
     LeftOut,
@@ -30,7 +31,7 @@ from open_po.data.tokenization import (
 )
 from open_po.errors import UserError
 
-# Part of the name under which tokenised rows are kept: raise it when the same row gives other ids than before.
+# SourceRows of the name under which tokenised rows are kept: raise it when the same row gives other ids than before.
 _TOKENISATION_VERSION = 3
 _ROWS_PER_WORKER = 500  # below, starting another process costs more than it saves
 
@@ -99,19 +100,18 @@ class PairDataset:
 
 
 def load_pairs(
-    items: Sequence[str],
-    splits: Sequence[str],
+    mixture: Sequence[MixturePart],
     tokenizer: PreTrainedTokenizerBase,
     truncation: Truncation,
     *,
     max_rows: int | None = None,
     num_workers: int | None = None,
 ) -> PairDataset:
-    """The pairs of a mixture (`mixer_list`, `mixer_list_splits`).
+    """The pairs of a mixture.
 
     Raises UserError naming the first rows that cannot be read, or if no row can train.
     """
-    parts = load_mixture(items, splits, max_rows)
+    parts = load_mixture(mixture, max_rows)
     tokenised = [_tokenise_part(part, tokenizer, truncation, num_workers) for part in parts]
     origins = [f"{part.name} row {number}" for part in parts for number in part.row_numbers]
     rows = datasets.concatenate_datasets(tokenised) if len(tokenised) > 1 else tokenised[0]
@@ -123,8 +123,9 @@ def load_pairs(
             left_out.setdefault(reason, []).append(origin)
     kept = [index for index, reason in enumerate(reasons) if not reason]
     if not kept:
+        words = " ".join(f"{part.name} {part.amount}" for part in mixture)
         counts = ", ".join(f"{len(where)} {reason}" for reason, where in left_out.items())
-        raise UserError(f"{' '.join(items)}: none of {len(origins)} rows can train ({counts})")
+        raise UserError(f"{words}: none of {len(origins)} rows can train ({counts})")
     trainable = rows.select(kept)
     columns = trainable.with_format("numpy", columns=["lengths", "cut"])[:]
     lengths, cut = columns["lengths"].astype(np.int64), columns["cut"].astype(bool)
@@ -163,7 +164,7 @@ def _stop_at_errors(errors: Sequence[str], origins: Sequence[str]) -> None:
 
 
 def _tokenise_part(
-    part: Part, tokenizer: PreTrainedTokenizerBase, truncation: Truncation, num_workers: int | None
+    part: SourceRows, tokenizer: PreTrainedTokenizerBase, truncation: Truncation, num_workers: int | None
 ) -> Dataset:
     workers = num_workers or len(os.sched_getaffinity(0))
     workers = min(workers, math.ceil(len(part.rows) / _ROWS_PER_WORKER))

@@ -29,7 +29,7 @@ class Data:
 
     @property
     def highest_id(self) -> int:
-        """Of all tokens."""
+        """The highest token id of all data, which the model must have an embedding for."""
         return max(part.highest_id for part in self.parts)
 
     def token_ids(self) -> set[int]:
@@ -46,8 +46,7 @@ def prepare_data(config: RunConfig, runtime: Runtime, *, label: str = "Training 
         truncation = Truncation(data.max_seq_length, data.max_prompt_length)
         workers = data.preprocessing_num_workers
         train = load_pairs(
-            data.mixer_list or [],
-            data.mixer_list_splits,
+            data.mixture,
             tokenizer,
             truncation,
             max_rows=data.max_train_samples,
@@ -55,14 +54,10 @@ def prepare_data(config: RunConfig, runtime: Runtime, *, label: str = "Training 
         )
         held_out = None
         if data.eval_mixer_list is not None:
-            held_out = load_pairs(
-                data.eval_mixer_list, data.eval_mixer_list_splits, tokenizer, truncation, num_workers=workers
-            )
+            held_out = load_pairs(data.held_out_mixture, tokenizer, truncation, num_workers=workers)
         return Data(tokenizer=tokenizer, pad=pad_token_id(tokenizer), train=train, held_out=held_out)
 
-    if runtime.world_size > 1:
-        runtime.on_main(lambda: bool(load()))
-    loaded = load()
+    loaded = runtime.main_first(load)
     for name, part in ((label, loaded.train), ("Held-out data", loaded.held_out)):
         for line in part.describe() if part is not None else []:
             runtime.say(f"{name}: {line}")

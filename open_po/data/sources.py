@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 from pyarrow import parquet
 
-from open_po.config import mixture
+from open_po.config import MixturePart
 from open_po.errors import UserError
 
 _FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
@@ -35,31 +35,30 @@ _READING_VERSION = 1  # part of the name under which they are kept: raise it whe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class SourceRows:
     """The rows of one dataset that a mixture takes."""
 
     name: str  # for messages
     rows: Dataset  # `row_fields` reads one
     row_numbers: Sequence[int]  # of each row, from 1: in the file, or in the split of a Hub dataset
 
-    def draw(self, count: int) -> Part:
+    def draw(self, count: int) -> SourceRows:
         """`count` rows in their old order."""
         if count == len(self.rows):
             return self
         drawn = sorted(_order(len(self.rows))[:count])
-        return Part(name=self.name, rows=self.rows.select(drawn), row_numbers=[self.row_numbers[i] for i in drawn])
+        return SourceRows(
+            name=self.name, rows=self.rows.select(drawn), row_numbers=[self.row_numbers[i] for i in drawn]
+        )
 
 
-def load_mixture(items: Sequence[str], splits: Sequence[str], max_rows: int | None = None) -> list[Part]:
+def load_mixture(mixture: Sequence[MixturePart], max_rows: int | None = None) -> list[SourceRows]:
     """The rows of each part of a mixture.
 
-    `items` and `splits` are `mixer_list` and `mixer_list_splits`. With `max_rows`, the parts are thinned by one draw
-    over the whole mixture. Raises UserError for what cannot be read.
+    With `max_rows`, the parts are thinned by one draw over the whole mixture. Raises UserError for what cannot be read.
     """
-    wanted = mixture(items)
-    per_part = list(splits) * len(wanted) if len(splits) == 1 else splits
-    parts: list[Part] = []
-    for (name, amount), split in zip(wanted, per_part, strict=True):
+    parts: list[SourceRows] = []
+    for name, amount, split in mixture:
         part = _load(name, split)
         available = len(part.rows)
         count = amount if isinstance(amount, int) else max(1, round(amount * available))
@@ -70,11 +69,11 @@ def load_mixture(items: Sequence[str], splits: Sequence[str], max_rows: int | No
 
 
 def row_fields(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields of a row of `Part.rows`, by name."""
+    """The fields of a row of `SourceRows.rows`, by name."""
     return cast(Mapping[str, Any], json.loads(row[_JSON_ROW])) if _JSON_ROW in row else row
 
 
-def _thin(parts: list[Part], count: int) -> list[Part]:
+def _thin(parts: list[SourceRows], count: int) -> list[SourceRows]:
     """`count` rows drawn from all parts together."""
     owners = [index for index, part in enumerate(parts) for _ in part.row_numbers]
     shares = Counter(owners[position] for position in _order(len(owners))[:count])
@@ -90,7 +89,7 @@ def _order(length: int) -> list[int]:
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-def _load(name: str, split: str) -> Part:
+def _load(name: str, split: str) -> SourceRows:
     """All rows of a split. Raises UserError if there are none or they cannot be read."""
     path = Path(name).expanduser()
     is_file = path.suffix.lower() in _FILE_TYPES or path.is_file()
@@ -98,10 +97,10 @@ def _load(name: str, split: str) -> Part:
         if is_file:
             rows = _load_file(path)
             indices = _slice(split, len(rows))
-            part = Part(name=name, rows=rows.select(indices), row_numbers=[index + 1 for index in indices])
+            part = SourceRows(name=name, rows=rows.select(indices), row_numbers=[index + 1 for index in indices])
         else:
             rows = datasets.load_dataset(name, split=split)
-            part = Part(name=f"{name} ({split})", rows=rows, row_numbers=range(1, len(rows) + 1))
+            part = SourceRows(name=f"{name} ({split})", rows=rows, row_numbers=range(1, len(rows) + 1))
     except Exception as error:  # datasets wraps parser, file and network errors in types of its own
         reason = _root_cause(error)
         if not is_file:

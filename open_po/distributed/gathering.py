@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
-from accelerate.utils import gather_object
 
 from open_po.distributed.runtime import Runtime
 from open_po.losses import PairLogps
@@ -18,7 +18,7 @@ def gather_logps(parts: Iterable[tuple[Sequence[int], PairLogps]], order: Sequen
         fields = {name: value.tolist() for name, value in vars(logps).items() if value is not None}
         for position, index in enumerate(indices):
             rows.append((index, {name: values[position] for name, values in fields.items()}))
-    by_index = dict(rows if runtime.world_size == 1 else gather_object(rows))
+    by_index = dict(chain.from_iterable(runtime.gather(rows)))
     names = by_index[order[0]].keys()
     return PairLogps(
         **{name: torch.tensor([by_index[index][name] for index in order], device=runtime.device) for name in names}

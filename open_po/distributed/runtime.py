@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import ParamSpec, TypeVar, cast
 
 import datasets
 import huggingface_hub
@@ -31,6 +31,7 @@ from open_po.errors import UserError, user_line
 from open_po.output.console import make_console
 
 T = TypeVar("T")
+Arguments = ParamSpec("Arguments")
 _ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -104,39 +105,55 @@ class Runtime:
         else:
             print(f"rank {self.rank}: {line}", file=sys.stderr, flush=True)
 
-    def on_main(self, action: Callable[[], T]) -> T:
-        """Run `action` on rank 0 only; every rank gets its result or raises its error."""
+    def on_main(self, action: Callable[Arguments, T], *args: Arguments.args, **named: Arguments.kwargs) -> T | None:
+        """Run `action` on rank 0, which keeps the result; the others get None. Its error is raised on every rank."""
         if self.world_size == 1:
-            return action()
-        box: list[T | Exception | None] = [None]
+            return action(*args, **named)
+        result: T | None = None
+        failure: Exception | None = None
         if self.is_main:
             try:
-                box[0] = action()
+                result = action(*args, **named)
             except Exception as error:
-                box[0] = _for_all(error)
-        broadcast_object_list(box)
-        if isinstance(box[0], Exception):
-            raise box[0]
-        return box[0]  # type: ignore[return-value]
+                failure = _for_all(error)
+        if (theirs := self._broadcast(failure)) is not None:
+            raise theirs
+        return result
 
-    def on_all(self, action: Callable[[], T]) -> T:
+    def from_main(self, action: Callable[Arguments, T], *args: Arguments.args, **named: Arguments.kwargs) -> T:
+        """Run `action` on rank 0 and give its result, which must pickle, to every rank. Its error is raised on all."""
+        return cast(T, self._broadcast(self.on_main(action, *args, **named)))
+
+    def on_every_rank(self, action: Callable[Arguments, T], *args: Arguments.args, **named: Arguments.kwargs) -> T:
         """Run `action` on every rank; an error on one is raised on all, so that none waits for another forever."""
         if self.world_size == 1:
-            return action()
+            return action(*args, **named)
         result: T | None = None
         failure: Exception | None = None
         try:
-            result = action()
+            result = action(*args, **named)
         except Exception as error:
             failure = _for_all(error)
-        for theirs in gather_object([failure]):
+        for theirs in self.gather(failure):
             if theirs is not None:
                 raise theirs
         return cast(T, result)
 
+    def main_first(self, action: Callable[Arguments, T], *args: Arguments.args, **named: Arguments.kwargs) -> T:
+        """Run `action` on rank 0 and then on the others, who find on disk what it made. Errors are raised on all."""
+        mine = self.on_main(action, *args, **named)
+        return self.on_every_rank(lambda: cast(T, mine) if self.is_main else action(*args, **named))
+
     def gather(self, mine: T) -> list[T]:
         """What every rank has, in the ranks' order."""
         return [mine] if self.world_size == 1 else cast(list[T], gather_object([mine]))
+
+    def _broadcast(self, mine: T) -> T:
+        """Rank 0's value on every rank."""
+        box = [mine]
+        if self.world_size > 1:
+            broadcast_object_list(box)
+        return box[0]
 
     def close(self) -> None:
         """Leave the process group."""

@@ -9,7 +9,18 @@ from torch import Tensor
 
 from open_po.distributed.runtime import Runtime
 from open_po.losses import Counts, MixedLosses, PairLogps
-from open_po.output.metrics import Metrics
+from open_po.output.metrics import (
+    AUX_LOSS,
+    CHOSEN_LOGPS,
+    CHOSEN_REWARDS,
+    LOSS,
+    REJECTED_LOGPS,
+    REJECTED_REWARDS,
+    REWARD_ACCURACY,
+    REWARD_AVERAGE,
+    REWARD_MARGIN,
+    Metrics,
+)
 
 # Rewards closer than this are a tie: log-probs near -1000 nats carry rounding of that size, and a policy that still is
 # its reference would win or lose by it.
@@ -31,24 +42,24 @@ class PreferenceMeter:
         """Add one pack of a step, or of an evaluation, that holds `counts`."""
         chosen, rejected = losses.chosen_rewards, losses.rejected_rewards
         found = {
-            "loss": losses.value(counts),
-            "logps/chosen": policy.chosen,
-            "logps/rejected": policy.rejected,
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/accuracy": wins(chosen, rejected),
+            LOSS: losses.value(counts),
+            CHOSEN_LOGPS: policy.chosen,
+            REJECTED_LOGPS: policy.rejected,
+            CHOSEN_REWARDS: chosen,
+            REJECTED_REWARDS: rejected,
+            REWARD_ACCURACY: wins(chosen, rejected),
             "pairs": torch.ones_like(chosen),
             "rejected_pairs": (policy.rejected_tokens > 0).float(),
         }
         if len(losses.parts) > 1:
             parts = zip(losses.names, losses.parts, strict=True)
-            found |= {f"loss/{name}": part.value(counts) for name, part in parts}
+            found |= {f"{LOSS}/{name}": part.value(counts) for name, part in parts}
         for name, value in found.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double().sum()
 
     def add_aux(self, loss: Tensor) -> None:
         """Add one pack's part of its step's load balancing loss."""
-        self.sums["aux_loss"] = self.sums.get("aux_loss", 0) + loss.detach().double()
+        self.sums[AUX_LOSS] = self.sums.get(AUX_LOSS, 0) + loss.detach().double()
 
     def means(self, runtime: Runtime, steps: int = 1) -> Metrics:
         """Metrics over all ranks; losses are means over `steps` steps, the others are means over pairs.
@@ -62,14 +73,14 @@ class PreferenceMeter:
                 total[name] += value
         self.sums = {}
         pairs = total["pairs"]
-        metrics = {name: total[name] / steps for name in total if name.startswith(("loss", "aux_loss"))}
+        metrics = {name: total[name] / steps for name in total if name.startswith((LOSS, AUX_LOSS))}
         metrics |= {name: total[name] / pairs for name in _PAIR_MEANS}
         if total["rejected_pairs"] == pairs:
             metrics |= {name: total[name] / pairs for name in _BOTH_SIDES}
-            metrics["rewards/average"] = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
-            metrics["rewards/margin"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+            metrics[REWARD_AVERAGE] = (metrics[CHOSEN_REWARDS] + metrics[REJECTED_REWARDS]) / 2
+            metrics[REWARD_MARGIN] = metrics[CHOSEN_REWARDS] - metrics[REJECTED_REWARDS]
         return metrics
 
 
-_PAIR_MEANS = ("logps/chosen", "rewards/chosen")
-_BOTH_SIDES = ("logps/rejected", "rewards/rejected", "rewards/accuracy")
+_PAIR_MEANS = (CHOSEN_LOGPS, CHOSEN_REWARDS)
+_BOTH_SIDES = (REJECTED_LOGPS, REJECTED_REWARDS, REWARD_ACCURACY)

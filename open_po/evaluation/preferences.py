@@ -13,9 +13,9 @@ from open_po.distributed.runtime import Runtime
 from open_po.evaluation.meter import PreferenceMeter
 from open_po.losses import LossMix, PairLogps
 from open_po.model.scorer import Scorer
-from open_po.output.metrics import Metrics
+from open_po.output.metrics import HELD_OUT, Metrics
 from open_po.packing import Planner
-from open_po.reference import lookup
+from open_po.reference import select_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +45,14 @@ def evaluate(
     scorer.eval()
     packs = planner.packs(range(len(planner.dataset)), rank=runtime.rank, world_size=runtime.world_size)
     scored = [
-        (indices, scorer(planner.batch(indices, pad), extras=loss.extras, ld_alpha=loss.ld_alpha)) for indices in packs
+        (indices, scorer.score(planner.batch(indices, pad), extras=loss.extras, ld_alpha=loss.ld_alpha).logps)
+        for indices in packs
     ]
     scorer.train(training)
     order = range(len(planner.dataset))
     policy = gather_logps(scored, order, runtime)
     meter = PreferenceMeter()
     if runtime.is_main:  # every rank has all pairs now; one counts them
-        losses = loss(policy, lookup(held_out.reference, order, policy), running_means)
+        losses = loss(policy, select_pairs(held_out.reference, order, policy), running_means)
         meter.add(policy, losses, planner.counts(order))
-    return {f"eval/{name}": value for name, value in meter.means(runtime).items()}
+    return {HELD_OUT + name: value for name, value in meter.means(runtime).items()}

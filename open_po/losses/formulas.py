@@ -19,7 +19,7 @@ from open_po.losses.types import Divisor, NllTerm, PairLogps, PairLosses
 
 
 def _logistic(z: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """C(z)."""
+    """The logistic loss C(z), see the notation above."""
     if label_smoothing == 0.0:
         return -F.logsigmoid(z)
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
@@ -32,12 +32,12 @@ def _result(losses: Tensor | None, chosen_rewards: Tensor, rejected_rewards: Ten
 
 
 def _ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
-    """a and d."""
+    """The log-ratios a and d of chosen and rejected, see the notation above."""
     return policy.chosen - reference.chosen, policy.rejected - reference.rejected
 
 
 def _means(policy: PairLogps) -> tuple[Tensor, Tensor]:
-    """w/n and l/n."""
+    """The log-probs per token, w/n and l/n, see the notation above."""
     return policy.chosen / policy.chosen_tokens, policy.rejected / policy.rejected_tokens
 
 

@@ -103,7 +103,7 @@ class LossOutput:
 
 
 def not_finite(losses: PairLosses) -> Tensor:
-    """[P] whether a pair's loss, likelihood or rewards are infinite or not a number."""
+    """Whether [P] a pair's loss, likelihood or rewards are infinite or not a number."""
     pairs = len(losses.chosen_rewards)
     bad = ~(losses.chosen_rewards.isfinite() & losses.rejected_rewards.isfinite())
     if losses.losses is not None:

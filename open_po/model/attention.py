@@ -41,7 +41,12 @@ class MissingSegments(RuntimeError):
 
 
 class TakeKeys:
-    """In the place of segments: stops a layer at its attention, which then hands out keys and values."""
+    """In the place of segments: stops a layer at its attention, which then hands out keys and values.
+
+    The last layer needs, of tokens that predict nothing scored, their keys and values alone, and only the model's own
+    code knows how they are made (norms, rotations, biases). It is called as it is; raising from its attention is the
+    one way to leave it there that asks nothing of that code, and what it would go on to compute is never made.
+    """
 
 
 class KeysTaken(Exception):
@@ -88,7 +93,7 @@ class Segments:
         self._flash: FlashIndex | None = None
 
     def mask(self, queries: int, keys: int, window: int | None) -> Tensor:
-        """[queries, keys] of a segment, true where a query sees a key; the last query is the last key's token."""
+        """A segment's mask [queries, keys], true where a query sees a key; the last query is the last key's token."""
         window = keys if window is None else min(window, keys)
         key = (queries, keys, window)
         if key not in self._masks:

@@ -143,8 +143,8 @@ def _finite(scorer: Scorer, groups: Sequence[Group]) -> tuple[list[Group], list[
 
 
 def _shorten(
-    scorer: Scorer, whole: Trial, groups: Sequence[Group], expected: Sequence[Tensor], pad: int
-) -> tuple[Trial, str | None]:
+    scorer: Scorer, whole: LayoutTrial, groups: Sequence[Group], expected: Sequence[Tensor], pad: int
+) -> tuple[LayoutTrial, str | None]:
     """Compute the last layer for scored tokens only, if that changes no score; the trial that holds, and why not."""
     layer = decoder_layer(scorer.base, whole.calls[-1])
     if layer is None:
@@ -158,7 +158,7 @@ def _shorten(
     return whole, wrong
 
 
-def _worse(short: Trial, whole: Trial, scorer: Scorer) -> str | None:
+def _worse(short: LayoutTrial, whole: LayoutTrial, scorer: Scorer) -> str | None:
     """Whether a short last layer adds more than rounding to what a whole one is off by.
 
     The tolerance alone would in bfloat16 let through what one wrong layer of many does.
@@ -170,7 +170,7 @@ def _worse(short: Trial, whole: Trial, scorer: Scorer) -> str | None:
 
 
 @dataclass(frozen=True)
-class Trial:
+class LayoutTrial:
     """What came of scoring packs in a layout."""
 
     wrong: str | None  # what is wrong with it, if anything
@@ -178,7 +178,7 @@ class Trial:
     calls: Sequence[nn.Module] = ()  # the attention modules in the order of their calls
 
 
-def _try(scorer: Scorer, layout: Layout, groups: Sequence[Group], expected: Sequence[Tensor], pad: int) -> Trial:
+def _try(scorer: Scorer, layout: Layout, groups: Sequence[Group], expected: Sequence[Tensor], pad: int) -> LayoutTrial:
     """Compare the scores of `groups` in `layout` with those that are `expected`."""
     attends = layout != "rows"
     try:
@@ -188,16 +188,16 @@ def _try(scorer: Scorer, layout: Layout, groups: Sequence[Group], expected: Sequ
     except Exception as error:  # whatever a model's code makes of arguments that it was not written for
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
-        return Trial(first_line(error))
+        return LayoutTrial(first_line(error))
     layers = int(scorer.base.config.get_text_config(decoder=True).num_hidden_layers)
     times = Counter(calls)
     if attends and len(times) != layers:
-        return Trial(f"{len(times)} of {layers} layers use transformers' attention interface")
+        return LayoutTrial(f"{len(times)} of {layers} layers use transformers' attention interface")
     if attends and set(times.values()) != {1}:
-        return Trial("a layer calls transformers' attention interface more than once")
+        return LayoutTrial("a layer calls transformers' attention interface more than once")
     differences = (got - torch.cat(list(expected))).abs()
     difference, largest = float(differences.mean()), float(differences.max())
     tolerance = _TOLERANCE[scorer.numerics.compute_dtype]
     if not (difference <= tolerance and largest <= _LARGEST * tolerance):
-        return Trial(f"scores are off by {difference:.2g} nats a token, {largest:.2g} at most")
-    return Trial(None, difference, calls)
+        return LayoutTrial(f"scores are off by {difference:.2g} nats a token, {largest:.2g} at most")
+    return LayoutTrial(None, difference, calls)

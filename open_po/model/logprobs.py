@@ -87,7 +87,7 @@ def pair_logps(
 
 
 def _first_tokens(logprobs: Tensor, batch: PackedBatch) -> Tensor:
-    """[P, 2] sums over as many tokens of both responses of a pair as its shorter one has."""
+    """Sums [P, 2] over as many tokens of both responses of a pair as its shorter one has."""
     # A response may be in several pairs and so be cut at several lengths: differences of running sums serve them all,
     # in float64, which keeps a sum of a pack's tokens exact to far less than float32 resolves.
     running = torch.cat([logprobs.new_zeros(1, dtype=torch.float64), logprobs.double().cumsum(0)])

@@ -22,9 +22,9 @@ def attach_lora(scorer: Scorer, config: ModelConfig) -> None:
     if targets == ["all-linear"]:
         targets = "all-linear"
     lora = LoraConfig(
-        r=cast(int, config.lora_rank),
-        lora_alpha=cast(int, config.lora_alpha),
-        lora_dropout=cast(float, config.lora_dropout),
+        r=config.lora_rank,
+        lora_alpha=cast(int, config.lora_alpha),  # peft takes fractions too
+        lora_dropout=config.lora_dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
     )

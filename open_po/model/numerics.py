@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 
-from open_po.config import ModelConfig
+from open_po.config import ModelConfig, RunConfig
 from open_po.errors import UserError
 from open_po.model.attention import ATTENTION_VERSION
 from open_po.model.logprobs import LOGPROB_VERSION
+from open_po.model_files import reference_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,22 +24,6 @@ class Numerics:
     weights_dtype: torch.dtype
     use_liger: bool
 
-    @staticmethod
-    def choose(config: ModelConfig, device: torch.device, *, trainable_weights: bool) -> Numerics:
-        """Precision and kernels for `device`.
-
-        Weights that train are float32, whatever they compute in: an update at a learning rate of 1e-7 is lost in
-        bfloat16. Raises UserError if Liger's kernels are asked for where they cannot run.
-        """
-        auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-        compute = auto if config.dtype == "auto" else cast(torch.dtype, getattr(torch, config.dtype))
-        use_liger = device.type == "cuda" if config.use_liger_kernel is None else config.use_liger_kernel
-        if use_liger and device.type != "cuda" and not _triton_interprets():
-            raise UserError(f"use_liger_kernel: Liger's kernels need CUDA, this device is {device.type}; leave it out")
-        return Numerics(
-            compute_dtype=compute, weights_dtype=torch.float32 if trainable_weights else compute, use_liger=use_liger
-        )
-
     def key(self) -> dict[str, str | int]:
         """What, besides weights and tokens, decides a log-prob: part of the reference cache's key."""
         return {
@@ -47,6 +33,35 @@ class Numerics:
             "attention_version": ATTENTION_VERSION,
             "logprob_version": LOGPROB_VERSION,
         }
+
+
+def policy_numerics(config: ModelConfig, device: torch.device) -> Numerics:
+    """How the policy computes on `device`; its own weights as the reference compute alike.
+
+    Weights that train are float32, whatever they compute in: an update at a learning rate of 1e-7 is lost in bfloat16.
+    Under adapters the weights do not train. Raises UserError as `frozen_numerics`.
+    """
+    frozen = frozen_numerics(config, device)
+    return frozen if config.use_lora else dataclasses.replace(frozen, weights_dtype=torch.float32)
+
+
+def frozen_numerics(config: ModelConfig, device: torch.device) -> Numerics:
+    """How a model computes that does nothing but score: its weights are kept in what they compute in.
+
+    Raises UserError if Liger's kernels are asked for where they cannot run.
+    """
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    compute = auto if config.dtype == "auto" else cast(torch.dtype, getattr(torch, config.dtype))
+    use_liger = device.type == "cuda" if config.use_liger_kernel is None else config.use_liger_kernel
+    if use_liger and device.type != "cuda" and not _triton_interprets():
+        raise UserError(f"use_liger_kernel: Liger's kernels need CUDA, this device is {device.type}; leave it out")
+    return Numerics(compute_dtype=compute, weights_dtype=compute, use_liger=use_liger)
+
+
+def reference_numerics(config: RunConfig, device: torch.device) -> Numerics:
+    """How the reference computes: as the policy where it is the policy's start, else as a model that only scores."""
+    is_policy = reference_source(config) is None
+    return policy_numerics(config.model, device) if is_policy else frozen_numerics(config.model, device)
 
 
 def _triton_interprets() -> bool:

@@ -33,7 +33,7 @@ def set_layout(scorer: Scorer, data: Data, sharing: Sharing, name: str, runtime:
 
 def load_alike(load: Callable[[], Scorer], runtime: Runtime) -> Scorer:
     """A model on every rank, all with the same layout, since each plans for all."""
-    scorer = runtime.on_all(load)
+    scorer = runtime.on_every_rank(load)
     layouts = runtime.gather(scorer.layout)
     scorer.use_layout(max(layouts, key=get_args(Layout).index))
     if len(set(layouts)) > 1:

@@ -19,7 +19,7 @@ def rope_limit(config: Any) -> int | None:
     return min(limits, default=None)
 
 
-def _forget_longer_rows(model: PreTrainedModel) -> None:
+def forget_longer_rows(model: PreTrainedModel) -> None:
     """Reset dynamic RoPE, which goes on using the frequencies of the longest row that it has seen."""
     for module in model.modules():
         if not hasattr(module, "max_seq_len_cached"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,12 +19,24 @@ from open_po.model.attention import ATTENTION_NAME, Segments
 from open_po.model.last_layer import SegmentsAndLast, compute_scored_tokens_only
 from open_po.model.logprobs import Head, fused_logprobs, log_sum_squares, pair_logps
 from open_po.model.numerics import Numerics
-from open_po.model.rope import _forget_longer_rows, rope_limit
+from open_po.model.rope import forget_longer_rows, rope_limit
 from open_po.packing import LastLayer, Layout, PackedBatch
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a forward pass found out."""
+
+    logps: PairLogps
+    load_balancing: Tensor | None = None  # scalar, of experts that are balanced
+
+
 class Scorer(nn.Module):
-    """A causal language model that maps packs to the log-probs of their responses, never to logits."""
+    """A causal language model that maps packs to the log-probs of their responses, never to logits.
+
+    It is the one handle of the model: training, evaluation and the reference pass call `score` or `token_logprobs`,
+    also where an engine has wrapped it to train on several ranks.
+    """
 
     def __init__(
         self, model: nn.Module, numerics: Numerics, saved_dropout: dict[str, float], *, holds_adapters: bool = False
@@ -39,7 +52,7 @@ class Scorer(nn.Module):
         self._last_layer_hook: RemovableHandle | None = None
         self._own_attention: str = self.base.config._attn_implementation
         self.balances_experts = False
-        self.load_balancing: Tensor | None = None  # scalar, of the last forward pass, if the scorer balances experts
+        self._wrapped: Callable[..., dict[str, Tensor]] | None = None  # see call_through
 
     @property
     def base(self) -> PreTrainedModel:
@@ -72,7 +85,7 @@ class Scorer(nn.Module):
         return self._last_layer_hook is not None
 
     def balance_experts(self) -> None:
-        """From now on compute `load_balancing`. Raises UserError if the model has no experts."""
+        """From now on compute the load balancing loss in training. Raises UserError if the model has no experts."""
         if not getattr(self.base.config, "num_experts_per_tok", None):
             raise UserError(f"load_balancing_loss: {self.base.config.model_type} is no mixture-of-experts model")
         self.balances_experts = True
@@ -85,25 +98,45 @@ class Scorer(nn.Module):
         softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         return Head(layer.weight, getattr(layer, "bias", None), softcap, scale)
 
-    def forward(self, batch: PackedBatch, *, extras: Collection[Extra] = (), ld_alpha: float = 1.0) -> PairLogps:
+    def call_through(self, module: nn.Module) -> None:
+        """From now on forward passes go through `module`, what an engine has wrapped this one in."""
+        # A bound method does not become part of this module, as the module itself would.
+        self._wrapped = None if module is self else module.__call__
+
+    def score(self, batch: PackedBatch, *, extras: Collection[Extra] = (), ld_alpha: float = 1.0) -> Scores:
         """Log-probs of the pack's pairs, with the optional fields `extras`; the batch moves to the model's device.
 
         `ld_alpha` as in `pair_logps`.
         """
         batch = batch.to(self.device)
-        hidden, head = self._scored_states(batch), self.head()
-        logprobs = fused_logprobs(hidden, head, batch.target_ids, use_liger=self.numerics.use_liger)
-        squares = log_sum_squares(hidden, head) if "log_sum_sq" in extras else None
-        return pair_logps(logprobs, batch, ld_alpha=ld_alpha, log_sum_sq=squares)
+        found = self._run(batch, log_sum_sq="log_sum_sq" in extras)
+        logps = pair_logps(found["logprobs"], batch, ld_alpha=ld_alpha, log_sum_sq=found.get("log_sum_sq"))
+        return Scores(logps, found.get("load_balancing"))
 
     def token_logprobs(self, batch: PackedBatch) -> Tensor:
         """Log-prob of every scored token of the pack: [N]."""
-        batch = batch.to(self.device)
-        hidden = self._scored_states(batch)
-        return fused_logprobs(hidden, self.head(), batch.target_ids, use_liger=self.numerics.use_liger)
+        return self._run(batch.to(self.device))["logprobs"]
 
-    def _scored_states(self, batch: PackedBatch) -> Tensor:
-        """The hidden states that predict scored tokens, in the compute dtype: [N, H]."""
+    def _run(self, batch: PackedBatch, *, log_sum_sq: bool = False) -> dict[str, Tensor]:
+        return (self._wrapped or self)(batch, log_sum_sq=log_sum_sq)
+
+    def forward(self, batch: PackedBatch, *, log_sum_sq: bool = False) -> dict[str, Tensor]:
+        """What the model says of a pack on its device, by name; engines look for tensors in a dictionary.
+
+        `logprobs` [N] of the scored tokens, if asked for `log_sum_sq` [N], and `load_balancing` (scalar), the loss of
+        the experts' load, if the scorer balances experts and gradients are wanted.
+        """
+        states, load_balancing = self._scored_states(batch)
+        head = self.head()
+        found = {"logprobs": fused_logprobs(states, head, batch.target_ids, use_liger=self.numerics.use_liger)}
+        if log_sum_sq:
+            found["log_sum_sq"] = log_sum_squares(states, head)
+        if load_balancing is not None:
+            found["load_balancing"] = load_balancing
+        return found
+
+    def _scored_states(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
+        """The hidden states that predict scored tokens, in the compute dtype: [N, H]; and the load balancing loss."""
         if batch.layout != self.layout:
             raise ValueError(f"a pack in layout {batch.layout} for a scorer that takes {self.layout}")
         balances = self.balances_experts and torch.is_grad_enabled()
@@ -112,10 +145,16 @@ class Scorer(nn.Module):
         whole = not self.last_layer_is_short or (self.balances_experts and self.training)
         last = None if whole else batch.last_layer
         index = batch.score_index if last is None else last.score_index
-        return self._hidden_states(batch, last, balances).index_select(0, index).to(self.numerics.compute_dtype)
+        states, load_balancing = self._hidden_states(batch, last, balances)
+        return states.index_select(0, index).to(self.numerics.compute_dtype), load_balancing
 
-    def _hidden_states(self, batch: PackedBatch, last: LastLayer | None, balances: bool) -> Tensor:
-        """Last hidden states of a pack: [T, H], or [S, H] of the tokens that `last` says are scored."""
+    def _hidden_states(
+        self, batch: PackedBatch, last: LastLayer | None, balances: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Last hidden states of a pack: [T, H], or [S, H] of the tokens that `last` says are scored.
+
+        With them, if `balances`, the load balancing loss.
+        """
         inputs: list[dict[str, Any]]
         if batch.layout == "rows":
             # Causal models need no mask for padding on the right.
@@ -134,16 +173,17 @@ class Scorer(nn.Module):
         outputs = []
         for call in inputs:
             if self.row_by_row:
-                _forget_longer_rows(self.base)
+                forget_longer_rows(self.base)
             with self.autocast():
                 outputs.append(self.base.base_model(**call, use_cache=False))
+        load_balancing = None
         if balances:
-            self.load_balancing = self._load_balancing([output.router_logits for output in outputs], batch)
+            load_balancing = self._load_balancing([output.router_logits for output in outputs], batch)
         states = [output.last_hidden_state for output in outputs]
         if len(states) > 1:
             width = len(batch.input_ids) // len(states)
             states = [F.pad(state, (0, 0, 0, width - state.shape[1])) for state in states]
-        return (states[0] if len(states) == 1 else torch.cat(states)).flatten(0, 1)
+        return (states[0] if len(states) == 1 else torch.cat(states)).flatten(0, 1), load_balancing
 
     def _load_balancing(self, router_logits: list[tuple[Tensor, ...]], batch: PackedBatch) -> Tensor:
         """transformers' own load balancing loss (arXiv 2101.03961) of the pairs' rows, as if every prompt was computed

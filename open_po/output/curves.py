@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from open_po.output.files import write_atomically
-from open_po.output.metrics import Metrics, evaluations
+from open_po.output.metrics import (
+    CHOSEN_LOGPS,
+    LOSS,
+    REJECTED_LOGPS,
+    REWARD_ACCURACY,
+    REWARD_MARGIN,
+    STEP,
+    TRAIN_LOSS,
+    Metrics,
+    evaluations,
+)
 
 _PANELS = (
-    ("Loss", ("loss",)),
-    ("Reward accuracy", ("rewards/accuracy",)),
-    ("Reward margin", ("rewards/margin",)),
-    ("Log-prob per response (nats)", ("logps/chosen", "logps/rejected")),
+    ("Loss", (LOSS,)),
+    ("Reward accuracy", (REWARD_ACCURACY,)),
+    ("Reward margin", (REWARD_MARGIN,)),
+    ("Log-prob per response (nats)", (CHOSEN_LOGPS, REJECTED_LOGPS)),
 )
 
 
@@ -24,7 +34,7 @@ def plot_curves(records: Sequence[Metrics], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    train = [{**record, "loss": record["train_loss"]} for record in records if "train_loss" in record]
+    train = [{**record, LOSS: record[TRAIN_LOSS]} for record in records if TRAIN_LOSS in record]
     held_out = evaluations(records)
     panels = [panel for panel in _PANELS if any(panel[1][0] in record for record in [*train, *held_out])]
     if not panels:  # resumed at its last step into a new folder
@@ -47,7 +57,7 @@ def plot_curves(records: Sequence[Metrics], path: Path, title: str) -> None:
     write_atomically(path, lambda temporary: canvas.print_figure(temporary, dpi=110, format="png"))
 
 
-def plot_settings(results: Sequence[tuple[str, dict[str, Any]]], path: Path, title: str) -> None:
+def plot_settings(results: Sequence[tuple[str, Mapping[str, Any]]], path: Path, title: str) -> None:
     """Held-out reward accuracy and margin of each setting of a sweep, in the grid's order from the top."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -57,8 +67,9 @@ def plot_settings(results: Sequence[tuple[str, dict[str, Any]]], path: Path, tit
     figure = Figure(figsize=(11, 1.4 + 0.28 * len(names)), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, what in zip(panels, ("accuracy", "margin"), strict=True):
-        values = [result[f"rewards/{what}"] for _, result in results]
+    for axes, name in zip(panels, (REWARD_ACCURACY, REWARD_MARGIN), strict=True):
+        what = name.removeprefix("rewards/")
+        values = [result[name] for _, result in results]
         best = max(range(len(values)), key=lambda number: values[number])
         axes.plot(values, range(len(names)), "o", color="tab:blue")
         highest = format(values[best], ".1%" if what == "accuracy" else ".4g")
@@ -75,7 +86,7 @@ def plot_settings(results: Sequence[tuple[str, dict[str, Any]]], path: Path, tit
 
 
 def _series(records: Sequence[Metrics], name: str) -> list[tuple[float, float]]:
-    return [(record["training_step"], record[name]) for record in records if name in record]
+    return [(record[STEP], record[name]) for record in records if name in record]
 
 
 def _draw(axes: Any, points: Sequence[tuple[float, float]], colour: str, label: str) -> None:

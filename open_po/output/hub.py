@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -10,12 +12,29 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from open_po.config import OutputConfig
 from open_po.errors import UserError
+from open_po.output.observers import RunObserver
+from open_po.output.run_folder import RunFolder
+from open_po.output.summary import RunSummary
 
 _WAITS = (1.0, 5.0, 25.0)  # seconds before each retry
 
 
+class HubUploader(RunObserver):
+    """Uploads the model of a run that is complete."""
+
+    def __init__(self, folder: RunFolder, output: OutputConfig, say: Callable[[str], object]) -> None:
+        """Makes the repository, if need be, so that a bad token is found before training. Raises UserError."""
+        self._folder, self._revision, self._say = folder, output.hf_repo_revision, say
+        self.repository = create_repository(output)
+
+    def completed(self, summary: RunSummary) -> None:
+        upload(self._folder.path, self.repository, self._revision)
+        self._folder.write_summary(dataclasses.replace(summary, uploaded_to=self.repository))
+        self._say(f"Uploaded to the Hub: {self.repository}")
+
+
 def create_repository(output: OutputConfig) -> str:
-    """The full name of the run's repository, made if need be; before training, so that a bad token is found early."""
+    """The full name of the run's repository, made if need be. Raises UserError."""
     private = True if output.hf_private is None else output.hf_private
     name = output.hf_repo_id or output.exp_name
     try:

@@ -8,6 +8,20 @@ from pathlib import Path
 
 Metrics = dict[str, float]
 
+STEP = "training_step"
+TRAIN_LOSS = "train_loss"
+LOSS = "loss"  # of held-out pairs; `loss/NAME` is that of a part of a mix
+AUX_LOSS = "aux_loss"  # load balancing of experts
+CHOSEN_LOGPS = "logps/chosen"
+REJECTED_LOGPS = "logps/rejected"
+CHOSEN_REWARDS = "rewards/chosen"
+REJECTED_REWARDS = "rewards/rejected"
+REWARD_AVERAGE = "rewards/average"
+REWARD_ACCURACY = "rewards/accuracy"
+REWARD_MARGIN = "rewards/margin"
+LEARNING_RATE = "learning_rate"
+HELD_OUT = "eval/"  # what the names of held-out figures begin with
+
 
 def read_metrics(path: Path) -> list[Metrics]:
     """The records of a metrics.jsonl; a line cut off by a crash is passed over."""
@@ -24,7 +38,7 @@ def read_metrics(path: Path) -> list[Metrics]:
 def evaluations(records: Sequence[Metrics]) -> list[Metrics]:
     """The held-out records of a metrics.jsonl, by step, names without `eval/`."""
     return [
-        {name.removeprefix("eval/"): value for name, value in record.items()}
+        {name.removeprefix(HELD_OUT): value for name, value in record.items()}
         for record in records
-        if "eval/loss" in record
+        if HELD_OUT + LOSS in record
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -15,6 +14,7 @@ import yaml
 from open_po.config import RunConfig
 from open_po.errors import UserError
 from open_po.output.files import disk_faults, lock_folder, write_atomically
+from open_po.output.summary import RunSummary, Status
 
 
 def changed_fields(
@@ -52,7 +52,7 @@ class RunFolder:
         try:
             if self.path.exists():
                 self._refuse_other_run(config)
-                if config.output.resume_from_checkpoint == "auto" and self.recorded().get("status") == "completed":
+                if config.output.resume_from_checkpoint == "auto" and self.is_complete():
                     return False
             self.path.mkdir(parents=True, exist_ok=True)
             self._held = lock_folder(self.path, f"output_dir {self.path}: another run")
@@ -64,7 +64,7 @@ class RunFolder:
 
     def _refuse_other_run(self, config: RunConfig) -> None:
         held = {item.name for item in self.path.iterdir() if not item.match(f".{self.config.name}.*.partial")}
-        failed_early = held <= {self.config.name, self.summary.name} and self.recorded().get("status") == "failed"
+        failed_early = held <= {self.config.name, self.summary.name} and self._status() == Status.FAILED
         if not held or failed_early:  # a run that failed before it made anything does not stand in the way
             return
         if not self.config.is_file():
@@ -91,7 +91,7 @@ class RunFolder:
             )
 
     def release(self) -> None:
-        """Let other runs in."""
+        """Unlock the folder, so that another run may claim it."""
         if self._held is not None:
             os.close(self._held)
             self._held = None
@@ -104,27 +104,39 @@ class RunFolder:
             else:
                 leftover.unlink(missing_ok=True)
 
-    def recorded(self) -> dict[str, Any]:
-        """What run_summary.json says; empty if there is none that can be read."""
-        try:
-            recorded = json.loads(self.summary.read_text())
-        except (OSError, ValueError):
-            return {}
-        return recorded if isinstance(recorded, dict) else {}
+    def read_summary(self) -> RunSummary | None:
+        """What run_summary.json says; None if there is none that can be read."""
+        return RunSummary.read(self.summary)
+
+    def write_summary(self, summary: RunSummary) -> None:
+        """Replace run_summary.json."""
+        summary.write(self.summary)
+
+    def is_complete(self) -> bool:
+        """Whether the run in the folder has come to its end."""
+        return self._status() == Status.COMPLETED
+
+    def is_uploaded(self) -> bool:
+        """Whether the run's model has been uploaded."""
+        summary = self.read_summary()
+        return summary is not None and summary.uploaded_to is not None
+
+    def _status(self) -> Status | None:
+        summary = self.read_summary()
+        return None if summary is None else summary.status
 
     @contextmanager
     def recording_failure(self, is_main: bool) -> Iterator[None]:
         """Keep run_summary.json's `status` true while the run lasts and when it stops early."""
         try:
             if is_main:
-                self.write_summary({"status": "running"})
+                self.write_summary(RunSummary(status=Status.RUNNING))
             yield
         except BaseException as error:
             if is_main:
-                status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-                failure = {"status": status, "error": str(error) or type(error).__name__}
+                status = Status.INTERRUPTED if isinstance(error, KeyboardInterrupt) else Status.FAILED
                 with suppress(OSError):  # a full disk must not hide the error that is on its way
-                    self.write_summary(self.recorded() | failure)
+                    self.write_summary(RunSummary(status=status, error=str(error) or type(error).__name__))
             raise
 
     @contextmanager
@@ -145,11 +157,3 @@ class RunFolder:
                     item.replace(target)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
-
-    def record(self, **facts: Any) -> None:
-        """Add to run_summary.json."""
-        self.write_summary(self.recorded() | facts)
-
-    def write_summary(self, summary: dict[str, Any]) -> None:
-        """Replace run_summary.json."""
-        write_atomically(self.summary, lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))

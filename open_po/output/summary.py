@@ -1,14 +1,136 @@
-"""What `run_summary.json` says of a run."""
+"""What `run_summary.json` says of a run: written and read here alone."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
 
 from open_po import __version__
+from open_po.output.files import write_atomically
+from open_po.output.metrics import Metrics
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "liger-kernel", "peft")
+Part = TypeVar("Part")
+
+
+class Status(StrEnum):
+    """How far a run has come."""
+
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceTotals:
+    """What a reference pass did."""
+
+    seconds: float
+    pairs_computed: int  # with a response that was not stored at the start
+    pairs_reused: int
+    responses_computed: int  # by this run's processes; others may have computed the rest at the same time
+    rows_verified: int
+    packing: dict[str, float] | None  # of the first rank's packs, see `PackingStats.summary`; None if there were none
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTotals:
+    """What training did."""
+
+    seconds: float  # spent in training steps
+    steps: int
+    pairs: int
+    tokens: int  # prompt and response tokens, prompts counted with each response
+    response_tokens: int
+    layout: str
+    packing: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataTotals:
+    """What became of the rows of the training data."""
+
+    pairs: int
+    left_out: dict[str, int]  # rows by reason
+    truncated_prompts: int
+    truncated_responses: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What was run, and where."""
+
+    model_name_or_path: str
+    loss_type: list[str]
+    processes: int
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a complete run found."""
+
+    reference: ReferenceTotals | None  # None if the loss uses no reference
+    train: TrainTotals
+    eval: Metrics | None  # the last held-out figures
+    eval_before: Metrics | None  # those before the first step
+    data: DataTotals
+    run: RunFacts
+    numerics: dict[str, str | int]  # see `Numerics.key`
+    peak_memory_bytes: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """The content of `run_summary.json`; in the file the result's fields stand beside the status."""
+
+    status: Status
+    error: str | None = None
+    result: RunResult | None = None
+    uploaded_to: str | None = None  # Hub repository
+
+    def write(self, path: Path) -> None:
+        """Replace the file. Raises OSError."""
+        content: dict[str, Any] = {"status": self.status}
+        content |= {} if self.result is None else asdict(self.result)
+        optional = {"error": self.error, "uploaded_to": self.uploaded_to}
+        content |= {name: value for name, value in optional.items() if value is not None}
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+    @staticmethod
+    def read(path: Path) -> RunSummary | None:
+        """What a file says; None if there is none, or it cannot be read. A result that is not whole is left out."""
+        try:
+            content = json.loads(path.read_text())
+            status = Status(content["status"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        result = None
+        with suppress(KeyError, TypeError, AttributeError):
+            reference = content["reference"]
+            own = {
+                "reference": None if reference is None else _part(ReferenceTotals, reference),
+                "train": _part(TrainTotals, content["train"]),
+                "data": _part(DataTotals, content["data"]),
+                "run": _part(RunFacts, content["run"]),
+            }
+            result = _part(RunResult, content | own)
+        return RunSummary(
+            status=status, error=content.get("error"), result=result, uploaded_to=content.get("uploaded_to")
+        )
+
+
+def _part(kind: type[Part], content: dict[str, Any]) -> Part:
+    """A dataclass from its JSON; what a later version has added is passed over. Raises KeyError, TypeError."""
+    return kind(**{field.name: content[field.name] for field in fields(kind)})  # type: ignore[arg-type]
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """From tokenised pairs to forward passes: which pairs make a step, how they are cut into packs, a pack's tensors."""
 
 from open_po.packing.batch import Group, LastLayer, Layout, PackedBatch, Segment, group_pairs, pack, pack_responses
-from open_po.packing.planner import PackingStats, Planner, Response, ResponsePlanner, Unit
+from open_po.packing.planner import PackingStats, Planner, PromptUnit, Response, ResponsePlanner
 from open_po.packing.sampler import Sampler
 
 __all__ = [
@@ -11,11 +11,11 @@ __all__ = [
     "PackedBatch",
     "PackingStats",
     "Planner",
+    "PromptUnit",
     "Response",
     "ResponsePlanner",
     "Sampler",
     "Segment",
-    "Unit",
     "group_pairs",
     "pack",
     "pack_responses",

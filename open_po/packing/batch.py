@@ -53,7 +53,7 @@ class LastLayer:
     score_index: Tensor  # [N] position in S of the hidden state that predicts each scored token
 
     def to(self, device: torch.device) -> LastLayer:
-        """The same with its tensors on `device`."""
+        """A copy with its tensors on `device`."""
         return replace(self, **_moved(self, device))
 
 
@@ -87,7 +87,7 @@ class PackedBatch:
         return int(self.token_weights.sum())
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch with its tensors on `device`."""
+        """A copy of the batch with its tensors on `device`."""
         last_layer = None if self.last_layer is None else self.last_layer.to(device)
         return replace(self, last_layer=last_layer, **_moved(self, device))
 
@@ -278,6 +278,6 @@ def _response_scores(
 
 
 def _prompt_scores(place: _Place, group: Group) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The same for a prompt's tokens; its first is predicted by nothing."""
+    """As `_response_scores`, of a prompt's tokens but the first, which nothing predicts."""
     tokens = place.prompt + np.arange(1, len(group.prompt_ids))
     return tokens - 1, tokens

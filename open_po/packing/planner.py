@@ -26,7 +26,7 @@ class Response(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Unit(Generic[Item]):
+class PromptUnit(Generic[Item]):
     """What belongs to one prompt, and so in one pack; lengths in tokens."""
 
     items: tuple[Item, ...]
@@ -103,7 +103,7 @@ class Planner:
         return [[index for unit in units for index in unit.items] for units in cut]
 
     def stats(self, packs: Iterable[Sequence[int]]) -> PackingStats:
-        """What `packs` compute."""
+        """What `packs` compute, in tokens, and what the same pairs would cost otherwise."""
         return sum((self._stats(indices) for indices in packs), PackingStats())
 
     def _stats(self, indices: Sequence[int]) -> PackingStats:
@@ -122,14 +122,14 @@ class Planner:
             with_prompt=self.with_prompt,
         )
 
-    def _unit(self, pairs: Sequence[int]) -> Unit[int]:
+    def _unit(self, pairs: Sequence[int]) -> PromptUnit[int]:
         data, lengths = self.dataset, {}
         for index in pairs:
             chosen, rejected = data.response_numbers[index].tolist()
             lengths[chosen] = int(data.chosen_lengths[index])
             if self.with_rejected:
                 lengths[rejected] = int(data.rejected_lengths[index])
-        return Unit(tuple(pairs), int(data.prompt_lengths[pairs[0]]), tuple(lengths.values()))
+        return PromptUnit(tuple(pairs), int(data.prompt_lengths[pairs[0]]), tuple(lengths.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,24 +139,24 @@ class ResponsePlanner:
     dataset: PairDataset
     layout: Layout
 
-    def units(self, responses: Iterable[Response]) -> list[Unit[Response]]:
+    def units(self, responses: Iterable[Response]) -> list[PromptUnit[Response]]:
         """The prompts with the distinct ones of `responses`."""
         numbers = self.dataset.response_numbers
         distinct = {int(numbers[response]): response for response in responses}
         by_prompt = _by_key(distinct.values(), lambda response: int(self.dataset.prompt_numbers[response.pair]))
         return [self._unit(items) for items in by_prompt]
 
-    def packs(self, units: Iterable[Unit[Response]], max_tokens: int) -> list[list[Unit[Response]]]:
+    def packs(self, units: Iterable[PromptUnit[Response]], max_tokens: int) -> list[list[PromptUnit[Response]]]:
         """Packs of at most `max_tokens`, longest rows first; a prompt above that is cut by response."""
         parts = (part for unit in units for part in _split(unit.items, self._unit, self.layout, max_tokens))
         return _rows(parts, max_tokens) if self.layout == "rows" else _filled(parts, self.layout, max_tokens)
 
-    def stats(self, units: Sequence[Unit[Response]], max_tokens: int) -> PackingStats:
-        """What a pack computes."""
+    def stats(self, units: Sequence[PromptUnit[Response]], max_tokens: int) -> PackingStats:
+        """What a pack computes, in tokens, and what its responses would cost otherwise."""
         repeated = sum(unit.prompt * len(unit.responses) for unit in units)
         return _stats(units, self.layout, max_tokens, repeated)
 
-    def batch(self, units: Sequence[Unit[Response]], pad_token_id: int) -> PackedBatch:
+    def batch(self, units: Sequence[PromptUnit[Response]], pad_token_id: int) -> PackedBatch:
         """The tensors of one pack; its responses are those of the units, in their order."""
         groups = []
         for unit in units:
@@ -168,11 +168,11 @@ class ResponsePlanner:
             groups.append(Group(pairs[0].prompt_ids, responses))
         return pack_responses(groups, layout=self.layout, pad_token_id=pad_token_id)
 
-    def _unit(self, responses: Sequence[Response]) -> Unit[Response]:
+    def _unit(self, responses: Sequence[Response]) -> PromptUnit[Response]:
         data = self.dataset
         sides = (data.chosen_lengths, data.rejected_lengths)
         lengths = tuple(int(sides[response.side][response.pair]) for response in responses)
-        return Unit(tuple(responses), int(data.prompt_lengths[responses[0].pair]), lengths)
+        return PromptUnit(tuple(responses), int(data.prompt_lengths[responses[0].pair]), lengths)
 
 
 def _by_key(items: Iterable[Item], key: Callable[[Item], int]) -> list[list[Item]]:
@@ -184,13 +184,13 @@ def _by_key(items: Iterable[Item], key: Callable[[Item], int]) -> list[list[Item
 
 
 def _split(
-    items: Sequence[Item], make: Callable[[Sequence[Item]], Unit[Item]], layout: Layout, max_tokens: int
-) -> list[Unit[Item]]:
+    items: Sequence[Item], make: Callable[[Sequence[Item]], PromptUnit[Item]], layout: Layout, max_tokens: int
+) -> list[PromptUnit[Item]]:
     """One prompt's items as one unit, or as several that fit in the budget as far as they can."""
     whole = make(items)
     if len(items) == 1 or _size([whole], layout) <= max_tokens:
         return [whole]
-    parts: list[Unit[Item]] = []
+    parts: list[PromptUnit[Item]] = []
     while items:
         # The most items that fit, found by doubling and halving: adding them one by one would be quadratic.
         most = 1
@@ -203,14 +203,14 @@ def _split(
     return parts
 
 
-def _size(units: Sequence[Unit[Item]], layout: Layout) -> int:
+def _size(units: Sequence[PromptUnit[Item]], layout: Layout) -> int:
     """Tokens of a pack, padding included."""
     if layout == "rows":
         return max(unit.row for unit in units) * sum(len(unit.responses) for unit in units)
     return sum(unit.tokens(layout) for unit in units)
 
 
-def _stats(units: Sequence[Unit[Item]], layout: Layout, max_tokens: int, prompts_repeated: int) -> PackingStats:
+def _stats(units: Sequence[PromptUnit[Item]], layout: Layout, max_tokens: int, prompts_repeated: int) -> PackingStats:
     rows = sum(len(unit.responses) for unit in units)
     unshared = sum(unit.tokens("unshared") for unit in units)
     padding = max(unit.row for unit in units) * rows - unshared
@@ -227,13 +227,18 @@ def _stats(units: Sequence[Unit[Item]], layout: Layout, max_tokens: int, prompts
     )
 
 
-def _longest_first(units: Iterable[Unit[Item]], size: Callable[[Unit[Item]], int]) -> list[Unit[Item]]:
+def _longest_first(
+    units: Iterable[PromptUnit[Item]], size: Callable[[PromptUnit[Item]], int]
+) -> list[PromptUnit[Item]]:
     return sorted(units, key=lambda unit: (-size(unit), unit.items))
 
 
 def _shares(
-    units: Sequence[Unit[Item]], make: Callable[[Sequence[Item]], Unit[Item]], layout: Layout, world_size: int
-) -> list[list[Unit[Item]]]:
+    units: Sequence[PromptUnit[Item]],
+    make: Callable[[Sequence[Item]], PromptUnit[Item]],
+    layout: Layout,
+    world_size: int,
+) -> list[list[PromptUnit[Item]]]:
     """Each rank's units: the longest first, to whoever has the fewest tokens so far.
 
     While there are fewer prompts than ranks the longest that can be is cut in two, so that no rank is idle that need
@@ -248,8 +253,8 @@ def _shares(
     return _spread(_longest_first(units, lambda unit: unit.tokens(layout)), layout, world_size)
 
 
-def _spread(longest_first: Iterable[Unit[Item]], layout: Layout, bins: int) -> list[list[Unit[Item]]]:
-    shares: list[list[Unit[Item]]] = [[] for _ in range(bins)]
+def _spread(longest_first: Iterable[PromptUnit[Item]], layout: Layout, bins: int) -> list[list[PromptUnit[Item]]]:
+    shares: list[list[PromptUnit[Item]]] = [[] for _ in range(bins)]
     loads = [(0, number) for number in range(bins)]
     for unit in longest_first:
         load, number = loads[0]
@@ -258,7 +263,7 @@ def _spread(longest_first: Iterable[Unit[Item]], layout: Layout, bins: int) -> l
     return shares
 
 
-def _balanced(units: Iterable[Unit[Item]], layout: Layout, max_tokens: int) -> list[list[Unit[Item]]]:
+def _balanced(units: Iterable[PromptUnit[Item]], layout: Layout, max_tokens: int) -> list[list[PromptUnit[Item]]]:
     """As few packs as hold the units, all of about the same size: full ones and a small rest would be slower."""
     longest_first = _longest_first(units, lambda unit: unit.tokens(layout))
     alone = [[unit] for unit in longest_first if unit.tokens(layout) > max_tokens]
@@ -271,9 +276,9 @@ def _balanced(units: Iterable[Unit[Item]], layout: Layout, max_tokens: int) -> l
         bins = min(bins + 1 + bins // 20, len(rest))
 
 
-def _filled(units: Iterable[Unit[Item]], layout: Layout, max_tokens: int) -> list[list[Unit[Item]]]:
+def _filled(units: Iterable[PromptUnit[Item]], layout: Layout, max_tokens: int) -> list[list[PromptUnit[Item]]]:
     """Packs filled one after the other, longest rows first, so that memory runs out at the start or never."""
-    packs: list[list[Unit[Item]]] = []
+    packs: list[list[PromptUnit[Item]]] = []
     room = 0
     for unit in _longest_first(units, lambda unit: unit.row):
         tokens = unit.tokens(layout)
@@ -285,9 +290,9 @@ def _filled(units: Iterable[Unit[Item]], layout: Layout, max_tokens: int) -> lis
     return packs
 
 
-def _rows(units: Iterable[Unit[Item]], max_tokens: int) -> list[list[Unit[Item]]]:
+def _rows(units: Iterable[PromptUnit[Item]], max_tokens: int) -> list[list[PromptUnit[Item]]]:
     """Packs of rows of like length, so that little is padded."""
-    packs: list[list[Unit[Item]]] = []
+    packs: list[list[PromptUnit[Item]]] = []
     width = rows = 0
     for unit in _longest_first(units, lambda unit: unit.row):
         rows += len(unit.responses)

@@ -12,7 +12,7 @@ from open_po.quickstart.task import make_rows, write_rows
 # Names in the quickstart's folder: what is made here, and what the trainer writes where configs/quickstart/ says.
 _MARKER = ".open_po_quickstart"
 _PARTS = ("data", "base", "sft", "dpo", "reference", "cache")
-_REPORT = "report.json"
+REPORT_FILE = "report.json"
 
 
 def build(folder: Path, seed: int) -> None:
@@ -39,4 +39,4 @@ def _claim(folder: Path) -> None:
     for name in _PARTS:
         if (folder / name).exists():
             shutil.rmtree(folder / name)
-    (folder / _REPORT).unlink(missing_ok=True)
+    (folder / REPORT_FILE).unlink(missing_ok=True)

@@ -16,7 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from open_po.errors import UserError
 from open_po.evaluation.generation import exact_match
 from open_po.output.files import write_atomically
-from open_po.quickstart.build import _REPORT
+from open_po.output.metrics import REWARD_ACCURACY
+from open_po.output.run_folder import RunFolder
+from open_po.output.summary import RunResult, Status
+from open_po.quickstart.build import REPORT_FILE
 from open_po.quickstart.task import Row, read_rows
 
 MAX_ANSWER_TOKENS = 12
@@ -41,9 +44,9 @@ class Report:
 
 def measure(folder: Path, device: torch.device) -> Report:
     """Evaluate both stages' models on `device`. Raises UserError if a stage has not been run to its end."""
-    summaries = {stage: _summary(folder / stage) for stage in ("sft", "dpo")}
-    before, after = summaries["dpo"]["eval_before"], summaries["dpo"]["eval"]
-    if after is None:
+    _, result = (_result(folder / stage) for stage in ("sft", "dpo"))
+    before, after = result.eval_before, result.eval
+    if before is None or after is None:
         raise UserError(f"{folder / 'dpo'}: the run had no held-out data; leave eval_mixer_list as it is")
     rows = read_rows(folder / "data" / "held_out.jsonl")
     return Report(
@@ -51,16 +54,15 @@ def measure(folder: Path, device: torch.device) -> Report:
         exact_match=Change(
             before=_exact_match(folder / "sft", rows, device), after=_exact_match(folder / "dpo", rows, device)
         ),
-        reward_accuracy=Change(before=before["rewards/accuracy"], after=after["rewards/accuracy"]),
+        reward_accuracy=Change(before=before[REWARD_ACCURACY], after=after[REWARD_ACCURACY]),
     )
 
 
-def _summary(run: Path) -> dict[str, Any]:
-    path = run / "run_summary.json"
-    summary: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    if summary.get("status") != "completed":
+def _result(run: Path) -> RunResult:
+    summary = RunFolder(run).read_summary()
+    if summary is None or summary.status != Status.COMPLETED or summary.result is None:
         raise UserError(f"{run}: holds no completed run; `bash scripts/train/debug/dpo.sh` runs all stages")
-    return summary
+    return summary.result
 
 
 def _exact_match(run: Path, rows: Sequence[Row], device: torch.device) -> float:
@@ -90,7 +92,7 @@ def report_table(report: Report) -> Table:
 
 def tell(report: Report, folder: Path, console: Console) -> None:
     """Write the report to `report.json`, and print it with the paths of what to look at next."""
-    write_atomically(folder / _REPORT, lambda path: path.write_text(json.dumps(asdict(report), indent=2) + "\n"))
+    write_atomically(folder / REPORT_FILE, lambda path: path.write_text(json.dumps(asdict(report), indent=2) + "\n"))
     console.print(report_table(report))
     for label, path in (("curves", folder / "dpo" / "training_curves.png"), ("model", folder / "dpo")):
         console.print(f"{label}: {path}", soft_wrap=True, markup=False)

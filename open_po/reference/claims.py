@@ -32,8 +32,8 @@ class Claims:
     def take(self, keys: Keys, seconds: float) -> None:
         """Claim `keys`, in place of what was claimed before, for at most `seconds`. Raises OSError."""
         tensors = {"keys": keys.view(np.uint8).reshape(-1, KEY_DTYPE.itemsize)}
-        facts = {"host": platform.node(), "pid": str(os.getpid()), "seconds": str(seconds)}
-        content = save(tensors, facts)
+        claimant = {"host": platform.node(), "pid": str(os.getpid()), "seconds": str(seconds)}
+        content = save(tensors, claimant)
         write_atomically(self.path, lambda temporary: temporary.write_bytes(content))
 
     def release(self) -> None:
@@ -49,10 +49,10 @@ class Claims:
             try:
                 age = now - path.stat().st_mtime
                 with safe_open(path, framework="np") as file:
-                    keys, facts = file.get_tensor("keys"), file.metadata()
+                    keys, claimant = file.get_tensor("keys"), file.metadata()
             except (OSError, SafetensorError):  # released meanwhile, or not visible as a whole yet
                 continue
-            if age > float(facts["seconds"]) or _is_dead(facts["host"], int(facts["pid"])):
+            if age > float(claimant["seconds"]) or _is_dead(claimant["host"], int(claimant["pid"])):
                 with suppress(OSError):  # another user's, in a folder where each may only remove files of their own
                     path.unlink()
             else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -21,13 +20,14 @@ from open_po.errors import UserError
 from open_po.model.load import load_scorer
 from open_po.model.logprobs import response_sums
 from open_po.model.memory import release_memory
-from open_po.model.numerics import Numerics
+from open_po.model.numerics import Numerics, reference_numerics
 from open_po.model.prepare import load_alike, set_layout
 from open_po.model.scorer import Scorer
 from open_po.model_files import ModelSource, agreed_identity, reference_source
+from open_po.output.summary import ReferenceTotals
 from open_po.packing import Group, PackingStats, pack_responses
-from open_po.reference.fill import Pass
-from open_po.reference.store import Facts, ReferenceStore, read_manifest
+from open_po.reference.fill import ReferencePass
+from open_po.reference.store import ReferenceStore, StoreKey, read_manifest
 
 T = TypeVar("T")
 
@@ -37,23 +37,11 @@ _TOKEN_TOLERANCE = 0.05  # bfloat16, nats a token
 
 
 @dataclass(frozen=True, kw_only=True)
-class PassSummary:
-    """What a reference pass did; the `reference` entry of run_summary.json."""
-
-    seconds: float
-    pairs_computed: int  # with a response that was not stored at the start
-    pairs_reused: int
-    responses_computed: int  # by this run's processes; others may have computed the rest at the same time
-    rows_verified: int
-    packing: dict[str, float] | None  # of the first rank's packs, see `PackingStats.summary`; None if there were none
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """A filled store and what filling it took."""
+class FilledStore:
+    """A store that holds all that a run needs, and what filling it took."""
 
     store: ReferenceStore
-    summary: PassSummary
+    totals: ReferenceTotals
 
 
 class Sample(NamedTuple):
@@ -84,7 +72,7 @@ def open_cache(config: RunConfig) -> None:
             raise UserError(f"reference_cache_read_only: {folder} is no folder")
 
 
-def separate_reference(config: RunConfig, runtime: Runtime, data: Data) -> Reference | None:
+def separate_reference(config: RunConfig, runtime: Runtime, data: Data) -> FilledStore | None:
     """Log-probs of the reference model, if it is another than the policy's starting weights. It is gone afterwards.
 
     Raises UserError if its tokenizer gives other tokens the ids of the data.
@@ -93,23 +81,20 @@ def separate_reference(config: RunConfig, runtime: Runtime, data: Data) -> Refer
     if source is None:
         return None
     runtime.on_main(lambda: refuse_other_vocabulary(source, data.tokenizer, data.token_ids()))
-    return log_probs_of(source, config, runtime, data, trains=False, label="Reference model")
+    numerics = runtime.from_main(reference_numerics, config, runtime.device)
+    return log_probs_of(source, numerics, config, runtime, data, label="Reference model")
 
 
 def log_probs_of(
     source: ModelSource,
+    numerics: Numerics,
     config: RunConfig,
     runtime: Runtime,
     data: Data,
     *,
-    trains: bool,
     label: str,
-) -> Reference:
-    """Log-probs of a model that is loaded for nothing else, and gone when this returns.
-
-    `trains`: as of weights that are about to train, which are kept in float32.
-    """
-    numerics = runtime.on_main(lambda: Numerics.choose(config.model, runtime.device, trainable_weights=trains))
+) -> FilledStore:
+    """Log-probs of a model that is loaded for nothing else, and gone when this returns."""
 
     def load() -> Scorer:
         scorer = load_scorer(source, numerics, runtime.device)
@@ -130,45 +115,34 @@ def ensure_reference(
     config: RunConfig,
     runtime: Runtime,
     data: Data,
-) -> Reference:
+) -> FilledStore:
     """The store of the model `identity` with all of `data`'s pairs in it.
 
     `load` gives the model, on all ranks alike; it is called only if rows are missing or are to be verified. Raises
     UserError if a row that is stored differs from what the model gives now.
     """
     start = time.monotonic()
-    facts = Facts(model=identity, numerics=numerics.key())
-    caches = [Path(config.reference.reference_cache_dir), *map(Path, config.reference.reference_cache_read_only or ())]
-
-    def open_store() -> ReferenceStore:
-        folder, *beneath = (cache / facts.key for cache in caches)
-        for each in (folder, *beneath):
-            read_manifest(each)
-        level = config.reference.reference_cache_level
-        by_token = level == "token" or (level == "auto" and config.loss.mix().ld_alpha != 1.0)
-        return ReferenceStore(folder, beneath=beneath, by_token=by_token, warn=runtime.say_here)
-
-    opened: list[ReferenceStore] = []
-    runtime.on_main(lambda: opened.append(open_store()))  # first, so that it alone sets damaged files aside
-    store = runtime.on_all(lambda: opened[0] if opened else open_store())
+    key = StoreKey(model=identity, numerics=numerics.key())
+    store = runtime.main_first(_open_store, key, config, runtime)  # rank 0 alone sets damaged files aside
     # Of all ranks, since each machine may have a folder of its own.
     missing = max(runtime.gather(sum(_missing_pairs(store, part) for part in data.parts)))
     pairs = sum(map(len, data.parts))
     if missing < pairs:
         runtime.say(f"Reference log-probs: {pairs - missing:,} pairs from the cache {store.folders()}")
-    samples = runtime.on_main(lambda: _samples(store, data, config.reference.verify_reference_rows))
+    samples = runtime.from_main(_samples, store, data, config.reference.verify_reference_rows)
     done, computed = PackingStats(), 0
     if missing or samples:
         scorer = load_alike(load, runtime)
-        runtime.on_all(lambda: _verify(samples, store, scorer, source, data))
-        usual = (4 if runtime.device.type == "cuda" else 1) * (config.train.max_tokens_per_batch or 0)
-        max_tokens = config.reference.reference_max_tokens_per_batch or usual
+        runtime.on_every_rank(_verify, samples, store, scorer, source, data)
         for part in data.parts if missing else ():
-            work = runtime.on_all(partial(Pass, store, scorer, part, runtime, max_tokens=max_tokens, pad=data.pad))
-            runtime.on_all(lambda: store.prepare(facts, {"model": source.name, "revision": source.revision}))
-            runtime.on_all(work.run)
+            max_tokens = _pass_tokens(config, runtime)
+            work = runtime.on_every_rank(
+                ReferencePass, store, scorer, part, runtime, max_tokens=max_tokens, pad=data.pad
+            )
+            runtime.on_every_rank(store.prepare, key, {"model": source.name, "revision": source.revision})
+            runtime.on_every_rank(work.run)
             done, computed = done + work.stats, computed + work.computed
-    summary = PassSummary(
+    totals = ReferenceTotals(
         seconds=time.monotonic() - start,
         pairs_computed=missing,
         pairs_reused=pairs - missing,
@@ -176,7 +150,24 @@ def ensure_reference(
         rows_verified=len(samples),
         packing=done.summary() if done.packs else None,
     )
-    return Reference(store=store, summary=summary)
+    return FilledStore(store=store, totals=totals)
+
+
+def _open_store(key: StoreKey, config: RunConfig, runtime: Runtime) -> ReferenceStore:
+    reference = config.reference
+    caches = [Path(reference.reference_cache_dir), *map(Path, reference.reference_cache_read_only or ())]
+    folder, *beneath = (cache / key.digest for cache in caches)
+    for each in (folder, *beneath):
+        read_manifest(each)
+    level = reference.reference_cache_level
+    by_token = level == "token" or (level == "auto" and config.loss.mix().ld_alpha != 1.0)
+    return ReferenceStore(folder, beneath=beneath, by_token=by_token, warn=runtime.say_here)
+
+
+def _pass_tokens(config: RunConfig, runtime: Runtime) -> int:
+    """Tokens of one forward pass, which keeps no activations: a GPU has room for more than in training."""
+    usual = (4 if runtime.device.type == "cuda" else 1) * config.train.max_tokens_per_batch
+    return config.reference.reference_max_tokens_per_batch or usual
 
 
 def _missing_pairs(store: ReferenceStore, part: PairDataset) -> int:

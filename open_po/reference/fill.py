@@ -26,7 +26,7 @@ from open_po.model.logprobs import response_sums
 from open_po.model.memory import release_memory
 from open_po.model.scorer import Scorer
 from open_po.output.progress import Progress
-from open_po.packing import Layout, PackedBatch, PackingStats, Response, ResponsePlanner, Unit
+from open_po.packing import Layout, PackedBatch, PackingStats, PromptUnit, Response, ResponsePlanner
 from open_po.reference.claims import Claims
 from open_po.reference.shards import Keys, Row, find, origin
 from open_po.reference.store import ReferenceStore
@@ -42,13 +42,13 @@ _POLL_SECONDS = 0.2  # between looks at what other processes have stored
 class ResponsePack:
     """Responses that are computed in one forward pass."""
 
-    units: list[Unit[Response]]
+    units: list[PromptUnit[Response]]
     numbers: NDArray[np.int64]  # of its responses, in the units' order
     stats: PackingStats
 
     @property
     def items(self) -> list[Response]:
-        """Its responses."""
+        """The pack's responses, in the units' order."""
         return [response for unit in self.units for response in unit.items]
 
 
@@ -112,7 +112,7 @@ class PackPlanner:
         """Packs of at most `max_tokens`; a response that needs more goes alone."""
         return self._packs(self._planner.units(items), max_tokens)
 
-    def _packs(self, units: Sequence[Unit[Response]], max_tokens: int) -> list[ResponsePack]:
+    def _packs(self, units: Sequence[PromptUnit[Response]], max_tokens: int) -> list[ResponsePack]:
         found = []
         for part in self._planner.packs(units, max_tokens):
             numbers = [self.responses.dataset.response_numbers[item] for unit in part for item in unit.items]
@@ -125,7 +125,7 @@ class PackPlanner:
         return self._planner.batch(pack.units, self.pad)
 
 
-class Pass:
+class ReferencePass:
     """This process's part in computing what a store lacks of a data set."""
 
     def __init__(
@@ -203,7 +203,7 @@ class Pass:
             pause = 0.0
 
     def _take_note(self, progress: Progress) -> None:
-        """Of what others have stored."""
+        """Learn what other processes have stored since the last look."""
         fresh = self.responses.numbers(self.store.refresh())
         progress.done_elsewhere(int((~self.responses.stored[np.unique(fresh)]).sum()))
         self.responses.stored[fresh] = True

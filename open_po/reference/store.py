@@ -47,14 +47,14 @@ _LEFTOVER_SECONDS = 3600.0  # an unfinished file older than this was left by a p
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class StoreKey:
     """What decides the numbers of a store."""
 
     model: dict[str, str]  # see `model_identity`
     numerics: dict[str, str | int]  # see `Numerics.key`
 
     @property
-    def key(self) -> str:
+    def digest(self) -> str:
         """Name of the store's folder."""
         text = json.dumps(vars(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -150,7 +150,7 @@ class ReferenceStore:
 
     # ------------------------------------------------------------------------------------------------------- reading it
 
-    def lookup(self, dataset: PairDataset, ld_alpha: float = 1.0) -> PairLogps:
+    def logps_of(self, dataset: PairDataset, ld_alpha: float = 1.0) -> PairLogps:
         """The log-probs of every pair of `dataset`: P is the data set's length. `ld_alpha` as in `pair_logps`.
 
         Rows that another machine has just written may take a while to be seen; raises UserError if they never are.
@@ -215,7 +215,7 @@ class ReferenceStore:
 
     # ----------------------------------------------------------------------------------------------------- adding to it
 
-    def prepare(self, facts: Facts, about: dict[str, Any]) -> None:
+    def prepare(self, key: StoreKey, about: dict[str, Any]) -> None:
         """Make the folder, say in its manifest what it holds, and clear what killed processes left unfinished.
 
         `about` is for people and decides nothing. Raises UserError if the folder cannot be written.
@@ -224,7 +224,7 @@ class ReferenceStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / MANIFEST).exists():
                 created = datetime.now(UTC).isoformat(timespec="seconds")
-                content = {"format": FORMAT, **vars(facts), "about": about | {"created": created}}
+                content = {"format": FORMAT, **vars(key), "about": about | {"created": created}}
                 text = json.dumps(content, indent=2) + "\n"
                 write_atomically(self.folder / MANIFEST, lambda path: path.write_text(text))
             for leftover in (*self.folder.glob(".*.partial"), *self.folder.glob("claim-*.now")):
@@ -266,6 +266,6 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def lookup(reference: PairLogps | None, indices: Sequence[int], policy: PairLogps) -> PairLogps | None:
+def select_pairs(reference: PairLogps | None, indices: Sequence[int], policy: PairLogps) -> PairLogps | None:
     """The reference log-probs of the pairs `indices`, on the device of their policy log-probs; None without any."""
     return None if reference is None else reference.select(indices, policy.chosen.device)

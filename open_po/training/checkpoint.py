@@ -16,7 +16,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the `keep` newest checkpoints."""
     for checkpoint in _checkpoints(folder)[:-keep]:
-        _remove(checkpoint)
+        remove(checkpoint)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -25,7 +25,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path, step in steps.items() if step), key=lambda path: int(path.name[5:]))
 
 
-def _remove(checkpoint: Path) -> None:
+def remove(checkpoint: Path) -> None:
     """Remove a checkpoint, if it exists. It is renamed first: half of one must not be taken for a whole one."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.old")
     if checkpoint.exists():
@@ -33,7 +33,8 @@ def _remove(checkpoint: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or a folder's entries, on disk when this returns. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

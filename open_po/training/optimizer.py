@@ -49,6 +49,8 @@ def make_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LRSc
         num_warmup_steps=math.ceil(config.warmup_ratio * steps),
         num_training_steps=steps + 1,
     )
-    optimizer.step()  # nothing has a gradient yet; without it the schedule warns of a wrong order
+    # One step ahead. PyTorch warns of a schedule that steps before its optimizer has; nothing has a gradient yet, so
+    # this step changes no weight and makes no state.
+    optimizer.step()
     schedule.step()
     return schedule

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
@@ -25,7 +24,7 @@ from open_po.model.scorer import Scorer
 from open_po.output.files import disk_faults
 from open_po.output.run_folder import changed_fields
 from open_po.packing import PackingStats
-from open_po.training.checkpoint import _remove, _sync, prune
+from open_po.training.checkpoint import prune, remove, sync
 
 _STATE = "trainer_state.json"
 
@@ -101,10 +100,10 @@ class TrainingState:
 
         Raises UserError if the disk refuses; older checkpoints are then still there.
         """
-        ranks = gather_object([{"random": vars(RandomState.take()), "window": self._window()}])
+        ranks = runtime.gather({"random": vars(RandomState.take()), "window": self._window()})
         target = folder / f"step_{self.progress.step:06d}"
-        runtime.on_main(lambda: self._write(target, config, ranks))
-        runtime.on_main(lambda: prune(folder, config.output.keep_last_n_checkpoints))
+        runtime.on_main(self._write, target, config, ranks)
+        runtime.on_main(prune, folder, config.output.keep_last_n_checkpoints)
         return target
 
     def _window(self) -> dict[str, Any]:
@@ -126,10 +125,10 @@ class TrainingState:
                     torch.save({**training, "ranks": ranks}, file)
                 (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n")
                 for path in [*temporary.iterdir(), temporary]:
-                    _sync(path)
-                _remove(target)
+                    sync(path)
+                remove(target)
                 temporary.rename(target)
-                _sync(target.parent)
+                sync(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

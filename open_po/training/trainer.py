@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import cast
+from itertools import chain
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from open_po.config import RunConfig
+from open_po.distributed.engine import Engine
 from open_po.distributed.gathering import gather_logps
 from open_po.distributed.runtime import Runtime
 from open_po.errors import UserError
 from open_po.evaluation.preferences import HeldOut, evaluate
 from open_po.losses import Counts, LossMix, PairLogps
 from open_po.model.memory import peak_memory_bytes
-from open_po.model.scorer import trainable_parameters
-from open_po.output.metrics import Metrics
+from open_po.model.scorer import Scores
+from open_po.output.metrics import (
+    CHOSEN_LOGPS,
+    HELD_OUT,
+    LEARNING_RATE,
+    LOSS,
+    REWARD_ACCURACY,
+    REWARD_MARGIN,
+    STEP,
+    TRAIN_LOSS,
+    Metrics,
+)
+from open_po.output.observers import RunObserver
 from open_po.output.progress import Progress
 from open_po.output.run_folder import RunFolder
-from open_po.output.trackers import Trackers
 from open_po.packing import PackedBatch, Planner, Sampler
-from open_po.reference import lookup
+from open_po.reference import select_pairs
 from open_po.training.coupled_loss import GlobalLoss, global_loss
 from open_po.training.state import RandomState, TrainingState, Window
 
@@ -57,17 +66,17 @@ class Trainer:
         held_out: HeldOut | None,
         pad: int,
         folder: RunFolder,
-        trackers: Trackers,
+        observers: RunObserver,
     ) -> None:
         # What is trained
         self.state = state
-        self.parameters = trainable_parameters(state.scorer)
-        self.model, self.optimizer = runtime.accelerator.prepare(state.scorer, state.optimizer)
+        self.scorer, self.engine = state.scorer, Engine(state.scorer, state.optimizer, runtime)
+        state.scorer.call_through(self.engine.module)
         # On what
         self.loss, self.planner, self.sampler, self.steps = loss, planner, sampler, steps
         self.reference, self.held_out, self.pad = reference, held_out, pad
         # And around it
-        self.config, self.runtime, self.folder, self.trackers = config, runtime, folder, trackers
+        self.config, self.runtime, self.folder, self.observers = config, runtime, folder, observers
 
     def train(self) -> None:
         """Run to the last step, with the evaluations and checkpoints that fall due.
@@ -77,7 +86,7 @@ class Trainer:
         progress, output = self.state.progress, self.config.output
         if progress.step == 0:
             self.evaluate()
-        self.model.train()
+        self.scorer.train()
         bar = Progress(self.runtime.console, "Training", total=self.steps, unit="steps", done=progress.step)
         with bar:
             while progress.step < self.steps:
@@ -87,7 +96,8 @@ class Trainer:
                 if last or _due(progress.step, self.config.train.eval_steps):
                     self.evaluate()
                 if _due(progress.step, output.checkpointing_steps):
-                    self.state.save(self.folder.checkpoints, self.config, self.runtime)
+                    checkpoint = self.state.save(self.folder.checkpoints, self.config, self.runtime)
+                    self.observers.checkpoint_written(checkpoint)
 
     def train_step(self) -> tuple[StepSize, Metrics]:
         """One optimizer step; returns its size and the metrics written after it, if any were due."""
@@ -97,12 +107,11 @@ class Trainer:
         size = self._size(indices)
         not_finite = self._backward(indices, size)
         limit = self.config.train.max_grad_norm or float("inf")
-        grad_norm = float(cast(Tensor, self.runtime.accelerator.clip_grad_norm_(self.parameters, limit)))
+        grad_norm = self.engine.clip_gradients(limit)
         self._stop_unless_finite(indices, not_finite, grad_norm)
         learning_rate = float(self.state.schedule.get_last_lr()[0])
-        self.optimizer.step()
+        self.engine.update()
         self.state.schedule.step()
-        self.optimizer.zero_grad()
         progress.step += 1
         progress.pairs += size.pairs
         progress.tokens += size.tokens
@@ -138,19 +147,20 @@ class Trainer:
         bad: dict[int, Tensor] = {}
         for position, pack in enumerate(packs):
             last = position == len(packs) - 1
-            with nullcontext() if last else runtime.accelerator.no_sync(self.model):
+            with self.engine.pack(last=last):
                 batch = self.planner.batch(pack, self.pad)
-                policy = self.model(batch, extras=self.loss.extras, ld_alpha=self.loss.ld_alpha)
+                scores = self._score(batch)
+                policy = scores.logps
                 if whole is not None:
                     value = whole.surrogate(pack, policy)
                 else:
-                    losses = self.loss(policy, lookup(self.reference, pack, policy))
+                    losses = self.loss(policy, select_pairs(self.reference, pack, policy))
                     value = losses.value(counts)
-                aux = self._balance(batch, size)
-                if aux is not None:
-                    value = value + (self.config.loss.load_balancing_weight or 0.0) * aux
-                # The ranks' gradients are averaged, hence the factor of their number.
-                (value * (0.0 if idle else runtime.world_size)).backward()
+                aux = None
+                if scores.load_balancing is not None:  # by the pack's share of the step's tokens
+                    aux = batch.tokens / size.tokens * scores.load_balancing
+                    value = value + self.config.loss.load_balancing_weight * aux
+                self.engine.backward(value * (0.0 if idle else 1.0))
             if aux is not None and not idle:
                 self.state.window.meter.add_aux(aux)
             if whole is None and not idle:
@@ -158,10 +168,8 @@ class Trainer:
                 bad |= zip(pack, losses.not_finite(), strict=True)
         return bad if whole is None else dict(zip(indices, whole.losses.not_finite(), strict=True))
 
-    def _balance(self, batch: PackedBatch, size: StepSize) -> Tensor | None:
-        """The load balancing loss of the pack that was just scored, by its share of the step's tokens."""
-        loss = self.state.scorer.load_balancing
-        return None if loss is None else batch.tokens / size.tokens * loss
+    def _score(self, batch: PackedBatch) -> Scores:
+        return self.scorer.score(batch, extras=self.loss.extras, ld_alpha=self.loss.ld_alpha)
 
     def _whole_step(self, indices: list[int], packs: list[list[int]], counts: Counts) -> GlobalLoss:
         """The loss of a step whose pairs depend on one another: one more forward pass over its packs.
@@ -170,18 +178,10 @@ class Trainer:
         """
         random = RandomState.take()
         with torch.no_grad():
-            scored = [
-                (
-                    pack,
-                    self.state.scorer(
-                        self.planner.batch(pack, self.pad), extras=self.loss.extras, ld_alpha=self.loss.ld_alpha
-                    ),
-                )
-                for pack in packs
-            ]
+            scored = [(pack, self._score(self.planner.batch(pack, self.pad)).logps) for pack in packs]
         random.put_back()
         policy = gather_logps(scored, indices, self.runtime)
-        reference = lookup(self.reference, indices, policy)
+        reference = select_pairs(self.reference, indices, policy)
         self.state.update_running_means(self.loss, policy, reference)
         whole = global_loss(self.loss, indices, policy, reference, counts, self.running_means())
         if self.runtime.is_main:  # every rank has the whole step now; one counts it
@@ -196,8 +196,7 @@ class Trainer:
     def _stop_unless_finite(self, indices: list[int], not_finite: dict[int, Tensor], grad_norm: float) -> None:
         flags = torch.stack(list(not_finite.values())).tolist() if not_finite else []
         bad = [index for index, flag in zip(not_finite, flags, strict=True) if flag]
-        if self.runtime.world_size > 1:
-            bad = gather_object(bad)
+        bad = list(chain.from_iterable(self.runtime.gather(bad)))
         if not bad and math.isfinite(grad_norm):
             return
         origins = self.planner.dataset.origins
@@ -221,27 +220,26 @@ class Trainer:
         window, self.state.window = self.state.window, Window()
         means = window.meter.means(self.runtime, window.steps)
         metrics = {
-            "training_step": self.state.progress.step,
+            STEP: self.state.progress.step,
             "epoch": self.sampler.epochs(self.state.progress.step),
-            "learning_rate": learning_rate,
-            "train_loss": means.pop("loss"),
+            LEARNING_RATE: learning_rate,
+            TRAIN_LOSS: means.pop(LOSS),
             **means,
             "grad_norm": grad_norm,
             "perf/tokens_per_second": window.tokens / window.seconds,
             "perf/pairs_per_second": window.pairs / window.seconds,
             "perf/peak_memory_gb": peak_memory_bytes() / 1e9,
         }
-        self.trackers.log(metrics)
+        self.observers.metrics_written(metrics)
         return metrics
 
     def evaluate(self) -> None:
         """Held-out metrics, if there is held-out data."""
         if self.held_out is None:
             return
-        scorer = self.state.scorer
-        metrics = evaluate(scorer, self.held_out, self.loss, self.running_means(), self.runtime, pad=self.pad)
-        self.trackers.log({"training_step": self.state.progress.step, **metrics})
-        self.runtime.say(f"Held out, step {self.state.progress.step}: {_note(metrics, 'eval/')}")
+        metrics = evaluate(self.scorer, self.held_out, self.loss, self.running_means(), self.runtime, pad=self.pad)
+        self.observers.metrics_written({STEP: self.state.progress.step, **metrics})
+        self.runtime.say(f"Held out, step {self.state.progress.step}: {_note(metrics, HELD_OUT)}")
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -251,12 +249,12 @@ def _due(step: int, every: int | None) -> bool:
 def _note(metrics: Metrics, prefix: str = "") -> str:
     """The few numbers a person watches."""
     shown = {
-        "train_loss": "loss {:.4f}",
-        f"{prefix}loss": "loss {:.4f}",
-        f"{prefix}rewards/accuracy": "accuracy {:.3f}",
-        f"{prefix}rewards/margin": "margin {:.3f}",
-        f"{prefix}logps/chosen": "chosen {:.2f}",
-        "learning_rate": "lr {:.2e}",
+        TRAIN_LOSS: "loss {:.4f}",
+        prefix + LOSS: "loss {:.4f}",
+        prefix + REWARD_ACCURACY: "accuracy {:.3f}",
+        prefix + REWARD_MARGIN: "margin {:.3f}",
+        prefix + CHOSEN_LOGPS: "chosen {:.2f}",
+        LEARNING_RATE: "lr {:.2e}",
     }
     parts = [form.format(metrics[name]) for name, form in shown.items() if name in metrics]
     return ", ".join(parts).replace("-0.000,", "0.000,")

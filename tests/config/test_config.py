@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from open_po.commands import train
-from open_po.config import FIELDS, LossConfig, RunConfig, load_config, mixture
-from open_po.config.fields import LOSS_PARAMETERS
+from open_po.config import FIELDS, LossConfig, RunConfig, load_config, parse_mixture
+from open_po.config.loss import LOSS_PARAMETERS
 from open_po.distributed.runtime import Runtime
 from open_po.errors import ConfigError
 from open_po.losses import LOSSES
@@ -366,7 +366,7 @@ def test_contradictions(flags: str, message: str) -> None:
     assert problem(*shlex.split(flags)) == message
 
 
-@pytest.mark.parametrize("name", [name for name, (_, f, hint) in FIELDS.items() if hint in (int, int | None)])
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.hint in (int, int | None)])
 def test_no_whole_number_may_be_negative(name: str) -> None:
     assert any(line.startswith(f"{name}: must ") for line in problems(*REQUIRED, f"--{name}", "-1"))
 
@@ -436,9 +436,9 @@ def test_a_mistyped_field_causes_no_second_complaint(flags: str, mistyped: list[
 
 
 def test_mixture_tells_fractions_from_counts() -> None:
-    parts = mixture(["a", "0.5", "b", "1000", "c", "1", "d", "1.0", "e", "1e-3"])
-    assert parts == [("a", 0.5), ("b", 1000), ("c", 1), ("d", 1.0), ("e", 0.001)]
-    assert [type(amount) for _, amount in parts] == [float, int, int, float, float]
+    parts = parse_mixture(["a", "0.5", "b", "1000", "c", "1", "d", "1.0", "e", "1e-3"], ["train"])
+    assert [part[:2] for part in parts] == [("a", 0.5), ("b", 1000), ("c", 1), ("d", 1.0), ("e", 0.001)]
+    assert [type(part.amount) for part in parts] == [float, int, int, float, float]
 
 
 def test_dataset_mixer_is_mixer_list_in_another_form(write: Callable[..., str]) -> None:
@@ -446,7 +446,7 @@ def test_dataset_mixer_is_mixer_list_in_another_form(write: Callable[..., str]) 
     data = load_config([path]).data
     assert data.mixer_list == ["a/b.jsonl", "0.5", "c", "1000", "d", "1.0", "e", "1e-3"]
     assert data.dataset_mixer is None
-    assert mixture(data.mixer_list) == [("a/b.jsonl", 0.5), ("c", 1000), ("d", 1.0), ("e", 0.001)]
+    assert [part[:2] for part in data.mixture] == [("a/b.jsonl", 0.5), ("c", 1000), ("d", 1.0), ("e", 0.001)]
 
 
 # ---------------------------------------------------------------------------------------------------------- resolving
@@ -587,7 +587,7 @@ NOT_SHAPING = {
 @pytest.mark.parametrize("name", FIELDS)
 def test_the_digest_changes_with_what_shapes_the_result(name: str) -> None:
     config = parse()
-    section = FIELDS[name][0]
+    section = FIELDS[name].section
     changed = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: "other"})})
     assert (changed.result_fields() == config.result_fields()) == (name in NOT_SHAPING)
     assert (name in config.result_fields()) == (name not in NOT_SHAPING)
@@ -623,10 +623,10 @@ def test_configuration_errors_end_the_run_before_it_starts(
 def test_help_lists_every_field(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    for name, (_, f, _) in FIELDS.items():
+    for name, field in FIELDS.items():
         (position,) = [i for i, line in enumerate(lines) if line.startswith(f"  --{name}: ")]
-        assert lines[position + 1].strip() == f.metadata["help"]
-        assert f.metadata["help"]
+        assert lines[position + 1].strip() == field.about.text
+        assert field.about.text
 
 
 # --------------------------------------------------------------------------------------------------- use of the fields
@@ -634,7 +634,7 @@ def test_help_lists_every_field(arguments: list[str], capsys: pytest.CaptureFixt
 
 def _config_reads(sources: Iterable[Path]) -> set[str]:
     """Attributes read from something that is named as a configuration or one of its sections is."""
-    owners = {"config", *(section for section, _, _ in FIELDS.values())}
+    owners = {"config", *(field.section for field in FIELDS.values())}
     names = set()
     for source in sources:
         for node in ast.walk(ast.parse(source.read_text())):
@@ -656,6 +656,8 @@ def test_every_field_is_read_outside_the_configuration() -> None:
     assert "loss" in reads  # config.loss.mix(): how the loss's fields are read, see the next test
     parameters = {f.name for f in dataclasses.fields(LossConfig)}
     resolved = {"dataset_mixer"}  # becomes mixer_list, see test_dataset_mixer_is_mixer_list_in_another_form
+    assert {"mixture", "held_out_mixture"} <= reads  # what the next four become, parsed
+    resolved |= {"mixer_list", "mixer_list_splits", "eval_mixer_list", "eval_mixer_list_splits"}
     assert set(FIELDS) - reads - parameters - resolved == set()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from open_po.config import parse_mixture
 from open_po.data import PairDataset, PreferencePair, dataset, load_pairs
 from open_po.data.chat_templates import chat_template
 from open_po.data.formats import parse_row
@@ -35,7 +36,7 @@ def write(tmp_path: Path) -> Callable[..., str]:
 
 
 def load(name: str, tokenizer: Any, truncation: Truncation = FREE, **settings: Any) -> PairDataset:
-    return load_pairs([name, "1.0"], ["train"], tokenizer, truncation, **settings)
+    return load_pairs(parse_mixture([name, "1.0"], ["train"]), tokenizer, truncation, **settings)
 
 
 def row(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def test_numbers_are_equal_where_prompts_and_responses_to_them_are(
     first = [row("q1:", "a", "b"), row("q1:", "b", "c"), row("q2:", "a", "a"), row("q2:", "a", "b")]
     second = [row("q1:", "c", "a"), row("q3:", "a", "b")]
     names = [write(first, "first.jsonl"), write(second, "second.jsonl")]
-    pairs = load_pairs([names[0], "1.0", names[1], "1.0"], ["train"], tokenizer, FREE)
+    pairs = load_pairs(parse_mixture([names[0], "1.0", names[1], "1.0"], ["train"]), tokenizer, FREE)
     assert pairs.prompt_numbers.tolist() == [0, 0, 1, 0, 2]
     assert (pairs.response_numbers.shape, pairs.response_numbers.dtype) == ((5, 2), np.int64)
     numbers = pairs.response_numbers.flatten().tolist()
@@ -135,7 +136,7 @@ def test_the_longest_pair_has_the_longest_row(tokenizer: PreTrainedTokenizerFast
 def test_a_mixture_is_its_parts_in_order(tokenizer: PreTrainedTokenizerFast, write: Callable[..., str]) -> None:
     rows = tiny.text_rows(20)
     first, second = write(rows[:12], "first.jsonl"), write(rows[12:], "second.jsonl")
-    pairs = load_pairs([first, "1.0", second, "3"], ["train[:50%]", "train"], tokenizer, FREE)
+    pairs = load_pairs(parse_mixture([first, "1.0", second, "3"], ["train[:50%]", "train"]), tokenizer, FREE)
     assert pairs.origins[:6] == [f"{first} row {number}" for number in range(1, 7)]
     numbers = [int(origin.removeprefix(f"{second} row ")) for origin in pairs.origins[6:]]
     assert len(numbers) == 3
@@ -149,7 +150,7 @@ def test_layouts_may_be_mixed_in_one_run(tokenizer: PreTrainedTokenizerFast, wri
         [{"conversations": [{"from": "human", "value": "q"}], "chosen": "good", "rejected": "bad"}], "m.jsonl"
     )
     text = write([row("q", "good", "bad")])
-    pairs = load_pairs([messages, "1.0", text, "1.0"], ["train"], tokenizer, FREE)
+    pairs = load_pairs(parse_mixture([messages, "1.0", text, "1.0"], ["train"]), tokenizer, FREE)
     assert [tokenizer.decode(pair.prompt_ids) for pair in tokens(pairs)] == ["<s><|user|>\nq\n<|assistant|>\n", "q"]
     assert [tokenizer.decode(pair.chosen_ids) for pair in tokens(pairs)] == ["good</s>", "good</s>"]
 
@@ -198,7 +199,7 @@ def test_truncation_is_described(tokenizer: PreTrainedTokenizerFast, write: Call
 def test_row_numbers_after_a_subset_is_drawn(tokenizer: PreTrainedTokenizerFast, write: Callable[..., str]) -> None:
     rows = [row(f"{number}:", "a", "a" if number % 3 == 0 else "b") for number in range(1, 61)]
     name = write(rows)
-    pairs = load_pairs([name, "0.5"], ["train[50%:]"], tokenizer, FREE, max_rows=10)
+    pairs = load_pairs(parse_mixture([name, "0.5"], ["train[50%:]"]), tokenizer, FREE, max_rows=10)
     kept = [int(origin.removeprefix(f"{name} row ")) for origin in pairs.origins]
     assert [tokenizer.decode(pair.prompt_ids) for pair in tokens(pairs)] == [f"{number}:" for number in kept]
     (left_out,) = pairs.left_out.values()
@@ -263,7 +264,7 @@ def test_rows_that_cannot_be_read_stop_the_run(
 def test_a_bad_row_in_the_second_part_is_named(tokenizer: PreTrainedTokenizerFast, write: Callable[..., str]) -> None:
     good, bad = write([GOOD] * 5), write([GOOD, {"prompt": "q"}], "bad.jsonl")
     with pytest.raises(UserError) as caught:
-        load_pairs([good, "1.0", bad, "1.0"], ["train"], tokenizer, FREE)
+        load_pairs(parse_mixture([good, "1.0", bad, "1.0"], ["train"]), tokenizer, FREE)
     assert str(caught.value) == f"{bad} row 2: field chosen is missing or null; fields: prompt"
 
 
@@ -311,9 +312,9 @@ def test_only_the_changed_part_of_a_mixture_is_tokenised_again(
     tokenizer: PreTrainedTokenizerFast, write: Callable[..., str], tokenised: list[str]
 ) -> None:
     first, second = write(tiny.text_rows(5), "first.jsonl"), write(tiny.text_rows(7, seed=1), "second.jsonl")
-    load_pairs([first, "1.0", second, "1.0"], ["train"], tokenizer, FREE)
+    load_pairs(parse_mixture([first, "1.0", second, "1.0"], ["train"]), tokenizer, FREE)
     assert len(tokenised) == 12
-    load_pairs([first, "1.0", second, "3"], ["train"], tokenizer, FREE)
+    load_pairs(parse_mixture([first, "1.0", second, "3"], ["train"]), tokenizer, FREE)
     assert len(tokenised) == 15
 
 
@@ -356,7 +357,7 @@ def test_what_decides_the_ids_decides_the_cache(
         truncation = Truncation(15, 5)
     else:
         truncation = Truncation(16, 6)
-    pairs = load_pairs([name, "1.0"], [split], tokenizer, truncation)
+    pairs = load_pairs(parse_mixture([name, "1.0"], [split]), tokenizer, truncation)
     assert len(tokenised) == 20 + len(expected)
     assert tokens(pairs) == [tokenise(parse_row(r), tokenizer, truncation)[0] for r in expected]
 

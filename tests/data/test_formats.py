@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
+from open_po.config import parse_mixture
 from open_po.data import load_pairs
 from open_po.data.chat_templates import chat_template
 from open_po.data.formats import MessagePair, RowError, TextPair, common_prefix_length, parse_row
@@ -371,7 +372,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def _texts(path: Path, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, str, str]]:
-    pairs = load_pairs([str(path), "1.0"], ["train"], tokenizer, Truncation(10_000, None))
+    pairs = load_pairs(parse_mixture([str(path), "1.0"], ["train"]), tokenizer, Truncation(10_000, None))
     assert not pairs.left_out
     return [
         (tokenizer.decode(pair.prompt_ids), tokenizer.decode(pair.chosen_ids), tokenizer.decode(pair.rejected_ids))

@@ -18,7 +18,8 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from open_po.data.sources import Part, load_mixture, row_fields
+from open_po.config import parse_mixture
+from open_po.data.sources import SourceRows, load_mixture, row_fields
 from open_po.errors import UserError
 from tests import tiny
 
@@ -36,16 +37,16 @@ def lettered(tmp_path: Path) -> str:
     return str(tiny.write_jsonl(tmp_path / "lettered.jsonl", [{"prompt": letter} for letter in "abcdefghij"]))
 
 
-def rows(part: Part) -> list[dict[str, Any]]:
+def rows(part: SourceRows) -> list[dict[str, Any]]:
     return [dict(row_fields(row)) for row in part.rows]
 
 
-def prompts(part: Part) -> list[str]:
+def prompts(part: SourceRows) -> list[str]:
     return [row["prompt"] for row in rows(part)]
 
 
 def take(name: str, amount: str = "1.0", split: str = "train", max_rows: int | None = None) -> list[str]:
-    (part,) = load_mixture([name, amount], [split], max_rows)
+    (part,) = load_mixture(parse_mixture([name, amount], [split]), max_rows)
     assert prompts(part) == [str(number) for number in part.row_numbers]
     return prompts(part)
 
@@ -53,7 +54,7 @@ def take(name: str, amount: str = "1.0", split: str = "train", max_rows: int | N
 def fault(name: str | Path, split: str = "train", amount: str = "1.0") -> str:
     """The one line said about a file, without its name."""
     with pytest.raises(UserError) as caught:
-        load_mixture([str(name), amount], [split])
+        load_mixture(parse_mixture([str(name), amount], [split]))
     line = str(caught.value)
     assert "\n" not in line
     assert line.startswith(f"{name}: ")
@@ -139,7 +140,9 @@ def test_slices_of_other_files(kind: str, tmp_path: Path) -> None:
 
 
 def test_several_parts_with_a_split_for_each(numbered: str, lettered: str) -> None:
-    parts = load_mixture([numbered, "3", lettered, "0.5", numbered, "1.0"], ["train", "train[:80%]", "train[:2]"])
+    parts = load_mixture(
+        parse_mixture([numbered, "3", lettered, "0.5", numbered, "1.0"], ["train", "train[:80%]", "train[:2]"])
+    )
     assert [part.name for part in parts] == [numbered, lettered, numbered]
     assert [len(part.rows) for part in parts] == [3, 4, 2]
     assert set(prompts(parts[1])) < set("abcdefgh")
@@ -147,7 +150,7 @@ def test_several_parts_with_a_split_for_each(numbered: str, lettered: str) -> No
 
 
 def test_one_split_serves_all_parts(numbered: str, lettered: str) -> None:
-    parts = load_mixture([numbered, "1.0", lettered, "1.0"], ["train[:50%]"])
+    parts = load_mixture(parse_mixture([numbered, "1.0", lettered, "1.0"], ["train[:50%]"]))
     assert [prompts(part) for part in parts] == [ALL[:12], list("abcde")]
 
 
@@ -155,7 +158,7 @@ def test_max_rows_draws_over_the_whole_mixture(numbered: str, lettered: str) -> 
     items, splits = [numbered, "1.0", lettered, "1.0"], ["train"]
 
     def drawn(count: int) -> set[str]:
-        parts = load_mixture(items, splits, count)
+        parts = load_mixture(parse_mixture(items, splits), count)
         assert sum(len(part.rows) for part in parts) == min(count, 34)
         assert all(len(part.rows) for part in parts)
         return {prompt for part in parts for prompt in prompts(part)}
@@ -290,7 +293,7 @@ def test_unknown_hub_datasets_offline(name: str) -> None:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    (part,) = load_mixture([str(path), "1.0"], ["train"])
+    (part,) = load_mixture(parse_mixture([str(path), "1.0"], ["train"]))
     return rows(part)
 
 
@@ -367,16 +370,16 @@ def test_names_with_wildcards_are_names(kind: str, tmp_path: Path) -> None:
 def test_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     tiny.write_jsonl(tmp_path / "x.jsonl", [{"prompt": "q"}])
-    (part,) = load_mixture(["~/x.jsonl", "1.0"], ["train"])
+    (part,) = load_mixture(parse_mixture(["~/x.jsonl", "1.0"], ["train"]))
     assert rows(part) == [{"prompt": "q"}]
 
 
 def test_a_changed_file_is_read_again_and_a_touched_or_moved_one_is_not(tmp_path: Path) -> None:
     path = tiny.write_jsonl(tmp_path / "x.jsonl", [{"prompt": "old"}])
-    (before,) = load_mixture([str(path), "1.0"], ["train"])
+    (before,) = load_mixture(parse_mixture([str(path), "1.0"], ["train"]))
     stat = path.stat()
     moved = path.rename(tmp_path / "y.jsonl")
-    (after,) = load_mixture([str(moved), "1.0"], ["train"])
+    (after,) = load_mixture(parse_mixture([str(moved), "1.0"], ["train"]))
     assert after.rows.cache_files == before.rows.cache_files
     tiny.write_jsonl(path, [{"prompt": "new"}])
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same name, size and time as the old one
@@ -387,6 +390,6 @@ def test_a_local_folder_is_loaded_by_datasets(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     parquet.write_table(pa.table({"prompt": ["a", "b"]}), folder / "train.parquet")
-    (part,) = load_mixture([str(folder), "1.0"], ["train"])
+    (part,) = load_mixture(parse_mixture([str(folder), "1.0"], ["train"]))
     assert rows(part) == [{"prompt": "a"}, {"prompt": "b"}]
     assert (part.name, list(part.row_numbers)) == (f"{folder} (train)", [1, 2])

@@ -65,7 +65,7 @@ def test_liger_models_equal_transformers(architecture: str, tmp_path: Path) -> N
     expected = scores_one_by_one(plain, PAIRS, torch.float32)
     expected.sum().backward()
     scorer = on_gpu(tmp_path, Numerics(compute_dtype=torch.float32, weights_dtype=torch.float32, use_liger=True))
-    got: Tensor = as_matrix(scorer(pack(PAIRS, layout="rows", pad_token_id=2)))
+    got: Tensor = as_matrix(scorer.score(pack(PAIRS, layout="rows", pad_token_id=2)).logps)
     got.sum().backward()
     assert ((got.cpu() - expected).abs() <= 1e-4 * expected.abs().clamp(min=1)).all()
     theirs = dict(plain.named_parameters())
@@ -92,7 +92,7 @@ def test_shared_prompts_in_bfloat16_equal_transformers_one_by_one(
     plain = tiny.plain_model(tmp_path)
     expected = scores_one_by_one(plain, PAIRS, torch.float32)
     expected.sum().backward()
-    got = as_matrix(scorer(pack(PAIRS, layout="shared", pad_token_id=2)))
+    got = as_matrix(scorer.score(pack(PAIRS, layout="shared", pad_token_id=2)).logps)
     got.sum().backward()
     assert ((got.cpu() - expected).abs() <= 2e-2 * expected.abs().clamp(min=1)).all()
     theirs = dict(plain.named_parameters())
@@ -140,7 +140,7 @@ def test_bfloat16_training_moves_weights_at_a_tiny_learning_rate(tmp_path: Path)
     scorer = on_gpu(folder, Numerics(compute_dtype=torch.bfloat16, weights_dtype=torch.float32, use_liger=True))
     before = [parameter.detach().clone() for parameter in scorer.parameters()]
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-7, weight_decay=0.0)
-    (-scorer(pack(PAIRS, layout="rows", pad_token_id=2)).chosen.sum()).backward()
+    (-scorer.score(pack(PAIRS, layout="rows", pad_token_id=2)).logps.chosen.sum()).backward()
     optimizer.step()
     for old, new in zip(before, scorer.parameters(), strict=True):
         moved = (new.detach() - old)[new.grad.abs() > 1e-4]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from open_po.model import attention, last_layer
 from open_po.model.attention import KeysTaken, MissingSegments, Segments, TakeKeys, packed_attention
 from open_po.model.last_layer import decoder_layer
-from open_po.model.layout_check import Trial, _worse
+from open_po.model.layout_check import LayoutTrial, _worse
 from open_po.model.load import checkpoint_gradients
 from open_po.packing import LastLayer, PackedBatch, Segment, pack
 from tests import tiny
@@ -141,7 +141,7 @@ def test_the_last_layer_skips_what_nothing_is_predicted_from(tmp_path: Path, che
     for layer, seen in zip(scorer.base.base_model.layers, layers, strict=True):
         tokens_of(layer.mlp, seen)
     batch = pack(ALL, layout="shared", pad_token_id=2)
-    logps = scorer(batch)
+    logps = scorer.score(batch).logps
     everything, scored = len(batch.input_ids), len(set(batch.score_index.tolist()))
     assert layers == [[everything], [everything], [scored]]
     assert scored < 0.6 * everything
@@ -197,8 +197,8 @@ def test_a_short_last_layer_must_be_about_as_close_as_the_whole_one(tmp_path: Pa
     """In bfloat16 the tolerance of 0.1 nats a token would let a wrong layer pass."""
     tiny.make_model(tmp_path, "llama")
     scorer = load(tmp_path, BFLOAT16)
-    assert _worse(Trial(None, 0.013), Trial(None, 0.002), scorer) is None
-    assert _worse(Trial(None, 0.05), Trial(None, 0.002), scorer) == (
+    assert _worse(LayoutTrial(None, 0.013), LayoutTrial(None, 0.002), scorer) is None
+    assert _worse(LayoutTrial(None, 0.05), LayoutTrial(None, 0.002), scorer) == (
         "scores are off by 0.05 nats a token, by 0.002 otherwise"
     )
 

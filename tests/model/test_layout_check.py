@@ -150,7 +150,7 @@ def test_the_order_of_rows_changes_no_score_of_a_rope_that_depends_on_length(rop
     assert choose_layout(scorer, pairs, "auto", longest=114, pad=2).layout == "rows"
     with scorer.as_reference():
         for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0], [1, 0], [0]):
-            got = as_matrix(scorer(pack([pairs[i] for i in order], layout="rows", pad_token_id=2)))
+            got = as_matrix(scorer.score(pack([pairs[i] for i in order], layout="rows", pad_token_id=2)).logps)
             assert ((got - expected[order]).abs() <= 1e-5 * expected[order].abs().clamp(min=1)).all()
 
 
@@ -185,7 +185,7 @@ def test_bfloat16_stays_within_a_percent(architecture: str, tmp_path: Path) -> N
     for layout in LAYOUTS:
         scorer.use_layout(layout)
         with scorer.as_reference():
-            got = as_matrix(scorer(pack(ALL, layout=layout, pad_token_id=2)))
+            got = as_matrix(scorer.score(pack(ALL, layout=layout, pad_token_id=2)).logps)
         assert got.dtype == torch.float32
         for expected in (theirs, exact):
             assert ((got - expected).abs() <= 1e-2 * expected.abs().clamp(min=1)).all(), layout
@@ -204,7 +204,7 @@ def test_adapters_score_and_train_alike_in_every_layout(llama: Path) -> None:
         torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(number))
     assert scorer.layout == "shared"
     with scorer.as_reference():
-        base = as_matrix(scorer(pack(ALL, layout="shared", pad_token_id=2)))
+        base = as_matrix(scorer.score(pack(ALL, layout="shared", pad_token_id=2)).logps)
     expected, gradients = score(scorer, "rows")
     assert len(gradients) == len(adapters) == 28
     assert (expected - base).abs().max() > 0.5
@@ -229,10 +229,10 @@ def test_load_balancing_counts_a_prompt_with_each_response(layout: Layout, tmp_p
     scorer.use_layout(layout)
     batch = pack(ALL, layout=layout, pad_token_id=2)
     assert batch.tokens == int(mask.sum())
-    scorer(batch)
-    assert scorer.load_balancing is not None
-    scorer.load_balancing.backward()
-    torch.testing.assert_close(scorer.load_balancing, expected)
+    load_balancing = scorer.score(batch).load_balancing
+    assert load_balancing is not None
+    load_balancing.backward()
+    torch.testing.assert_close(load_balancing, expected)
     mine, theirs = dict(scorer.base.named_parameters()), dict(plain.named_parameters())
     compared = 0
     for name, parameter in theirs.items():
@@ -249,8 +249,8 @@ def test_prompts_and_squares_in_every_layout(layout: Layout, llama: Path) -> Non
     scorer.use_layout(layout)
     with scorer.as_reference():
         batch = pack(ALL, layout=layout, pad_token_id=2, with_prompt=True)
-        logps: PairLogps = scorer(batch, extras={"log_sum_sq", "prompt"})
-        both = scorer(pack(ALL, layout=layout, pad_token_id=2))
+        logps: PairLogps = scorer.score(batch, extras={"log_sum_sq", "prompt"}).logps
+        both = scorer.score(pack(ALL, layout=layout, pad_token_id=2)).logps
     torch.testing.assert_close(as_matrix(logps), as_matrix(both), rtol=0, atol=0)
     prompts, squares = [], []
     with torch.no_grad():
@@ -277,7 +277,7 @@ def test_prompts_and_squares_in_every_layout(layout: Layout, llama: Path) -> Non
 def test_ld_alpha_cuts_a_shared_response_at_the_length_of_each_pair(layout: Layout, alpha: float, llama: Path) -> None:
     scorer, plain = load(llama).train(), tiny.plain_model(llama)
     scorer.use_layout(layout)
-    got = as_matrix(scorer(pack(ALL, layout=layout, pad_token_id=2), ld_alpha=alpha))
+    got = as_matrix(scorer.score(pack(ALL, layout=layout, pad_token_id=2), ld_alpha=alpha).logps)
     (got * WEIGHTS).sum().backward()
     scores = []
     for pair in ALL:
@@ -410,7 +410,7 @@ def test_one_token_that_is_off_does_not_hide_in_the_mean(llama: Path, monkeypatc
 
 def score_only(scorer: Scorer, layout: Layout) -> Tensor:
     scorer.use_layout(layout)
-    return as_matrix(scorer(pack(PAIRS, layout=layout, pad_token_id=2)))
+    return as_matrix(scorer.score(pack(PAIRS, layout=layout, pad_token_id=2)).logps)
 
 
 def test_a_model_that_no_layout_scores_rightly_is_refused(llama: Path) -> None:
@@ -448,7 +448,7 @@ def test_a_pack_in_another_layout_is_refused(llama: Path) -> None:
     scorer = load(llama)
     choose(scorer)
     with pytest.raises(ValueError, match="a pack in layout rows for a scorer that takes shared"):
-        scorer(pack(PAIRS, layout="rows", pad_token_id=2))
+        scorer.score(pack(PAIRS, layout="rows", pad_token_id=2))
 
 
 @pytest.mark.parametrize(

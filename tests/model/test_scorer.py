@@ -16,7 +16,7 @@ from open_po.errors import UserError
 from open_po.model import logprobs
 from open_po.model.layout_check import choose_layout
 from open_po.model.load import checkpoint_gradients
-from open_po.model.numerics import Numerics
+from open_po.model.numerics import Numerics, frozen_numerics, policy_numerics
 from open_po.packing import pack
 from tests import tiny
 from tests.scoring import CPU, FLOAT32, PAIRS, as_matrix, load, scores_one_by_one
@@ -40,7 +40,7 @@ def test_scores_and_gradients_equal_transformers(
 
     expected = scores_one_by_one(plain, PAIRS, torch.float32)
     (expected * weights).sum().backward()
-    logps = scorer(pack(PAIRS, layout="rows", pad_token_id=2))
+    logps = scorer.score(pack(PAIRS, layout="rows", pad_token_id=2)).logps
     got = as_matrix(logps)
     (got * weights).sum().backward()
 
@@ -63,7 +63,7 @@ def test_bfloat16_scores_stay_within_a_percent(architecture: str, tmp_path: Path
     scorer = load(tmp_path, Numerics(compute_dtype=torch.bfloat16, weights_dtype=torch.float32, use_liger=False))
     exact = scores_one_by_one(tiny.plain_model(tmp_path), PAIRS, torch.float32)
     with scorer.as_reference():
-        got = as_matrix(scorer(pack(PAIRS, layout="rows", pad_token_id=2)))
+        got = as_matrix(scorer.score(pack(PAIRS, layout="rows", pad_token_id=2)).logps)
     assert got.dtype == torch.float32
     assert ((got - exact).abs() <= 1e-2 * exact.abs().clamp(min=1)).all()
 
@@ -72,7 +72,7 @@ def test_bfloat16_compute_moves_float32_weights_at_a_tiny_learning_rate(llama: P
     scorer = load(llama, Numerics(compute_dtype=torch.bfloat16, weights_dtype=torch.float32, use_liger=False))
     before = [parameter.detach().clone() for parameter in scorer.parameters()]
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-7, weight_decay=0.0)
-    (-scorer(pack(PAIRS, layout="rows", pad_token_id=2)).chosen.sum()).backward()
+    (-scorer.score(pack(PAIRS, layout="rows", pad_token_id=2)).logps.chosen.sum()).backward()
     optimizer.step()
     for old, new in zip(before, scorer.parameters(), strict=True):
         moved = (new.detach() - old)[new.grad.abs() > 1e-4]
@@ -83,9 +83,11 @@ def test_bfloat16_compute_moves_float32_weights_at_a_tiny_learning_rate(llama: P
 def test_padding_and_neighbours_do_not_change_a_score(llama: Path) -> None:
     scorer = load(llama)
     with scorer.as_reference():
-        together = as_matrix(scorer(pack(PAIRS, layout="rows", pad_token_id=2)))
-        other_padding = as_matrix(scorer(pack(PAIRS, layout="rows", pad_token_id=77)))
-        alone = torch.cat([as_matrix(scorer(pack([pair], layout="rows", pad_token_id=2))) for pair in PAIRS])
+        together = as_matrix(scorer.score(pack(PAIRS, layout="rows", pad_token_id=2)).logps)
+        other_padding = as_matrix(scorer.score(pack(PAIRS, layout="rows", pad_token_id=77)).logps)
+        alone = torch.cat(
+            [as_matrix(scorer.score(pack([pair], layout="rows", pad_token_id=2)).logps) for pair in PAIRS]
+        )
     torch.testing.assert_close(together, other_padding, rtol=0, atol=0)
     torch.testing.assert_close(together, alone)
 
@@ -93,8 +95,8 @@ def test_padding_and_neighbours_do_not_change_a_score(llama: Path) -> None:
 def test_unscored_rejected_responses_have_no_tokens(llama: Path) -> None:
     scorer = load(llama)
     with scorer.as_reference():
-        both = scorer(pack(PAIRS, layout="rows", pad_token_id=2))
-        chosen_only = scorer(pack(PAIRS, layout="rows", pad_token_id=2, with_rejected=False))
+        both = scorer.score(pack(PAIRS, layout="rows", pad_token_id=2)).logps
+        chosen_only = scorer.score(pack(PAIRS, layout="rows", pad_token_id=2, with_rejected=False)).logps
     torch.testing.assert_close(chosen_only.chosen, both.chosen)
     assert chosen_only.rejected.tolist() == chosen_only.rejected_tokens.tolist() == [0, 0, 0]
 
@@ -102,7 +104,7 @@ def test_unscored_rejected_responses_have_no_tokens(llama: Path) -> None:
 def test_dropout_is_off_in_training(tmp_path: Path) -> None:
     tiny.make_model(tmp_path, "gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
     scorer = load(tmp_path).train()
-    first, second = (as_matrix(scorer(pack(PAIRS, layout="rows", pad_token_id=2))) for _ in range(2))
+    first, second = (as_matrix(scorer.score(pack(PAIRS, layout="rows", pad_token_id=2)).logps) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert scorer.saved_dropout.items() >= {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}.items()
 
@@ -115,7 +117,7 @@ def test_scaled_logits(architecture: str, settings: dict[str, float], tmp_path: 
     scorer = load(tmp_path)
     expected = scores_one_by_one(scorer.base, PAIRS, torch.float32)
     with scorer.as_reference():
-        torch.testing.assert_close(as_matrix(scorer(pack(PAIRS, layout="rows", pad_token_id=2))), expected)
+        torch.testing.assert_close(as_matrix(scorer.score(pack(PAIRS, layout="rows", pad_token_id=2)).logps), expected)
 
 
 def test_the_check_at_start_refuses_a_head_it_does_not_know(llama: Path) -> None:
@@ -150,13 +152,13 @@ def test_a_tokenizer_without_pad_fills_up_with_eos(tmp_path: Path) -> None:
 
 def test_numerics_follow_the_device() -> None:
     config = ModelConfig(model_name_or_path="m")
-    cuda = Numerics.choose(config, torch.device("cuda"), trainable_weights=True)
+    cuda = policy_numerics(config, torch.device("cuda"))
     assert cuda == Numerics(compute_dtype=torch.bfloat16, weights_dtype=torch.float32, use_liger=True)
-    frozen = Numerics.choose(config, torch.device("cuda"), trainable_weights=False)
+    frozen = frozen_numerics(config, torch.device("cuda"))
     assert frozen.weights_dtype == torch.bfloat16
-    assert Numerics.choose(config, CPU, trainable_weights=True) == FLOAT32
+    assert policy_numerics(config, CPU) == FLOAT32
     with pytest.raises(UserError, match="use_liger_kernel: Liger's kernels need CUDA"):
-        Numerics.choose(ModelConfig(model_name_or_path="m", use_liger_kernel=True), CPU, trainable_weights=True)
+        policy_numerics(ModelConfig(model_name_or_path="m", use_liger_kernel=True), CPU)
 
 
 _INTERPRETED = """
@@ -173,7 +175,7 @@ plain, scorer = load(Path(sys.argv[1])), load(Path(sys.argv[1]))
 expected = scores_one_by_one(plain.base, PAIRS, torch.float32)
 expected.sum().backward()
 scorer.numerics = replace(scorer.numerics, use_liger=True)
-got = as_matrix(scorer(pack(PAIRS, layout="rows", pad_token_id=2)))
+got = as_matrix(scorer.score(pack(PAIRS, layout="rows", pad_token_id=2)).logps)
 assert ((got - expected).abs() <= 1e-5 * expected.abs().clamp(min=1)).all(), (got, expected)
 got.sum().backward()
 theirs = dict(plain.base.named_parameters())

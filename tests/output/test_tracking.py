@@ -88,10 +88,10 @@ def test_resuming_drops_later_lines_and_half_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     tracker = JsonlTracker(path, -1)
     for step in range(5):
-        tracker.log({"training_step": step, "train_loss": step / 3})
+        tracker.metrics_written({"training_step": step, "train_loss": step / 3})
     with open(path, "a") as file:
         file.write('{"training_step": 2, "train_l')  # cut off by a full disk or a crash
-    JsonlTracker(path, 3).log({"training_step": 4, "train_loss": 9.0})
+    JsonlTracker(path, 3).metrics_written({"training_step": 4, "train_loss": 9.0})
     assert [record["train_loss"] for record in read_metrics(path)] == [0, 1 / 3, 2 / 3, 1, 9.0]
     JsonlTracker(path, -1)
     assert path.read_text() == ""

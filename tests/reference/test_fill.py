@@ -28,7 +28,7 @@ from open_po.data import PairDataset
 from open_po.data.tokenization import KEY_DTYPE
 from open_po.packing import Layout
 from open_po.reference.claims import Claims
-from open_po.reference.fill import PackPlanner, Pass, ResponsePack, Responses
+from open_po.reference.fill import PackPlanner, ReferencePass, ResponsePack, Responses
 from open_po.reference.shards import shard_files
 from tests import cli, tiny
 from tests.packs import datasets, layouts
@@ -49,28 +49,28 @@ def build_words(model: Path, data: Path, folder: Path, **fields: Any) -> list[st
     return ["build", *cli.arguments(model, data, folder / "unused", **(given | fields))]
 
 
-def before_pass(action: Callable[[Pass], object]) -> None:
+def before_pass(action: Callable[[ReferencePass], object]) -> None:
     """From now on every pass begins with `action`."""
-    real = Pass.run
+    real = ReferencePass.run
 
-    def run(self: Pass) -> None:
+    def run(self: ReferencePass) -> None:
         action(self)
         real(self)
 
-    Pass.run = run  # type: ignore[method-assign]
+    ReferencePass.run = run  # type: ignore[method-assign]
 
 
 def log_scores(log: Path, seconds: float = 0.0) -> None:
     """From now on a line in `log` for each pack of a pass, with how many responses it has; each takes a while."""
-    real = Pass._score
+    real = ReferencePass._score
 
-    def scored(self: Pass, pack: ResponsePack, *positional: Any) -> int:
+    def scored(self: ReferencePass, pack: ResponsePack, *positional: Any) -> int:
         with open(log, "a") as file:
             file.write(f"{len(pack.numbers)}\n")
         time.sleep(seconds)
         return real(self, pack, *positional)
 
-    Pass._score = scored  # type: ignore[method-assign]
+    ReferencePass._score = scored  # type: ignore[method-assign]
 
 
 def die_in(seconds: float) -> None:
@@ -154,9 +154,9 @@ def test_two_ranks_killed_in_the_pass_go_on_to_the_same_numbers(llama: Path, man
     def dies(rank: int) -> None:
         """At any moment from its fifth pack on."""
         by_pack(rank)
-        real, packs = Pass._score, 0
+        real, packs = ReferencePass._score, 0
 
-        def scored(self: Pass, *positional: Any) -> int:
+        def scored(self: ReferencePass, *positional: Any) -> int:
             nonlocal packs
             packs += 1
             if packs == 5:
@@ -164,7 +164,7 @@ def test_two_ranks_killed_in_the_pass_go_on_to_the_same_numbers(llama: Path, man
             time.sleep(0.01)
             return real(self, *positional)
 
-        Pass._score = scored  # type: ignore[method-assign]
+        ReferencePass._score = scored  # type: ignore[method-assign]
 
     words = {folder: cli.arguments(llama, many, folder / "run", **fields) for folder in (whole, killed)}
     assert cli.forked_ranks(words[whole], by_pack) == [0, 0]
@@ -203,15 +203,15 @@ def test_what_another_stores_before_a_claim_is_seen_is_not_computed_again(
     words, log = build_words(llama, many, tmp_path), tmp_path / "log"
 
     def prepare() -> None:
-        real = Pass._write_claim
+        real = ReferencePass._write_claim
 
-        def late(self: Pass, window: Sequence[ResponsePack]) -> None:
-            Pass._write_claim = real  # type: ignore[method-assign]
+        def late(self: ReferencePass, window: Sequence[ResponsePack]) -> None:
+            ReferencePass._write_claim = real  # type: ignore[method-assign]
             assert exit_code(fork(words, lambda: None)) == 0
             log_scores(log)
             real(self, window)
 
-        Pass._write_claim = late  # type: ignore[method-assign]
+        ReferencePass._write_claim = late  # type: ignore[method-assign]
 
     assert exit_code(fork(words, prepare)) == 0
     assert logged(log) == []
@@ -247,9 +247,9 @@ def test_a_claim_of_a_process_that_is_gone_holds_nobody_up(
         ended = subprocess.Popen([sys.executable, "-c", ""])
         ended.wait()
         pid = str(ended.pid)
-    facts = {"host": host or os.uname().nodename, "pid": pid, "seconds": str(seconds)}
+    key = {"host": host or os.uname().nodename, "pid": pid, "seconds": str(seconds)}
     claim = store / "claim-of-another.safetensors"
-    save_file({"keys": np.frombuffer(every, np.uint8).reshape(-1, 16)}, claim, facts)
+    save_file({"keys": np.frombuffer(every, np.uint8).reshape(-1, 16)}, claim, key)
     start = time.monotonic()
     run = cli.train(llama, pairs_file, tmp_path / "second", max_train_steps=1)
     assert cli.summary(run)["reference"]["pairs_computed"] == 23
@@ -434,7 +434,7 @@ def note(module, name, what, before):
         return result
     setattr(module, name, noted)
 note(open_po.reference.ensure, "agreed_identity", "empty", False)
-note(open_po.reference.fill.Pass, "run", "used", False)
+note(open_po.reference.fill.ReferencePass, "run", "used", False)
 note(open_po.model.prepare, "load_scorer", "policy", True)
 main({words!r})
 """

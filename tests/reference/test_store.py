@@ -30,7 +30,7 @@ from open_po.data.tokenization import KEY_DTYPE
 from open_po.errors import UserError
 from open_po.model_files import ModelSource, model_identity
 from open_po.reference.shards import DamagedShard, Row, find, read_shard, write_shard
-from open_po.reference.store import Facts, ReferenceStore
+from open_po.reference.store import ReferenceStore, StoreKey
 from tests import cli, tiny
 from tests.packs import sized
 from tests.scoring import load
@@ -127,7 +127,7 @@ def test_pairs_are_looked_up_in_many_files(ld_alpha: float, tmp_path: Path) -> N
         write_shard(tmp_path, dict(items[start : start + 3]), {})
     store = opened(tmp_path, by_token=True)
     assert len(store.shards) == 4
-    found = store.lookup(dataset, ld_alpha)
+    found = store.logps_of(dataset, ld_alpha)
     for pair in range(4):
         mine = [rows[key.item()] for key in dataset.response_keys[pair]]
         shorter = min(row.tokens for row in mine)
@@ -211,7 +211,7 @@ def test_a_damaged_file_of_a_read_only_cache_stays_as_it_is(
 def test_rows_that_never_appear_end_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("open_po.reference.store._VISIBLE_SECONDS", 0.5)
     with pytest.raises(Exception, match=r"log-probs of 2 responses, written by other processes, have not appeared"):
-        opened(tmp_path).lookup(sized([(3, [(2, 5)])]))
+        opened(tmp_path).logps_of(sized([(3, [(2, 5)])]))
 
 
 # ------------------------------------------------------------------------------------------------ damage, other formats
@@ -360,10 +360,13 @@ def test_log_probs_by_token_serve_all_losses(llama: Path, pairs_file: Path, tmp_
 
 
 def test_a_key_is_that_of_the_facts() -> None:
-    facts = Facts(model={"a": "1"}, numerics={"dtype": "float32"})
-    assert facts.key == Facts(model={"a": "1"}, numerics={"dtype": "float32"}).key
-    others = [Facts(model={"a": "2"}, numerics={"dtype": "float32"}), Facts(model={"a": "1"}, numerics={"dtype": "x"})]
-    assert len({facts.key, *(other.key for other in others)}) == 3
+    key = StoreKey(model={"a": "1"}, numerics={"dtype": "float32"})
+    assert key.digest == StoreKey(model={"a": "1"}, numerics={"dtype": "float32"}).digest
+    others = [
+        StoreKey(model={"a": "2"}, numerics={"dtype": "float32"}),
+        StoreKey(model={"a": "1"}, numerics={"dtype": "x"}),
+    ]
+    assert len({key.digest, *(other.digest for other in others)}) == 3
 
 
 def resize_embeddings(model: Path) -> None:

@@ -19,9 +19,8 @@ from transformers import AutoTokenizer
 import open_po.commands.train
 import open_po.model.prepare
 import open_po.reference.fill
-from open_po.losses import PairLogps
 from open_po.model.layout_check import Choice, choose_layout
-from open_po.model.scorer import Scorer
+from open_po.model.scorer import Scorer, Scores
 from open_po.packing import Layout, PackedBatch, Sampler
 from tests import cli, tiny
 from tests.plain import Plain, Recipe, assert_metrics
@@ -78,7 +77,7 @@ class Computed:
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> Computed:
     done = Computed()
-    by_token, by_pair = Scorer.token_logprobs, Scorer.forward
+    by_token, by_pair = Scorer.token_logprobs, Scorer.score
     checking = False
 
     def choose(*positional: Any, **named: Any) -> Choice:
@@ -94,13 +93,13 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Computed:
             done.reference.append(batch)
         return by_token(self, batch)
 
-    def forward(self: Scorer, batch: PackedBatch, **named: Any) -> PairLogps:
+    def score(self: Scorer, batch: PackedBatch, **named: Any) -> Scores:
         done.pairs.append(batch)
         return by_pair(self, batch, **named)
 
     monkeypatch.setattr(open_po.model.prepare, "choose_layout", choose)
     monkeypatch.setattr(Scorer, "token_logprobs", token_logprobs)
-    monkeypatch.setattr(Scorer, "forward", forward)
+    monkeypatch.setattr(Scorer, "score", score)
     return done
 
 
@@ -353,10 +352,10 @@ def test_all_ranks_take_the_layout_that_each_can(llama: Path, ranked: Path, tmp_
 
 def fail_beyond(tokens: int, error: Callable[[], RuntimeError], after: int = 0) -> None:
     """Let reference passes run out of memory in packs of more than `tokens`, from pack number `after` on."""
-    real = open_po.reference.fill.Pass.run
+    real = open_po.reference.fill.ReferencePass.run
     done = 0
 
-    def run(self: open_po.reference.fill.Pass, *positional: Any) -> None:
+    def run(self: open_po.reference.fill.ReferencePass, *positional: Any) -> None:
         score = self.scorer.token_logprobs
 
         def limited(batch: PackedBatch) -> Tensor:
@@ -372,14 +371,14 @@ def fail_beyond(tokens: int, error: Callable[[], RuntimeError], after: int = 0) 
         finally:
             del self.scorer.token_logprobs
 
-    open_po.reference.fill.Pass.run = run  # type: ignore[method-assign]
+    open_po.reference.fill.ReferencePass.run = run  # type: ignore[method-assign]
 
 
 @pytest.fixture
 def restored() -> Iterator[None]:
-    real = open_po.reference.fill.Pass.run
+    real = open_po.reference.fill.ReferencePass.run
     yield
-    open_po.reference.fill.Pass.run = real  # type: ignore[method-assign]
+    open_po.reference.fill.ReferencePass.run = real  # type: ignore[method-assign]
 
 
 def gpu_memory_ends() -> RuntimeError:
@@ -443,9 +442,9 @@ def limit_memory(room: int) -> Callable[[], object]:
     """For `cli.forked`: reference passes get `room` bytes of address space more than the process has."""
 
     def prepare() -> None:
-        real = open_po.reference.fill.Pass.run
+        real = open_po.reference.fill.ReferencePass.run
 
-        def run(self: open_po.reference.fill.Pass, *positional: Any) -> None:
+        def run(self: open_po.reference.fill.ReferencePass, *positional: Any) -> None:
             score = self.scorer.token_logprobs
 
             def limited(batch: PackedBatch) -> Tensor:
@@ -461,7 +460,7 @@ def limit_memory(room: int) -> Callable[[], object]:
             real(self, *positional)
             del self.scorer.token_logprobs
 
-        open_po.reference.fill.Pass.run = run  # type: ignore[method-assign]
+        open_po.reference.fill.ReferencePass.run = run  # type: ignore[method-assign]
 
     return prepare
 

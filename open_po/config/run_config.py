@@ -1,0 +1,50 @@
+"""The whole configuration, `RunConfig`.
+
+A field's name is unique over all sections, so YAML and flags are flat. What `resolve` writes parses again to the same
+run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from open_po.config.field import Field, fields_of
+from open_po.config.loss import LossConfig
+from open_po.config.sections import DataConfig, ModelConfig, OutputConfig, ReferenceConfig, TrainConfig
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "reference": ReferenceConfig,
+    "loss": LossConfig,
+    "train": TrainConfig,
+    "output": OutputConfig,
+}
+FIELDS: dict[str, Field] = {field.name: field for name, cls in SECTIONS.items() for field in fields_of(name, cls)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A checked and resolved configuration."""
+
+    model: ModelConfig
+    data: DataConfig
+    reference: ReferenceConfig
+    loss: LossConfig
+    train: TrainConfig
+    output: OutputConfig
+
+    def flat(self) -> dict[str, Any]:
+        """Every field's value by name."""
+        return {name: getattr(getattr(self, field.section), name) for name, field in FIELDS.items()}
+
+    def to_yaml(self) -> str:
+        """The fields that have a value, as YAML that parses to this configuration."""
+        return yaml.safe_dump({k: v for k, v in self.flat().items() if v is not None}, sort_keys=False)
+
+    def result_fields(self) -> dict[str, Any]:
+        """The fields that a resumed run must share with the run it continues."""
+        return {name: value for name, value in self.flat().items() if FIELDS[name].about.shapes_result}

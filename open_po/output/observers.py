@@ -1,0 +1,41 @@
+"""How trackers and the Hub learn of a run: the run tells its observers, and knows nothing else of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from open_po.output.metrics import Metrics
+from open_po.output.summary import RunSummary
+
+
+class RunObserver:
+    """What is told of a run on rank 0; an observer overrides what concerns it. Errors that it raises end the run."""
+
+    def metrics_written(self, metrics: Metrics) -> None:
+        """One set of figures, `training_step` among them."""
+
+    def checkpoint_written(self, checkpoint: Path) -> None:
+        """A checkpoint, whole and on disk."""
+
+    def completed(self, summary: RunSummary) -> None:
+        """The run is over: its model and its summary are written."""
+
+
+class Observers(RunObserver):
+    """Several observers, told in turn; none on ranks other than 0."""
+
+    def __init__(self, observers: Sequence[RunObserver] = ()) -> None:
+        self._observers = tuple(observers)
+
+    def metrics_written(self, metrics: Metrics) -> None:
+        for observer in self._observers:
+            observer.metrics_written(dict(metrics))
+
+    def checkpoint_written(self, checkpoint: Path) -> None:
+        for observer in self._observers:
+            observer.checkpoint_written(checkpoint)
+
+    def completed(self, summary: RunSummary) -> None:
+        for observer in self._observers:
+            observer.completed(summary)
