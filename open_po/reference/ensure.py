@@ -80,9 +80,13 @@ def separate_reference(config: RunConfig, runtime: Runtime, data: Data) -> Fille
     source = reference_source(config)
     if source is None:
         return None
-    runtime.on_main(lambda: refuse_other_vocabulary(source, data.tokenizer, data.token_ids()))
+    runtime.on_main(_check_vocabulary, source, data)
     numerics = runtime.from_main(reference_numerics, config, runtime.device)
     return log_probs_of(source, numerics, config, runtime, data, label="Reference model")
+
+
+def _check_vocabulary(source: ModelSource, data: Data) -> None:
+    refuse_other_vocabulary(source, data.tokenizer, data.token_ids())
 
 
 def log_probs_of(
