@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import weakref
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -52,7 +53,7 @@ class Scorer(nn.Module):
         self._last_layer_hook: RemovableHandle | None = None
         self._own_attention: str = self.base.config._attn_implementation
         self.balances_experts = False
-        self._wrapped: Callable[..., dict[str, Tensor]] | None = None  # see call_through
+        self._wrapped: weakref.ref[nn.Module] | None = None  # see call_through
 
     @property
     def base(self) -> PreTrainedModel:
@@ -99,9 +100,10 @@ class Scorer(nn.Module):
         return Head(layer.weight, getattr(layer, "bias", None), softcap, scale)
 
     def call_through(self, module: nn.Module) -> None:
-        """From now on forward passes go through `module`, what an engine has wrapped this one in."""
-        # A bound method does not become part of this module, as the module itself would.
-        self._wrapped = None if module is self else module.__call__
+        """From now on forward passes go through `module`, what an engine has wrapped this one in, and holds."""
+        # Weakly: the module holds this one, and a circle of the two would outlive the process group that the module
+        # belongs to, until the interpreter ends.
+        self._wrapped = weakref.ref(module)
 
     def score(self, batch: PackedBatch, *, extras: Collection[Extra] = (), ld_alpha: float = 1.0) -> Scores:
         """Log-probs of the pack's pairs, with the optional fields `extras`; the batch moves to the model's device.
@@ -118,7 +120,11 @@ class Scorer(nn.Module):
         return self._run(batch.to(self.device))["logprobs"]
 
     def _run(self, batch: PackedBatch, *, log_sum_sq: bool = False) -> dict[str, Tensor]:
-        return (self._wrapped or self)(batch, log_sum_sq=log_sum_sq)
+        module = self if self._wrapped is None else self._wrapped()
+        if module is None:
+            raise ValueError("the engine that this model went through is gone")
+        found: dict[str, Tensor] = module(batch, log_sum_sq=log_sum_sq)
+        return found
 
     def forward(self, batch: PackedBatch, *, log_sum_sq: bool = False) -> dict[str, Tensor]:
         """What the model says of a pack on its device, by name; engines look for tensors in a dictionary.
