@@ -1,4 +1,4 @@
-"""Who computes what, where several processes fill one store at once: a file for each of them, and no locks.
+"""The files by which processes that fill one store at once claim responses, without locks; see `fill.py` for who does.
 
 A claim lists the responses that a process is about to compute and store. Others leave these alone while the claim
 lasts. It ends when its file is removed, when its process is seen to be dead (on the same machine), or when it is older

@@ -29,9 +29,9 @@ from open_po.output.tables import packing_line, result_table
 from open_po.output.trackers import JsonlTracker, WandbTracker
 from open_po.packing import Planner, Sampler
 from open_po.reference import FilledStore, ensure_reference, open_cache, separate_reference
-from open_po.training.checkpoint import latest_checkpoint, prune
+from open_po.training.checkpoint import RunningMean, TrainingProgress, TrainingState
+from open_po.training.checkpoint_folders import latest_checkpoint, prune
 from open_po.training.optimizer import make_optimizer, make_schedule, total_steps
-from open_po.training.state import RunningMean, TrainingProgress, TrainingState
 from open_po.training.trainer import Trainer
 
 

@@ -35,8 +35,8 @@ from open_po.output.progress import Progress
 from open_po.output.run_folder import RunFolder
 from open_po.packing import PackedBatch, Planner, Sampler
 from open_po.reference import select_pairs
+from open_po.training.checkpoint import RandomState, TrainingState, Window
 from open_po.training.coupled_loss import GlobalLoss, global_loss
-from open_po.training.state import RandomState, TrainingState, Window
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,42 @@
+"""The folders of checkpoints: found, pruned, removed whole."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the highest step in `folder`, if any."""
+    return next(reversed(_checkpoints(folder)), None)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints."""
+    for checkpoint in _checkpoints(folder)[:-keep]:
+        remove(checkpoint)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints, the oldest first."""
+    steps = {path: re.fullmatch(r"step_(\d+)", path.name) for path in folder.glob("step_*")}
+    return sorted((path for path, step in steps.items() if step), key=lambda path: int(path.name[5:]))
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, if it exists. It is renamed first: half of one must not be taken for a whole one."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.old")
+    if checkpoint.exists():
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or a folder's entries, on disk when this returns. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
