@@ -31,7 +31,7 @@ from open_po.data.tokenization import (
 )
 from open_po.errors import UserError
 
-# SourceRows of the name under which tokenised rows are kept: raise it when the same row gives other ids than before.
+# Part of the name under which tokenised rows are kept: raise it when the same row gives other ids than before.
 _TOKENISATION_VERSION = 3
 _ROWS_PER_WORKER = 500  # below, starting another process costs more than it saves
 

@@ -103,7 +103,7 @@ class Scorer(nn.Module):
         """From now on forward passes go through `module`, what an engine has wrapped this one in, and holds."""
         # Weakly: the module holds this one, and a circle of the two would outlive the process group that the module
         # belongs to, until the interpreter ends.
-        self._wrapped = weakref.ref(module)
+        self._wrapped = None if module is self else weakref.ref(module)
 
     def score(self, batch: PackedBatch, *, extras: Collection[Extra] = (), ld_alpha: float = 1.0) -> Scores:
         """Log-probs of the pack's pairs, with the optional fields `extras`; the batch moves to the model's device.

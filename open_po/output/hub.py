@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,7 @@ class HubUploader(RunObserver):
 
     def completed(self, summary: RunSummary) -> None:
         upload(self._folder.path, self.repository, self._revision)
-        self._folder.write_summary(dataclasses.replace(summary, uploaded_to=self.repository))
+        self._folder.record_upload(self.repository)
         self._say(f"Uploaded to the Hub: {self.repository}")
 
 

@@ -10,7 +10,7 @@ Metrics = dict[str, float]
 
 STEP = "training_step"
 TRAIN_LOSS = "train_loss"
-LOSS = "loss"  # of held-out pairs; `loss/NAME` is that of a part of a mix
+LOSS = "loss"  # a record of training has it as TRAIN_LOSS; `loss/NAME` is that of a part of a mix
 AUX_LOSS = "aux_loss"  # load balancing of experts
 CHOSEN_LOGPS = "logps/chosen"
 REJECTED_LOGPS = "logps/rejected"

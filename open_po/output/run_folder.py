@@ -112,6 +112,10 @@ class RunFolder:
         """Replace run_summary.json."""
         summary.write(self.summary)
 
+    def record_upload(self, repository: str) -> None:
+        """Note in run_summary.json where the model has been uploaded to."""
+        RunSummary.update(self.summary, uploaded_to=repository)
+
     def is_complete(self) -> bool:
         """Whether the run in the folder has come to its end."""
         return self._status() == Status.COMPLETED
@@ -136,7 +140,7 @@ class RunFolder:
             if is_main:
                 status = Status.INTERRUPTED if isinstance(error, KeyboardInterrupt) else Status.FAILED
                 with suppress(OSError):  # a full disk must not hide the error that is on its way
-                    self.write_summary(RunSummary(status=status, error=str(error) or type(error).__name__))
+                    RunSummary.update(self.summary, status=status, error=str(error) or type(error).__name__)
             raise
 
     @contextmanager

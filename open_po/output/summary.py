@@ -103,19 +103,27 @@ class RunSummary:
         content |= {} if self.result is None else asdict(self.result)
         optional = {"error": self.error, "uploaded_to": self.uploaded_to}
         content |= {name: value for name, value in optional.items() if value is not None}
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+        _write(path, content)
+
+    @staticmethod
+    def update(path: Path, **changes: str) -> None:
+        """Change fields of a file; whatever else stands in it, of another version too, stays. Raises OSError."""
+        _write(path, _content(path) | changes)
 
     @staticmethod
     def read(path: Path) -> RunSummary | None:
-        """What a file says; None if there is none, or it cannot be read. A result that is not whole is left out."""
+        """What a file says; None if there is none, or it cannot be read.
+
+        What an earlier version did not write is None in the result, what a later one has added is passed over.
+        """
+        content = _content(path)
         try:
-            content = json.loads(path.read_text())
             status = Status(content["status"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return None
         result = None
         with suppress(KeyError, TypeError, AttributeError):
-            reference = content["reference"]
+            reference = content.get("reference")
             own = {
                 "reference": None if reference is None else _part(ReferenceTotals, reference),
                 "train": _part(TrainTotals, content["train"]),
@@ -128,9 +136,22 @@ class RunSummary:
         )
 
 
+def _content(path: Path) -> dict[str, Any]:
+    """The file's JSON; empty if there is none that can be read."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+
 def _part(kind: type[Part], content: dict[str, Any]) -> Part:
-    """A dataclass from its JSON; what a later version has added is passed over. Raises KeyError, TypeError."""
-    return kind(**{field.name: content[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+    """A dataclass from its JSON, see `RunSummary.read`. Raises AttributeError if it is no mapping."""
+    return kind(**{field.name: content.get(field.name) for field in fields(kind)})  # type: ignore[arg-type]
 
 
 def versions() -> dict[str, str]:

@@ -138,8 +138,8 @@ def ensure_reference(
     if missing or samples:
         scorer = load_alike(load, runtime)
         runtime.on_every_rank(_verify, samples, store, scorer, source, data)
+        max_tokens = _pass_tokens(config, runtime)
         for part in data.parts if missing else ():
-            max_tokens = _pass_tokens(config, runtime)
             work = runtime.on_every_rank(
                 ReferencePass, store, scorer, part, runtime, max_tokens=max_tokens, pad=data.pad
             )

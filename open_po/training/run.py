@@ -199,16 +199,19 @@ def finish(config: RunConfig, runtime: Runtime, trainer: Trainer, data: Data, re
     folder, scorer = trainer.folder, trainer.scorer
     wanted = config.output.save_dtype
     dtype = scorer.numerics.compute_dtype if wanted == "auto" else getattr(torch, wanted)
+    peak = peak_memory_bytes()  # of training, not of the copies that an export makes
     with folder.staging() as staged:
         export_model(scorer, data.tokenizer, staged, dtype)
     records = read_metrics(folder.metrics)
     plot_curves(records, folder.curves, f"{config.output.exp_name}: {' + '.join(config.loss.names)}")
-    result = _result(trainer, data, reference, evaluations(records))
+    result = _result(trainer, data, reference, evaluations(records), peak)
     folder.write_summary(RunSummary(status=Status.COMPLETED, result=result))
     runtime.console.print(result_table(result, folder.path))
 
 
-def _result(trainer: Trainer, data: Data, reference: FilledStore | None, held_out: list[Metrics]) -> RunResult:
+def _result(
+    trainer: Trainer, data: Data, reference: FilledStore | None, held_out: list[Metrics], peak: int
+) -> RunResult:
     done, train = trainer.state.progress, data.train
     return RunResult(
         reference=None if reference is None else reference.totals,
@@ -236,6 +239,6 @@ def _result(trainer: Trainer, data: Data, reference: FilledStore | None, held_ou
             device=str(trainer.runtime.device),
         ),
         numerics=trainer.scorer.numerics.key(),
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=peak,
         versions=versions(),
     )

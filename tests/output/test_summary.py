@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from open_po.output.run_folder import RunFolder
 from open_po.output.summary import (
     DataTotals,
     ReferenceTotals,
@@ -87,9 +88,36 @@ def test_a_summary_of_another_version_keeps_what_is_known(tmp_path: Path) -> Non
     content["weather"] = "fine"
     path.write_text(json.dumps(content))
     assert RunSummary.read(path) == RunSummary(status=Status.COMPLETED, result=RESULT)
-    del content["train"]["layout"]
+    del content["train"]["layout"], content["reference"]["rows_verified"]
     path.write_text(json.dumps(content))
-    assert RunSummary.read(path) == RunSummary(status=Status.COMPLETED)
+    found = RunSummary.read(path)
+    assert found is not None
+    assert found.result is not None
+    assert found.result.eval == RESULT.eval
+    assert found.result.train.seconds == RESULT.train.seconds
+    assert found.result.train.layout is None
+
+
+def test_an_update_keeps_all_else(tmp_path: Path) -> None:
+    path = tmp_path / "run_summary.json"
+    RunSummary(status=Status.COMPLETED, result=RESULT).write(path)
+    content = json.loads(path.read_text()) | {"weather": "fine"}
+    del content["reference"]["rows_verified"]
+    path.write_text(json.dumps(content))
+    RunFolder(tmp_path).record_upload("me/model")
+    assert json.loads(path.read_text()) == content | {"uploaded_to": "me/model"}
+
+
+def test_a_failure_after_the_result_keeps_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+
+    def end() -> None:
+        folder.write_summary(RunSummary(status=Status.COMPLETED, result=RESULT))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), folder.recording_failure(is_main=True):
+        end()
+    assert folder.read_summary() == RunSummary(status=Status.INTERRUPTED, error="KeyboardInterrupt", result=RESULT)
 
 
 def test_a_runs_summary_reads_as_the_type(llama: Path, pairs_file: Path, tmp_path: Path) -> None:
