@@ -20,6 +20,11 @@ REWARD_AVERAGE = "rewards/average"
 REWARD_ACCURACY = "rewards/accuracy"
 REWARD_MARGIN = "rewards/margin"
 LEARNING_RATE = "learning_rate"
+EPOCH = "epoch"
+GRAD_NORM = "grad_norm"  # before clipping
+TOKENS_PER_SECOND = "perf/tokens_per_second"
+PAIRS_PER_SECOND = "perf/pairs_per_second"
+PEAK_MEMORY_GB = "perf/peak_memory_gb"
 HELD_OUT = "eval/"  # what the names of held-out figures begin with
 
 

@@ -21,12 +21,17 @@ from open_po.model.memory import peak_memory_bytes
 from open_po.model.scorer import Scores
 from open_po.output.metrics import (
     CHOSEN_LOGPS,
+    EPOCH,
+    GRAD_NORM,
     HELD_OUT,
     LEARNING_RATE,
     LOSS,
+    PAIRS_PER_SECOND,
+    PEAK_MEMORY_GB,
     REWARD_ACCURACY,
     REWARD_MARGIN,
     STEP,
+    TOKENS_PER_SECOND,
     TRAIN_LOSS,
     Metrics,
 )
@@ -221,14 +226,14 @@ class Trainer:
         means = window.meter.means(self.runtime, window.steps)
         metrics = {
             STEP: self.state.progress.step,
-            "epoch": self.sampler.epochs(self.state.progress.step),
+            EPOCH: self.sampler.epochs(self.state.progress.step),
             LEARNING_RATE: learning_rate,
             TRAIN_LOSS: means.pop(LOSS),
             **means,
-            "grad_norm": grad_norm,
-            "perf/tokens_per_second": window.tokens / window.seconds,
-            "perf/pairs_per_second": window.pairs / window.seconds,
-            "perf/peak_memory_gb": peak_memory_bytes() / 1e9,
+            GRAD_NORM: grad_norm,
+            TOKENS_PER_SECOND: window.tokens / window.seconds,
+            PAIRS_PER_SECOND: window.pairs / window.seconds,
+            PEAK_MEMORY_GB: peak_memory_bytes() / 1e9,
         }
         self.observers.metrics_written(metrics)
         return metrics
