@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from open_po.data import PreferencePair
 from open_po.losses import PairLogps
-from open_po.model.layout_check import Choice, choose_layout
+from open_po.model.layout_check import LayoutChoice, choose_layout
 from open_po.model.load import load_scorer
 from open_po.model.numerics import Numerics
 from open_po.model.scorer import Scorer
@@ -138,7 +138,7 @@ def score(scorer: Scorer, layout: Layout, pairs: Sequence[PreferencePair] = ALL)
     return got.detach(), {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
 
 
-def choose(scorer: Scorer, sharing: str = "auto", longest: int = LONGEST) -> Choice:
+def choose(scorer: Scorer, sharing: str = "auto", longest: int = LONGEST) -> LayoutChoice:
     return choose_layout(scorer, ALL[:3], sharing, longest=longest, pad=2)  # type: ignore[arg-type]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,10 +38,10 @@ def _lacking(values: dict[str, Any], *sections: str) -> Iterator[str]:
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
-    given = {name: getattr(data, name) for name in ("mixer_list", "dataset_mixer")}
-    if given["mixer_list"] is not None and given["dataset_mixer"] is not None:
+    words: list[str] | None = data.mixer_list  # not resolved yet
+    if words is not None and data.dataset_mixer is not None:
         yield "dataset_mixer: contradicts mixer_list; give the training data once"
-    if given["mixer_list"] is None and not given["dataset_mixer"]:
+    if words is None and not data.dataset_mixer:
         yield "mixer_list: is required, the training data (or dataset_mixer in YAML)"
     if data.max_seq_length == 1:
         yield "max_seq_length: must be at least 2, a token of the prompt and one of the response"
@@ -50,17 +50,22 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
             f"max_prompt_length: {data.max_prompt_length} leaves no room for a response in "
             f"max_seq_length {data.max_seq_length}"
         )
-    whole = _with_training_list(data)
-    for read in ("mixture", "held_out_mixture") if any(given.values()) else ("held_out_mixture",):
-        try:
-            getattr(whole, read)
-        except ValueError as error:
-            yield str(error)
+    if words is not None or data.dataset_mixer:
+        yield from _mixture_problems(lambda: _with_training_list(data).mixture)
+    yield from _mixture_problems(lambda: data.held_out_mixture)
+
+
+def _mixture_problems(read: Callable[[], object]) -> Iterator[str]:
+    try:
+        read()
+    except ValueError as error:
+        yield str(error)
 
 
 def _with_training_list(data: DataConfig) -> DataConfig:
     """The training mixture as a flat list, whichever of the two fields gave it."""
-    if not data.dataset_mixer:
+    words: list[str] | None = data.mixer_list
+    if words is not None or not data.dataset_mixer:
         return data
     words = [word for name, amount in data.dataset_mixer.items() for word in (name, amount)]
     return dataclasses.replace(data, mixer_list=words, dataset_mixer=None)

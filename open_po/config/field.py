@@ -18,7 +18,7 @@ def option(
     *,
     derived: bool = False,
     above: float | None = None,
-    at_least: float | None = None,
+    not_negative: bool = False,
     below: float | None = None,
     needs: str | None = None,
     shapes_result: bool = True,
@@ -27,7 +27,7 @@ def option(
     """A field with its help text.
 
     `derived`: where it is left out, `resolve` fills it in from other fields, so its type has no None; one that `needs`
-    a field which is off stays None, and nothing reads it then. `above`, `at_least`, `below`: the range of a number.
+    a field which is off stays None, and nothing reads it then. `above`, `not_negative`, `below`: the range of a number.
     `needs`: the field without which this one means nothing, with what to say of it. `shapes_result=False`: changing it
     between a run and its resumption is allowed. `scores`: whether `score` reads it; default by section.
     """
@@ -35,7 +35,7 @@ def option(
         text=text,
         derived=derived,
         above=above,
-        at_least=at_least,
+        not_negative=not_negative,
         below=below,
         needs=needs,
         shapes_result=shapes_result,
@@ -53,7 +53,7 @@ class About:
     text: str
     derived: bool
     above: float | None
-    at_least: float | None
+    not_negative: bool
     below: float | None
     needs: str | None
     shapes_result: bool
@@ -87,7 +87,7 @@ class Field:
             return
         if about.above is not None and not about.above < value < float("inf"):
             yield f"{self.name}: must be above {about.above}, got {value}"
-        if about.at_least is not None and not about.at_least <= value < float("inf"):
+        if about.not_negative and not 0 <= value < float("inf"):
             yield f"{self.name}: must not be negative, got {value}"
         if about.below is not None and value >= about.below:
             yield f"{self.name}: must be below {about.below}, got {value}"

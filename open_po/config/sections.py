@@ -45,7 +45,7 @@ class ModelConfig:
     lora_rank: int = option(None, "LoRA rank; default 64", derived=True, above=0, needs="use_lora", scores=False)
     lora_alpha: float = option(None, "LoRA alpha; default 16", derived=True, above=0, needs="use_lora", scores=False)
     lora_dropout: float = option(
-        None, "LoRA dropout; default 0", derived=True, at_least=0, below=1, needs="use_lora", scores=False
+        None, "LoRA dropout; default 0", derived=True, not_negative=True, below=1, needs="use_lora", scores=False
     )
     lora_target_modules: list[str] = option(
         None,
@@ -122,7 +122,7 @@ class ReferenceConfig:
         4,
         "cached log-probs that are computed once more at the start and compared; 0: none, and a reference model with "
         "everything cached is not loaded",
-        at_least=0,
+        not_negative=True,
         shapes_result=False,
     )
     reference_max_tokens_per_batch: int | None = option(
@@ -163,12 +163,12 @@ class TrainConfig:
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
         "linear", "linear, cosine, constant or constant_with_warmup"
     )
-    warmup_ratio: float = option(0.1, "share of the steps in which the learning rate rises", at_least=0, below=1)
-    weight_decay: float = option(0.0, "decoupled weight decay of adamw; not on norms and biases", at_least=0)
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never", at_least=0)
+    warmup_ratio: float = option(0.1, "share of the steps in which the learning rate rises", not_negative=True, below=1)
+    weight_decay: float = option(0.0, "decoupled weight decay of adamw; not on norms and biases", not_negative=True)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never", not_negative=True)
     num_epochs: int = option(1, "passes over the training data", above=0)
     max_train_steps: int | None = option(None, "stop after so many optimizer steps", above=0)
-    seed: int = option(42, "seed of the data order, dropout and new adapters", at_least=0, below=2**32)
+    seed: int = option(42, "seed of the data order, dropout and new adapters", not_negative=True, below=2**32)
     eval_steps: int | None = option(
         None,
         "evaluate every so many steps, besides before the first and after the last",

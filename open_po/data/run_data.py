@@ -53,7 +53,7 @@ def prepare_data(config: RunConfig, runtime: Runtime, *, label: str = "Training 
             num_workers=workers,
         )
         held_out = None
-        if data.eval_mixer_list is not None:
+        if data.held_out_mixture:
             held_out = load_pairs(data.held_out_mixture, tokenizer, truncation, num_workers=workers)
         return Data(tokenizer=tokenizer, pad=pad_token_id(tokenizer), train=train, held_out=held_out)
 

@@ -32,7 +32,7 @@ _HEAD_TOKENS = 32  # of the prompt and of the response whose logits the head is 
 
 
 @dataclass(frozen=True)
-class Choice:
+class LayoutChoice:
     """A layout, and why those that share more were not taken."""
 
     layout: Layout
@@ -64,7 +64,7 @@ class Choice:
 @torch.no_grad()
 def choose_layout(
     scorer: Scorer, pairs: Sequence[PreferencePair], sharing: Sharing, *, longest: int, pad: int
-) -> Choice:
+) -> LayoutChoice:
     """Set the scorer to the first layout in which it scores `pairs` as the model does, one response at a time.
 
     `pairs` should hold the longest of the data, so that windows and long positions matter as they will; `longest` is
@@ -89,7 +89,7 @@ def choose_layout(
             whole_last_layer = None
             if layout != "rows":
                 found, whole_last_layer = _shorten(scorer, found, groups, expected, pad)
-            return Choice(layout, found.difference, len(expected), refused, whole_last_layer)
+            return LayoutChoice(layout, found.difference, len(expected), refused, whole_last_layer)
     model = scorer.base.config.model_type
     reasons = "; ".join(f"{layout}: {reason}" for layout, reason in refused.items())
     if sharing == "on":

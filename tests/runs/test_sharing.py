@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 import open_po.commands.train
 import open_po.model.prepare
 import open_po.reference.fill
-from open_po.model.layout_check import Choice, choose_layout
+from open_po.model.layout_check import LayoutChoice, choose_layout
 from open_po.model.scorer import Scorer, Scores
 from open_po.packing import Layout, PackedBatch, Sampler
 from tests import cli, tiny
@@ -80,7 +80,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Computed:
     by_token, by_pair = Scorer.token_logprobs, Scorer.score
     checking = False
 
-    def choose(*positional: Any, **named: Any) -> Choice:
+    def choose(*positional: Any, **named: Any) -> LayoutChoice:
         nonlocal checking
         checking = True
         try:
@@ -214,10 +214,10 @@ def test_whole_prompts_are_drawn_until_the_batch_is_full(llama: Path, ranked: Pa
 def only_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every model run in rows, as one does whose layers ignore segments."""
 
-    def choose(scorer: Scorer, *positional: Any, **named: Any) -> Choice:
+    def choose(scorer: Scorer, *positional: Any, **named: Any) -> LayoutChoice:
         choice = choose_layout(scorer, *positional, **named)
         scorer.use_layout("rows")
-        return Choice("rows", choice.difference, choice.responses, {})
+        return LayoutChoice("rows", choice.difference, choice.responses, {})
 
     monkeypatch.setattr(open_po.model.prepare, "choose_layout", choose)
 
@@ -324,7 +324,7 @@ def test_the_check_at_start_compares_the_longest_pair(
     (training if where == "training" else held_out)[4]["rejected"] *= 8
     checked: list[int] = []
 
-    def choose(scorer: Scorer, pairs: Sequence[Any], *positional: Any, longest: int, pad: int) -> Choice:
+    def choose(scorer: Scorer, pairs: Sequence[Any], *positional: Any, longest: int, pad: int) -> LayoutChoice:
         rows = [len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
         checked.extend(rows)
         assert max(rows) == longest
@@ -337,7 +337,7 @@ def test_the_check_at_start_compares_the_longest_pair(
 
 
 def test_all_ranks_take_the_layout_that_each_can(llama: Path, ranked: Path, tmp_path: Path) -> None:
-    def choose(scorer: Scorer, pairs: Any, sharing: Any, **named: Any) -> Choice:
+    def choose(scorer: Scorer, pairs: Any, sharing: Any, **named: Any) -> LayoutChoice:
         return choose_layout(scorer, pairs, "off", **named)
 
     words = cli.arguments(llama, ranked, tmp_path / "run", max_train_steps=1)
