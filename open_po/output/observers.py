@@ -18,6 +18,9 @@ class RunObserver:
     def checkpoint_written(self, checkpoint: Path) -> None:
         """A checkpoint, whole and on disk."""
 
+    def training_ended(self) -> None:
+        """The last step is done: no more metrics or checkpoints will come. The model is not saved yet."""
+
     def completed(self, summary: RunSummary) -> None:
         """The run is over: its model and its summary are written."""
 
@@ -35,6 +38,10 @@ class Observers(RunObserver):
     def checkpoint_written(self, checkpoint: Path) -> None:
         for observer in self._observers:
             observer.checkpoint_written(checkpoint)
+
+    def training_ended(self) -> None:
+        for observer in self._observers:
+            observer.training_ended()
 
     def completed(self, summary: RunSummary) -> None:
         for observer in self._observers:

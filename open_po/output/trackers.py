@@ -10,7 +10,6 @@ from open_po.errors import UserError
 from open_po.output.files import disk_faults, write_atomically
 from open_po.output.metrics import STEP, Metrics, read_metrics
 from open_po.output.observers import RunObserver
-from open_po.output.summary import RunSummary
 
 
 class JsonlTracker(RunObserver):
@@ -53,5 +52,5 @@ class WandbTracker(RunObserver):
     def metrics_written(self, metrics: Metrics) -> None:
         self.run.log(dict(metrics), step=int(metrics[STEP]))
 
-    def completed(self, summary: RunSummary) -> None:
+    def training_ended(self) -> None:
         self.run.finish()

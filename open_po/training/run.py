@@ -85,6 +85,7 @@ def _train(
         runtime.say(f"Reference packing: {packing_line(reference.totals.packing)}")
     trainer = make_trainer(config, runtime, data, policy, identity, reference, folder, observers)
     trainer.train()
+    runtime.on_main(trainer.observers.training_ended)
     runtime.on_main(finish, config, runtime, trainer, data, reference)
     return trainer.observers
 

@@ -21,6 +21,7 @@ class Notes(RunObserver):
         self.folder = folder
         self.metrics: list[Metrics] = []
         self.checkpoints: list[tuple[str, bool]] = []
+        self.trained: list[tuple[int, bool]] = []
         self.ends: list[tuple[RunSummary, RunSummary | None, bool]] = []
 
     def metrics_written(self, metrics: Metrics) -> None:
@@ -28,6 +29,9 @@ class Notes(RunObserver):
 
     def checkpoint_written(self, checkpoint: Path) -> None:
         self.checkpoints.append((checkpoint.name, (checkpoint / "weights.safetensors").is_file()))
+
+    def training_ended(self) -> None:
+        self.trained.append((len(self.metrics), (self.folder / "model.safetensors").is_file()))
 
     def completed(self, summary: RunSummary) -> None:
         on_disk = RunSummary.read(self.folder / "run_summary.json")
@@ -48,6 +52,7 @@ def test_an_observer_learns_of_metrics_checkpoints_and_the_end(llama: Path, pair
     assert notes.metrics == written
     assert [record["training_step"] for record in written] == [0, 1, 2, 3, 3, 4, 5, 5]
     assert notes.checkpoints == [("step_000002", True), ("step_000004", True)]
+    assert notes.trained == [(len(written), False)]  # after the last metrics, before the model is saved
     ((summary, on_disk, has_model),) = notes.ends
     assert summary == on_disk
     assert summary.status == Status.COMPLETED
@@ -60,6 +65,7 @@ def test_a_run_that_fails_tells_no_end(
     words = cli.arguments(llama, pairs_file, notes.folder, learning_rate=1e30, max_train_steps=5, max_grad_norm=0)
     assert "not finite" in cli.failure(capsys, words)
     assert notes.metrics
+    assert not notes.trained
     assert not notes.ends
 
 
@@ -76,11 +82,15 @@ def test_several_observers_are_told_in_turn(tmp_path: Path) -> None:
         def checkpoint_written(self, checkpoint: Path) -> None:
             told.append((self.name, checkpoint.name))
 
+        def training_ended(self) -> None:
+            told.append((self.name, "trained"))
+
         def completed(self, summary: RunSummary) -> None:
             told.append((self.name, summary.status))
 
     both = Observers([Named("a"), RunObserver(), Named("b")])
     both.metrics_written({"training_step": 1})
     both.checkpoint_written(tmp_path / "step_1")
+    both.training_ended()
     both.completed(RunSummary(status=Status.COMPLETED))
-    assert told == [(name, what) for what in (1, "step_1", "completed") for name in ("a", "b")]
+    assert told == [(name, what) for what in (1, "step_1", "trained", "completed") for name in ("a", "b")]

@@ -9,6 +9,7 @@ import pty
 import re
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -197,9 +198,19 @@ def _read(terminal: int) -> bytes:
 
 
 def wandb_records(folder: Path) -> list[wandb_internal_pb2.Record]:
-    """What an offline run has stored: a LevelDB log of protobufs behind a header of 7 bytes."""
+    """What an offline run has stored. W&B's own process writes it, and may be at it a little after `finish`."""
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    content = path.read_bytes()
+    deadline = time.monotonic() + 30
+    while True:
+        records = whole_records(path.read_bytes())
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        assert time.monotonic() < deadline, f"{len(records)} records, and none of the run's end"
+        time.sleep(0.1)
+
+
+def whole_records(content: bytes) -> list[wandb_internal_pb2.Record]:
+    """The records of a LevelDB log of protobufs behind a header of 7 bytes, as far as it is written."""
     assert content[:4] == b":W&B"
     records, parts, position = [], b"", 7
     while position + 7 <= len(content):
@@ -209,6 +220,8 @@ def wandb_records(folder: Path) -> list[wandb_internal_pb2.Record]:
             continue
         _, length, kind = struct.unpack("<IHB", content[position : position + 7])
         position += 7
+        if position + length > len(content):
+            break
         parts += content[position : position + length]
         position += length
         if kind in (1, 4):  # whole, or the last part
