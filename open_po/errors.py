@@ -31,6 +31,12 @@ class ConfigError(UserError):
         super().__init__("\n".join(self.problems))
 
 
+class Preempted(KeyboardInterrupt):
+    """A scheduler, or the clock, ended the run early; started again, it goes on. Exits with code 75, EX_TEMPFAIL."""
+
+    exit_code = 75
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says first, or its kind if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -44,6 +50,8 @@ def user_line(error: BaseException) -> str | None:
         return f"out of memory ({first_line(error)}); lower max_tokens_per_batch, or set gradient_checkpointing"
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or error}"
+    if isinstance(error, Preempted):
+        return str(error)
     if isinstance(error, KeyboardInterrupt):
         return (
             "interrupted; what is on disk is kept, and the same command goes on from there (training does with "

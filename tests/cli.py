@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -148,23 +149,29 @@ def forked(words: Sequence[str], prepare: Callable[[], object] = lambda: None) -
     return os.waitstatus_to_exitcode(status)
 
 
-def forked_ranks(words: Sequence[str], prepare: Callable[[int], object] = lambda rank: None) -> list[int]:
-    """Run as two ranks, each a fork of this process and started by nobody who would end one for the other's sake.
+def forked_ranks(
+    words: Sequence[str],
+    prepare: Callable[[int], object] = lambda rank: None,
+    *,
+    count: int = 2,
+    seconds: float = 60,
+) -> list[int]:
+    """Run as two ranks, or `count`, each a fork of this process that nobody ends for another one's sake.
 
     Their exit codes; `prepare` gets the rank. Fails the test if they hang.
     """
     port = _free_port()
 
     def join(rank: int) -> None:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
         AcceleratorState._reset_state(reset_partial_state=True)  # this process was alone
         prepare(rank)
 
-    children = [_fork(words, partial(join, rank)) for rank in range(2)]
+    children = [_fork(words, partial(join, rank)) for rank in range(count)]
     codes: dict[int, int] = {}
-    deadline = time.monotonic() + 60
-    while len(codes) < 2:
+    deadline = time.monotonic() + seconds
+    while len(codes) < count:
         child, status = os.waitpid(-1, os.WNOHANG)
         if child in children:
             codes[child] = os.waitstatus_to_exitcode(status)
@@ -175,6 +182,33 @@ def forked_ranks(words: Sequence[str], prepare: Callable[[int], object] = lambda
             pytest.fail(f"hung; exit codes so far: {codes}")
         time.sleep(0.01)
     return [codes[child] for child in children]
+
+
+def forked_ranks_in_turn(runs: Sequence[Sequence[str]], prepare: Callable[[int], object] = lambda rank: None) -> None:
+    """Run one command line after the other as two ranks that stay the same processes; fails unless all come through."""
+    ports = [str(_free_port()) for _ in runs]
+
+    def job(rank: int) -> None:
+        prepare(rank)
+        for words, port in zip(runs, ports, strict=True):
+            os.environ["MASTER_PORT"] = port
+            AcceleratorState._reset_state(reset_partial_state=True)
+            _forget_deepspeed()
+            assert main(words) == 0, words
+
+    assert forked_ranks(["--help"], job, seconds=60 * len(runs)) == [0, 0]
+
+
+def _forget_deepspeed() -> None:
+    """Have DeepSpeed make its groups anew: it keeps those of a process group that is gone."""
+    if "deepspeed" in sys.modules:
+        from deepspeed.comm import comm
+        from deepspeed.utils import groups
+
+        comm.cdb = None
+        for name, value in list(vars(groups).items()):
+            if re.fullmatch("_[A-Z_]+", name):
+                setattr(groups, name, {} if isinstance(value, dict) else None)
 
 
 def _free_port() -> int:

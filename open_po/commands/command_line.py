@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from open_po.config import RunConfig
 from open_po.distributed.runtime import Runtime
-from open_po.errors import ConfigError, UserError, user_line
+from open_po.errors import ConfigError, Preempted, UserError, user_line
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -38,7 +38,7 @@ def run_command(read: Callable[[], RunConfig], job: Callable[[RunConfig, Runtime
     except ConfigError as error:
         return refused(error)
     try:
-        runtime = Runtime.start(config.train.seed)
+        runtime = Runtime.start(config.train.seed, config.distributed, max_hours=config.train.max_run_time)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -48,9 +48,12 @@ def run_command(read: Callable[[], RunConfig], job: Callable[[RunConfig, Runtime
         line = user_line(error)
         if line is None:
             raise
-        told_by_main = isinstance(error, UserError) and error.shared
+        told_by_main = isinstance(error, Preempted) or (isinstance(error, UserError) and error.shared)
         if runtime.is_main or not told_by_main:
-            print(f"error: {'' if runtime.is_main else f'rank {runtime.rank}: '}{line}", file=sys.stderr)
+            word = "stopped" if isinstance(error, Preempted) else "error"
+            print(f"{word}: {'' if runtime.is_main else f'rank {runtime.rank}: '}{line}", file=sys.stderr)
+        if isinstance(error, Preempted):
+            return error.exit_code
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     runtime.close()  # after an error the others may wait in a collective: then only the process's end frees them
     return 0

@@ -4,11 +4,20 @@ from open_po.config.loss import LossConfig
 from open_po.config.mixture import MixturePart, parse_mixture
 from open_po.config.reading import help_text, load_config
 from open_po.config.run_config import FIELDS, RunConfig
-from open_po.config.sections import DataConfig, ModelConfig, OutputConfig, ReferenceConfig, Sharing, TrainConfig
+from open_po.config.sections import (
+    DataConfig,
+    DistributedConfig,
+    ModelConfig,
+    OutputConfig,
+    ReferenceConfig,
+    Sharing,
+    TrainConfig,
+)
 
 __all__ = [
     "FIELDS",
     "DataConfig",
+    "DistributedConfig",
     "LossConfig",
     "MixturePart",
     "ModelConfig",

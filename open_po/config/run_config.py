@@ -13,7 +13,14 @@ import yaml
 
 from open_po.config.field import Field, fields_of
 from open_po.config.loss import LossConfig
-from open_po.config.sections import DataConfig, ModelConfig, OutputConfig, ReferenceConfig, TrainConfig
+from open_po.config.sections import (
+    DataConfig,
+    DistributedConfig,
+    ModelConfig,
+    OutputConfig,
+    ReferenceConfig,
+    TrainConfig,
+)
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
@@ -21,6 +28,7 @@ SECTIONS: dict[str, type] = {
     "reference": ReferenceConfig,
     "loss": LossConfig,
     "train": TrainConfig,
+    "distributed": DistributedConfig,
     "output": OutputConfig,
 }
 FIELDS: dict[str, Field] = {field.name: field for name, cls in SECTIONS.items() for field in fields_of(name, cls)}
@@ -35,6 +43,7 @@ class RunConfig:
     reference: ReferenceConfig
     loss: LossConfig
     train: TrainConfig
+    distributed: DistributedConfig
     output: OutputConfig
 
     def flat(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from open_po.config.field import option
 from open_po.config.mixture import MixturePart, parse_mixture
 
 Sharing = Literal["auto", "on", "off"]
+Parallel = Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +169,13 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never", not_negative=True)
     num_epochs: int = option(1, "passes over the training data", above=0)
     max_train_steps: int | None = option(None, "stop after so many optimizer steps", above=0)
+    max_run_time: float | None = option(
+        None,
+        "stop after so many hours, counted from the start of the program: the step is finished and a checkpoint "
+        "written, as on SIGTERM and SIGUSR1; exit code 75",
+        above=0,
+        shapes_result=False,
+    )
     seed: int = option(42, "seed of the data order, dropout and new adapters", not_negative=True, below=2**32)
     eval_steps: int | None = option(
         None,
@@ -177,6 +185,31 @@ class TrainConfig:
         shapes_result=False,
     )
     logging_steps: int = option(1, "write metrics every so many steps", above=0, shapes_result=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """How the model is spread over the ranks; none of it changes the value of a step."""
+
+    parallel: Parallel = option(
+        "auto",
+        "ddp: a whole model on every rank; zero1, zero2, zero3: DeepSpeed divides optimizer states, gradients too, "
+        "weights too; fsdp: PyTorch divides all three. auto: what accelerate launch asks for, else ddp",
+        shapes_result=False,
+    )
+    offload_optimizer: bool = option(
+        False, "keep the optimizer's states in the host's memory (zero1, zero2, zero3)", shapes_result=False
+    )
+    offload_param: bool = option(
+        False, "keep weights in the host's memory (zero3; fsdp, with the optimizer's states)", shapes_result=False
+    )
+    zero_hpz_partition_size: int = option(
+        1,
+        "zero3: keep a second copy of the weights, divided among so many ranks, those of a node, so that the backward "
+        "pass gathers them from there; 1: none",
+        above=0,
+        shapes_result=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,42 +1,93 @@
-"""How the gradients of a step's packs become one update of the weights, over all ranks."""
+"""What the rest of the code knows of how a model is spread over ranks and trained on them.
+
+Behind it stand a single process (`single.py`), PyTorch's DistributedDataParallel (`ddp.py`), its `fully_shard`
+(`fsdp.py`) and DeepSpeed's ZeRO (`zero.py`); `make_engine.py` makes the one that a run asks for.
+"""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from open_po.distributed.runtime import Runtime
+OptimizerMaker = Callable[[Iterable[nn.Parameter]], Optimizer]
+Fill = Callable[[nn.Module], None]  # gives the weights of a module their values, on all ranks
 
 
-class Engine:
-    """A single process, or PyTorch's DistributedDataParallel: whichever accelerate was launched with.
+class Placement:
+    """Where a model's weights lie, and the module that its forward passes go through; here whole, on each rank."""
 
-    For every pack of a step, `with engine.pack(last=...)` around its forward pass and `backward`; then
-    `clip_gradients` and `update`, once. Forward passes go through `module`, which is what the ranks have wrapped.
+    lockstep = False  # whether every rank must run the same number of forward passes
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.module = module
+        self.device = device  # that it computes on
+
+    def whole(self, weight: Tensor) -> Tensor:
+        """A weight, of which a rank may hold a part, as a whole on every rank; all of them call this alike."""
+        return weight.detach()
+
+
+class Engine(Placement, ABC):
+    """A model that is trained: how the gradients of a step's packs become one update of the weights, over all ranks.
+
+    Every step: `with engine.step()` around `with engine.pack(last=...)` for each pack, and in that its forward pass and
+    `backward`; then `update`. All ranks take the same steps, and with `lockstep_packs` as many packs in each.
     """
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer, runtime: Runtime) -> None:
-        self._accelerator = runtime.accelerator
-        self._world_size = runtime.world_size
-        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.module, self._optimizer = self._accelerator.prepare(module, optimizer)
+    lockstep_packs = False
+    optimizer: Optimizer  # whose groups a schedule gives their learning rates
 
-    def pack(self, *, last: bool) -> AbstractContextManager[None]:
-        """The context of a pack's forward and backward pass; the ranks' gradients are summed in the `last` one's."""
-        return nullcontext() if last else cast(AbstractContextManager[None], self._accelerator.no_sync(self.module))
+    @property
+    def portable(self) -> bool:
+        """Whether what `save` writes can be loaded by another number of ranks."""
+        return True
 
+    def step(self) -> AbstractContextManager[object]:
+        """The context of all packs of a step."""
+        return nullcontext()
+
+    def pack(self, *, last: bool) -> AbstractContextManager[object]:
+        """The context of a pack's forward and backward pass, the `last` of its step or not."""
+        return nullcontext()
+
+    @abstractmethod
     def backward(self, value: Tensor) -> None:
         """Add the gradient of `value`, this rank's part of a sum over all ranks."""
-        (value * self._world_size).backward()  # the ranks' gradients are averaged
 
-    def clip_gradients(self, limit: float) -> float:
-        """Scale the step's gradients down to the norm `limit`, if they are larger; returns the norm they had."""
-        return float(cast(Tensor, self._accelerator.clip_grad_norm_(self._parameters, limit)))
+    @abstractmethod
+    def update(self) -> float:
+        """Clip the gradients and take one optimizer step; they are gone afterwards.
 
-    def update(self) -> None:
-        """One optimizer step; gradients are gone afterwards."""
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        Returns the norm that they had. If it is not finite no weight has changed.
+        """
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write trained weights and the optimizer's state; all ranks call this. Raises OSError."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Take over what `save` wrote; all ranks call this. Raises whatever a reader makes of a damaged file."""
+
+
+def clip_and_step(optimizer: Optimizer, limit: float) -> float:
+    """Scale gradients down to the norm `limit` if they are larger, and step if all are finite; returns their norm."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    found = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if math.isfinite(found):
+        optimizer.step()
+    optimizer.zero_grad()
+    return found
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that an optimizer updates, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

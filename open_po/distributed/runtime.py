@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,22 +17,18 @@ import huggingface_hub
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-    gather_object,
-    set_seed,
-)
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, set_seed
 from rich.console import Console
 
+from open_po.config import DistributedConfig
+from open_po.distributed.parallelism import LauncherWish, Parallelism, choose_parallelism
+from open_po.distributed.stopping import StopRequest
 from open_po.errors import UserError, user_line
 from open_po.output.console import make_console
 
 T = TypeVar("T")
 Arguments = ParamSpec("Arguments")
-_ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_PATIENCE = timedelta(hours=6)  # for other ranks: rank 0 may tokenise for hours
 
 
 def _for_all(error: Exception) -> Exception:
@@ -47,32 +43,35 @@ def _for_all(error: Exception) -> Exception:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """What the parts of a run share: the accelerator, this process's place among the ranks, and the console."""
+    """What the parts of a run share: this process's place among the ranks, how models are spread, the console."""
 
     accelerator: Accelerator
+    parallelism: Parallelism
+    stop: StopRequest
     console: Console
 
     @staticmethod
-    def start(seed: int) -> Runtime:
-        """Join the other ranks, if any, seed every generator and quieten the libraries."""
+    def start(seed: int, config: DistributedConfig | None = None, *, max_hours: float | None = None) -> Runtime:
+        """Join the other ranks, if any, seed every generator and quieten the libraries.
+
+        `max_hours` from now the run is to stop. Raises UserError if `config` and the program that launched this one do
+        not go together.
+        """
         _quieten_libraries()
+        stop = StopRequest(max_hours)
+        stop.listen()
+        wish = LauncherWish.from_environment()
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision="no",  # the model casts by itself, alike in training, evaluation and the reference pass
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # rank 0 may tokenise for hours
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         )
-        if accelerator.distributed_type not in _ENGINES:
-            raise UserError(
-                f"the launcher asks for {accelerator.distributed_type.value}, which is not supported; use torchrun, or "
-                "accelerate launch without an engine"
-            )
+        parallelism = choose_parallelism(config or DistributedConfig(), wish, int(accelerator.num_processes))
+        if parallelism.kind not in ("single", "ddp"):
+            _prepare_engine()
         set_seed(seed)
-        # A scheduler's SIGTERM ends a run like Ctrl-C: with a line, and a summary that says so.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        return Runtime(accelerator=accelerator, console=make_console(quiet=not accelerator.is_main_process))
+        console = make_console(quiet=not accelerator.is_main_process)
+        return Runtime(accelerator=accelerator, parallelism=parallelism, stop=stop, console=console)
 
     @property
     def device(self) -> torch.device:
@@ -88,6 +87,11 @@ class Runtime:
     def world_size(self) -> int:
         """How many ranks there are."""
         return int(self.accelerator.num_processes)
+
+    @property
+    def local_world_size(self) -> int:
+        """How many of the ranks are on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
 
     @property
     def is_main(self) -> bool:
@@ -158,10 +162,21 @@ class Runtime:
     def close(self) -> None:
         """Leave the process group."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            gc.collect()  # models that an engine has wrapped belong to the group, and go before it
             torch.distributed.destroy_process_group()
 
 
+def _prepare_engine() -> None:
+    """What an engine that divides a model expects of its process: a group, be it of one."""
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_PATIENCE)
+
+
 def _quieten_libraries() -> None:
+    if not torch.cuda.is_available():  # DeepSpeed, which transformers imports if it is there, looks for a GPU aloud
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Tokenisation forks one process per CPU, which is parallel enough.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module=r"(transformers|torch|accelerate|datasets|peft)")

@@ -43,13 +43,17 @@ def evaluate(
     planner = held_out.planner
     training = scorer.training
     scorer.eval()
-    packs = planner.packs(range(len(planner.dataset)), rank=runtime.rank, world_size=runtime.world_size)
-    scored = [
-        (indices, scorer.score(planner.batch(indices, pad), extras=loss.extras, ld_alpha=loss.ld_alpha).logps)
-        for indices in packs
-    ]
-    scorer.train(training)
     order = range(len(planner.dataset))
+
+    def score(indices: Sequence[int]) -> PairLogps:
+        return scorer.score(planner.batch(indices, pad), extras=loss.extras, ld_alpha=loss.ld_alpha).logps
+
+    packs = planner.packs(order, rank=runtime.rank, world_size=runtime.world_size)
+    scored = [(indices, score(indices)) for indices in packs]
+    if scorer.lockstep:
+        for indices in planner.smallest(order, planner.rounds(order, runtime.world_size) - len(packs)):
+            score(indices)
+    scorer.train(training)
     policy = gather_logps(scored, order, runtime)
     meter = PreferenceMeter()
     if runtime.is_main:  # every rank has all pairs now; one counts them

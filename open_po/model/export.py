@@ -4,25 +4,52 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from open_po.distributed.engine import Placement
 from open_po.model.scorer import Scorer
 
 
-def export_model(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
+@dataclass(frozen=True)
+class WholeWeights:
+    """A model's weights as they are saved, on the host."""
+
+    dtype: torch.dtype
+    model: dict[str, Tensor]  # by their names in `transformers`, adapters merged into them
+    adapter: dict[str, Tensor] | None  # by their names in `peft`, if the adapters are saved by themselves too
+
+
+def gather_weights(scorer: Scorer, dtype: torch.dtype, *, keep: bool) -> WholeWeights:
+    """The weights that a model is saved with, in `dtype`; all ranks call this, and those that `keep` them get them all.
+
+    Adapters on top of merged ones are only merged: what they belong to is no model that their file could name. Weights
+    that are on a GPU, or have another dtype, are copied to the host's memory.
+    """
+    model = {name: weight for name, weight in exported_weights(scorer, dtype) if keep}
+    adapter = None
+    if scorer.has_adapters and not scorer.holds_adapters:
+        adapter = {}
+        for name, parameter in scorer.model.named_parameters():
+            if parameter.requires_grad:
+                whole = scorer.placement.whole(parameter)
+                if keep:
+                    adapter[name] = whole.to("cpu")
+    return WholeWeights(dtype, model, adapter)
+
+
+def export_model(scorer: Scorer, weights: WholeWeights, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a model that `AutoModelForCausalLM.from_pretrained(folder)` loads, and its tokenizer.
 
-    The model in memory stays as it is and can go on training. Adapters are written to `folder/adapter` and merged into
-    what is written. Those on top of merged ones are only merged: what they belong to is no model that their file could
-    name. Weights that are on a GPU, or have another dtype, are copied to the host's memory.
+    The model in memory stays as it is and can go on training. Adapters are written to `folder/adapter` too.
     """
-    if scorer.has_adapters and not scorer.holds_adapters:
-        cast(Any, scorer.model).save_pretrained(folder / "adapter")
+    if weights.adapter is not None:
+        cast(Any, scorer.model).save_pretrained(folder / "adapter", state_dict=weights.adapter)
         (folder / "adapter" / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
     model = scorer.base
     own = model.config
@@ -31,10 +58,11 @@ def export_model(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, folder: Pat
         setattr(exported, name, rate)
     try:
         model.config = exported
-        model.save_pretrained(folder, state_dict=dict(exported_weights(scorer, dtype)))
+        model.save_pretrained(folder, state_dict=weights.model)
     finally:
         model.config = own
-    exported.dtype = str(dtype).removeprefix("torch.")  # in place of that in memory, which `save_pretrained` writes
+    # In place of the dtype in memory, which `save_pretrained` writes
+    exported.dtype = str(weights.dtype).removeprefix("torch.")
     exported.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -42,7 +70,8 @@ def export_model(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, folder: Pat
 def exported_weights(scorer: Scorer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the model by its name in `transformers`, in `dtype` on the host, adapters merged into it.
 
-    A weight that two names share comes once, under the first: loading ties them again.
+    A weight that two names share comes once, under the first: loading ties them again. All ranks go through this
+    together; each holds one whole weight at a time.
     """
     adapted = _adapted_layers(scorer)
     seen: set[int] = set()
@@ -53,8 +82,10 @@ def exported_weights(scorer: Scorer, dtype: torch.dtype) -> Iterator[tuple[str, 
         seen.add(id(tensor))
         if owner is not None:
             inside = name.removeprefix(f"{owner}.base_layer.")
-            name, tensor = f"{owner}.{inside}", _merged(adapted[owner], inside, dtype)
-        yield name, tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+            name, whole = f"{owner}.{inside}", _merged(adapted[owner], inside, dtype, scorer.placement)
+        else:
+            whole = scorer.placement.whole(tensor)
+        yield name, whole.to("cpu", dtype if whole.is_floating_point() else whole.dtype)
 
 
 def _adapted_layers(scorer: Scorer) -> dict[str, Any]:
@@ -66,9 +97,14 @@ def _adapted_layers(scorer: Scorer) -> dict[str, Any]:
     return {name: module for name, module in scorer.base.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def _merged(layer: Any, name: str, dtype: torch.dtype) -> Tensor:
+def _merged(layer: Any, name: str, dtype: torch.dtype, placement: Placement) -> Tensor:
     """The weight `name` of an adapted layer with the adapter merged into it, as peft does it, in a copy."""
-    merged = copy.deepcopy(layer)
+    # The copy has whole weights in place of the parts that this rank may hold.
+    whole: dict[int, Any] = {
+        id(parameter): nn.Parameter(placement.whole(parameter).clone(), requires_grad=False)
+        for parameter in layer.parameters()
+    }
+    merged = copy.deepcopy(layer, whole)
     if dtype == torch.float32:  # a bfloat16 base would round the sum that float32 is asked for
         merged.to(dtype=dtype)
     merged.merge()

@@ -104,10 +104,7 @@ def _check_head(scorer: Scorer, pair: PreferencePair) -> None:
     """
     group = Group(pair.prompt_ids[-_HEAD_TOKENS:], [pair.chosen_ids[:_HEAD_TOKENS]])
     got = _one_by_one(scorer, [group])[0]
-    row = torch.tensor([[*group.prompt_ids, *group.responses[0]]], device=scorer.device)
-    with scorer.autocast():
-        logits = scorer.base(input_ids=row, use_cache=False).logits[0, len(group.prompt_ids) - 1 : -1]
-    expected = logits.float().log_softmax(-1).gather(1, row[0, len(group.prompt_ids) :, None])[:, 0]
+    expected = scorer.own_logprobs(pack_responses([group], layout="rows", pad_token_id=0))
     if not expected.isfinite().all():
         raise _not_finite(scorer)
     # A few tokens' slack: one bfloat16 step of a logit above 32 is 0.25 nats.

@@ -42,18 +42,25 @@ def load_scorer(source: ModelSource, numerics: Numerics, device: torch.device) -
 
 def _load_whole(folder: Path, trust_remote_code: bool, numerics: Numerics) -> tuple[PreTrainedModel, dict[str, float]]:
     """The model of a folder without adapters, and the dropout rates that were switched off."""
+    settings, dropout = model_settings(folder, trust_remote_code, numerics)
+    return AutoModelForCausalLM.from_pretrained(folder, **settings), dropout
+
+
+def model_settings(
+    folder: Path, trust_remote_code: bool, numerics: Numerics
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """What a folder's model is made with, and the dropout rates that are switched off in it."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     dropout = _switch_off_dropout(config)
     # PyTorch's attention, the default, cannot cap scores; transformers 5.17 uses it for Gemma 2 all the same.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        attn_implementation="eager" if capped else None,
-        dtype=numerics.weights_dtype,
-        trust_remote_code=trust_remote_code,
-    )
-    return model, dropout
+    settings = {
+        "config": config,
+        "attn_implementation": "eager" if capped else None,
+        "dtype": numerics.weights_dtype,
+        "trust_remote_code": trust_remote_code,
+    }
+    return settings, dropout
 
 
 def _switch_off_dropout(config: Any) -> dict[str, float]:

@@ -1,13 +1,17 @@
-"""Models made ready for a run's data: checked, in the layout that suits them, alike on every rank."""
+"""Models made ready for a run's data: checked, spread over the ranks, in the layout that suits them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import get_args
+from typing import NamedTuple, get_args
+
+from torch import nn
 
 from open_po.config import RunConfig, Sharing
 from open_po.data.run_data import Data
+from open_po.distributed.engine import Engine, Fill, OptimizerMaker
+from open_po.distributed.make_engine import make_engine
 from open_po.distributed.runtime import Runtime
+from open_po.model.divided import HollowModel
 from open_po.model.layout_check import choose_layout
 from open_po.model.load import checkpoint_gradients, load_scorer
 from open_po.model.lora import attach_lora
@@ -17,39 +21,74 @@ from open_po.model_files import policy_source
 from open_po.packing import Layout
 
 
+class Policy(NamedTuple):
+    """The model that is trained, and what trains it."""
+
+    scorer: Scorer
+    engine: Engine
+
+
 def set_layout(scorer: Scorer, data: Data, sharing: Sharing, name: str, runtime: Runtime) -> None:
     """Set the scorer to the best layout that it takes, and say which.
 
-    Raises UserError if the model cannot score these pairs, or scores them differently from its own forward.
+    Raises UserError if the model scores these pairs differently from its own forward.
     """
     longest = max(part.longest_row for part in data.parts)
-    scorer.check_ids(data.highest_id)
-    scorer.check_length(longest)
     samples = [data.train[index] for index in range(min(2, len(data.train)))]
     samples += [part[index] for part in data.parts for index in [part.longest_pair] if part.longest_row == longest]
     choice = choose_layout(scorer, samples, sharing, longest=longest, pad=data.pad)
     runtime.say(f"{name}: {choice.describe()}")
 
 
-def load_alike(load: Callable[[], Scorer], runtime: Runtime) -> Scorer:
-    """A model on every rank, all with the same layout, since each plans for all."""
-    scorer = runtime.on_every_rank(load)
+def check_fits(scorer: Scorer, data: Data) -> None:
+    """Raises UserError if the model has no embedding, or no position, for a token of the data."""
+    scorer.check_ids(data.highest_id)
+    scorer.check_length(max(part.longest_row for part in data.parts))
+
+
+def agree_on_layout(scorer: Scorer, runtime: Runtime) -> None:
+    """The same layout on all ranks, since each plans for all."""
     layouts = runtime.gather(scorer.layout)
     scorer.use_layout(max(layouts, key=get_args(Layout).index))
     if len(set(layouts)) > 1:
         runtime.say(f"The ranks found different layouts ({', '.join(layouts)}); all take {scorer.layout}")
-    return scorer
 
 
-def load_policy(config: RunConfig, numerics: Numerics, runtime: Runtime, data: Data) -> Scorer:
-    """The policy at its starting weights, checked against its own forward, with adapters if the run trains them."""
-    model = config.model
-    scorer = load_scorer(policy_source(config), numerics, runtime.device)
-    set_layout(scorer, data, model.prompt_sharing, "Policy", runtime)
-    if config.loss.load_balancing_loss:
-        scorer.balance_experts()
-    if model.gradient_checkpointing:
-        checkpoint_gradients(scorer)
-    if model.use_lora:
-        attach_lora(scorer, model)
-    return scorer
+def _is_filled(unit: nn.Module) -> None:
+    """For a model that has its weights."""
+
+
+def load_policy(
+    config: RunConfig, numerics: Numerics, runtime: Runtime, data: Data, make_optimizer: OptimizerMaker
+) -> Policy:
+    """The policy at its starting weights, spread over the ranks, with adapters if the run trains them.
+
+    It is checked against its own forward. All ranks call this, and an error is raised on all of them.
+    """
+
+    def load() -> Policy:
+        model, source = config.model, policy_source(config)
+        fill: Fill = _is_filled
+        if runtime.parallelism.divides_weights:
+            hollow = HollowModel(source, numerics, runtime)
+            scorer, fill = hollow.scorer, hollow.fill
+        else:
+            scorer = load_scorer(source, numerics, runtime.device)
+        check_fits(scorer, data)
+        if config.loss.load_balancing_loss:
+            scorer.balance_experts()
+        if model.gradient_checkpointing:
+            checkpoint_gradients(scorer)
+        if model.use_lora:
+            attach_lora(scorer, model)
+            if runtime.parallelism.zero_stage == 3:  # its layers run their backward pass only if their input has one
+                scorer.base.enable_input_require_grads()
+        limit = config.train.max_grad_norm
+        engine = make_engine(scorer, scorer.decoder_layers(), fill, make_optimizer, runtime, max_grad_norm=limit)
+        scorer.place(engine)
+        set_layout(scorer, data, model.prompt_sharing, "Policy", runtime)
+        return Policy(scorer, engine)
+
+    policy = runtime.on_every_rank(load)
+    agree_on_layout(policy.scorer, runtime)
+    return policy

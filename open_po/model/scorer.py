@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from open_po.distributed.engine import Placement
 from open_po.errors import UserError
 from open_po.losses import Extra, PairLogps
 from open_po.model.attention import ATTENTION_NAME, Segments
@@ -53,7 +53,7 @@ class Scorer(nn.Module):
         self._last_layer_hook: RemovableHandle | None = None
         self._own_attention: str = self.base.config._attn_implementation
         self.balances_experts = False
-        self._wrapped: weakref.ref[nn.Module] | None = None  # see call_through
+        self.placement = Placement(self, self.base.device)  # see place
 
     @property
     def base(self) -> PreTrainedModel:
@@ -67,7 +67,19 @@ class Scorer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.base.device
+        """The device that the model computes on; weights may wait elsewhere."""
+        return self.placement.device
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether every rank must run the same number of forward passes."""
+        return self.placement.lockstep
+
+    def decoder_layers(self) -> list[nn.Module]:
+        """The layers that the model is a stack of; none if they cannot be told."""
+        count = int(self.base.config.get_text_config(decoder=True).num_hidden_layers)
+        lists = (module for module in self.base.modules() if isinstance(module, nn.ModuleList))
+        return next((list(layers) for layers in lists if len(layers) == count), [])
 
     def use_layout(self, layout: Layout) -> None:
         """Take packs in `layout` from now on: with attention over segments, or in rows with the model's own."""
@@ -99,11 +111,9 @@ class Scorer(nn.Module):
         softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         return Head(layer.weight, getattr(layer, "bias", None), softcap, scale)
 
-    def call_through(self, module: nn.Module) -> None:
-        """From now on forward passes go through `module`, what an engine has wrapped this one in, and holds."""
-        # Weakly: the module holds this one, and a circle of the two would outlive the process group that the module
-        # belongs to, until the interpreter ends.
-        self._wrapped = None if module is self else weakref.ref(module)
+    def place(self, placement: Placement) -> None:
+        """From now on the weights lie as `placement` says, and forward passes go through its module."""
+        self.placement = placement
 
     def score(self, batch: PackedBatch, *, extras: Collection[Extra] = (), ld_alpha: float = 1.0) -> Scores:
         """Log-probs of the pack's pairs, with the optional fields `extras`; the batch moves to the model's device.
@@ -119,19 +129,24 @@ class Scorer(nn.Module):
         """Log-prob of every scored token of the pack: [N]."""
         return self._run(batch.to(self.device))["logprobs"]
 
-    def _run(self, batch: PackedBatch, *, log_sum_sq: bool = False) -> dict[str, Tensor]:
-        module = self if self._wrapped is None else self._wrapped()
-        if module is None:
-            raise ValueError("the engine that this model went through is gone")
-        found: dict[str, Tensor] = module(batch, log_sum_sq=log_sum_sq)
+    def own_logprobs(self, batch: PackedBatch) -> Tensor:
+        """Log-prob of every scored token of a pack of one row, by the model's own forward and its logits: [N]."""
+        return self._run(batch.to(self.device), own=True)["logprobs"]
+
+    def _run(self, batch: PackedBatch, **asked: bool) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = self.placement.module(batch, **asked)
         return found
 
-    def forward(self, batch: PackedBatch, *, log_sum_sq: bool = False) -> dict[str, Tensor]:
+    def forward(self, batch: PackedBatch, *, log_sum_sq: bool = False, own: bool = False) -> dict[str, Tensor]:
         """What the model says of a pack on its device, by name; engines look for tensors in a dictionary.
 
         `logprobs` [N] of the scored tokens, if asked for `log_sum_sq` [N], and `load_balancing` (scalar), the loss of
-        the experts' load, if the scorer balances experts and gradients are wanted.
+        the experts' load, if the scorer balances experts and gradients are wanted. `own`: see `own_logprobs`.
         """
+        if own:
+            with self.autocast():
+                logits = self.base(input_ids=batch.input_ids[None], use_cache=False).logits[0, batch.score_index]
+            return {"logprobs": logits.float().log_softmax(-1).gather(1, batch.target_ids[:, None])[:, 0]}
         states, load_balancing = self._scored_states(batch)
         head = self.head()
         found = {"logprobs": fused_logprobs(states, head, batch.target_ids, use_liger=self.numerics.use_liger)}
@@ -210,9 +225,9 @@ class Scorer(nn.Module):
         return cast(Tensor, loss)
 
     def autocast(self) -> torch.autocast:
-        """The context that the model computes in."""
+        """The context that the model computes in. Casts are not kept: they would be a whole model of copies."""
         dtype = self.numerics.compute_dtype
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -248,8 +263,3 @@ class Scorer(nn.Module):
             raise UserError(
                 f"max_seq_length: the longest row has {longest} tokens, the model {positions} positions; lower it"
             )
-
-
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that an optimizer updates."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]

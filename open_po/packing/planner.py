@@ -96,9 +96,24 @@ class Planner:
 
     def packs(self, indices: Sequence[int], *, rank: int = 0, world_size: int = 1) -> list[list[int]]:
         """This rank's packs of the pairs `indices`, balanced. Empty if there are fewer pairs than ranks."""
+        return self._cut(self._shares(indices, world_size)[rank])
+
+    def rounds(self, indices: Sequence[int], world_size: int) -> int:
+        """How many packs the rank has that has the most."""
+        return max(len(self._cut(share)) for share in self._shares(indices, world_size))
+
+    def smallest(self, indices: Sequence[int], count: int) -> list[list[int]]:
+        """`count` packs that cost as little as can be: each the pair of `indices` with the fewest tokens."""
+        if count <= 0:
+            return []
+        return [[min(indices, key=lambda index: self._unit([index]).tokens(self.layout))]] * count
+
+    def _shares(self, indices: Sequence[int], world_size: int) -> list[list[PromptUnit[int]]]:
         by_prompt = _by_key(sorted(indices), lambda index: int(self.dataset.prompt_numbers[index]))
         units = [unit for items in by_prompt for unit in _split(items, self._unit, self.layout, self.max_tokens)]
-        share = _shares(units, self._unit, self.layout, world_size)[rank]
+        return _shares(units, self._unit, self.layout, world_size)
+
+    def _cut(self, share: list[PromptUnit[int]]) -> list[list[int]]:
         cut = _rows(share, self.max_tokens) if self.layout == "rows" else _balanced(share, self.layout, self.max_tokens)
         return [[index for unit in units for index in unit.items] for units in cut]
 

@@ -21,12 +21,13 @@ from open_po.model.load import load_scorer
 from open_po.model.logprobs import response_sums
 from open_po.model.memory import release_memory
 from open_po.model.numerics import Numerics, reference_numerics
-from open_po.model.prepare import load_alike, set_layout
+from open_po.model.prepare import agree_on_layout, check_fits, set_layout
 from open_po.model.scorer import Scorer
 from open_po.model_files import ModelSource, agreed_identity, reference_source
 from open_po.output.summary import ReferenceTotals
 from open_po.packing import Group, PackingStats, pack_responses
 from open_po.reference.fill import ReferencePass
+from open_po.reference.lockstep import LockstepPass
 from open_po.reference.store import ReferenceStore, StoreKey, read_manifest
 
 T = TypeVar("T")
@@ -102,11 +103,17 @@ def log_probs_of(
 
     def load() -> Scorer:
         scorer = load_scorer(source, numerics, runtime.device)
+        check_fits(scorer, data)
         set_layout(scorer, data, config.model.prompt_sharing, label, runtime)
         return scorer
 
+    def load_alike() -> Scorer:
+        scorer = runtime.on_every_rank(load)
+        agree_on_layout(scorer, runtime)
+        return scorer
+
     identity = agreed_identity(source, Path(config.reference.reference_cache_dir), runtime)
-    reference = ensure_reference(load, source, identity, numerics, config, runtime, data)
+    reference = ensure_reference(load_alike, source, identity, numerics, config, runtime, data)
     release_memory()
     return reference
 
@@ -136,12 +143,18 @@ def ensure_reference(
     samples = runtime.from_main(_samples, store, data, config.reference.verify_reference_rows)
     done, computed = PackingStats(), 0
     if missing or samples:
-        scorer = load_alike(load, runtime)
+        scorer = load()
         runtime.on_every_rank(_verify, samples, store, scorer, source, data)
         max_tokens = _pass_tokens(config, runtime)
         for part in data.parts if missing else ():
             work = runtime.on_every_rank(
-                ReferencePass, store, scorer, part, runtime, max_tokens=max_tokens, pad=data.pad
+                LockstepPass if scorer.lockstep else ReferencePass,
+                store,
+                scorer,
+                part,
+                runtime,
+                max_tokens=max_tokens,
+                pad=data.pad,
             )
             runtime.on_every_rank(store.prepare, key, {"model": source.name, "revision": source.revision})
             runtime.on_every_rank(work.run)
@@ -198,14 +211,14 @@ def _verify(samples: Sequence[Sample], store: ReferenceStore, scorer: Scorer, so
     """Compute stored responses once more. Raises UserError for the first that differs."""
     for sample in samples:
         part = data.parts[sample.part]
-        (row,) = store.find(part.response_keys[sample.pair, sample.side : sample.side + 1])
-        if row < 0:  # not visible on this machine yet
-            continue
         pair, side = part[sample.pair], ("chosen", "rejected")[sample.side]
         group = Group(pair.prompt_ids, [(pair.chosen_ids, pair.rejected_ids)[sample.side]])
         batch = pack_responses([group], layout=scorer.layout, pad_token_id=data.pad)
         with scorer.as_reference():
             got = float(response_sums(scorer.token_logprobs(batch), batch))
+        (row,) = store.find(part.response_keys[sample.pair, sample.side : sample.side + 1])
+        if row < 0:  # not visible on this machine yet
+            continue
         stored, tokens, shard = store.row(int(row))
         exact = scorer.numerics.compute_dtype == torch.float32
         tolerance = _SUM_TOLERANCE * max(1.0, abs(stored)) if exact else _TOKEN_TOLERANCE * tokens

@@ -140,6 +140,8 @@ class ReferencePass:
     ) -> None:
         self.store, self.scorer, self.dataset, self.runtime = store, scorer, dataset, runtime
         self.max_tokens = max_tokens
+        self.workers = runtime.world_size  # of this run, each with claims of its own
+        self.at_once = 1  # packs that a worker computes at the same time
         self.responses = Responses(dataset)
         self.planner = PackPlanner(responses=self.responses, layout=scorer.layout, budget=max_tokens, pad=pad)
         self.responses.stored[:] = store.find(self.responses.keys) >= 0
@@ -165,10 +167,13 @@ class ReferencePass:
             label, unit = "Reference log-probs", "distinct responses"
             progress = Progress(self.runtime.console, label, total=lacking, unit=unit)
             with progress, self.scorer.as_reference():
-                while window := self._claim(left, progress):
-                    self._compute(window, progress)
+                self._fill(left, progress)
         finally:
             self.claims.release()
+
+    def _fill(self, left: list[ResponsePack], progress: Progress) -> None:
+        while window := self._claim(left, progress):
+            self._compute(window, progress)
 
     # ------------------------------------------------------------------------------------------------ who computes what
 
@@ -219,14 +224,15 @@ class ReferencePass:
 
     def _window(self, free: Sequence[ResponsePack], others: int) -> list[ResponsePack]:
         """The first of `free`: one file's worth, less towards the end so that all processes end together."""
-        workers = max(self.runtime.world_size, 1 + others)
-        most = len(free) if workers == 1 else max(1, len(free) // (2 * workers))
+        workers = max(self.workers, 1 + others)
+        most = len(free) if workers == 1 else max(self.at_once, len(free) // (2 * workers))
         window: list[ResponsePack] = []
         tokens = rows = 0
         for pack in free[:most]:
             tokens += pack.stats.computed
             rows += len(pack.numbers)
-            if window and (self._rate is None or tokens > self._rate * _SHARD_SECONDS or rows > _SHARD_ROWS):
+            enough = self._rate is None or tokens > self._rate * _SHARD_SECONDS or rows > _SHARD_ROWS
+            if enough and len(window) >= self.at_once:
                 break
             window.append(pack)
         return window
@@ -255,10 +261,13 @@ class ReferencePass:
                 for part in [pack] if fits else self.planner.cut(pack.items, self.max_tokens):
                     tokens += self._score(part, rows, progress)
         finally:
-            if rows:
-                self.store.append(rows, self._made)
-                self.responses.stored[self.responses.numbers(np.frombuffer(b"".join(rows), dtype=KEY_DTYPE))] = True
+            self._store(rows)
         self._rate = tokens / max(time.monotonic() - start, 1e-3)
+
+    def _store(self, rows: dict[bytes, Row]) -> None:
+        if rows:
+            self.store.append(rows, self._made)
+            self.responses.stored[self.responses.numbers(np.frombuffer(b"".join(rows), dtype=KEY_DTYPE))] = True
 
     def _score(self, pack: ResponsePack, rows: dict[bytes, Row], progress: Progress) -> int:
         """Add a pack's rows; returns the tokens computed. Where memory runs out the budget is halved."""
@@ -275,10 +284,7 @@ class ReferencePass:
                     f"prompt included ({first_line(error)}); lower max_seq_length"
                 ) from error
         else:
-            rows |= found
-            self.stats += pack.stats
-            self.computed += len(found)
-            progress.advance(len(found), tokens=pack.stats.computed)
+            self._count(found, pack, rows, progress)
             return pack.stats.computed
         # Outside the handler, whose error would keep the failed pass's tensors alive.
         del batch
@@ -286,6 +292,12 @@ class ReferencePass:
         release_memory()
         self.runtime.say_here(f"Reference log-probs: out of memory, on with {self.max_tokens:,} tokens at a time")
         return sum(self._score(part, rows, progress) for part in self.planner.cut(pack.items, self.max_tokens))
+
+    def _count(self, found: dict[bytes, Row], pack: ResponsePack, rows: dict[bytes, Row], progress: Progress) -> None:
+        rows |= found
+        self.stats += pack.stats
+        self.computed += len(found)
+        progress.advance(len(found), tokens=pack.stats.computed)
 
     def _rows(self, token_logps: Tensor, batch: PackedBatch, responses: Sequence[Response]) -> dict[bytes, Row]:
         """The rows of a pack: `token_logps` [N], cut into its responses."""

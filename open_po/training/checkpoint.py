@@ -10,23 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from open_po.config import RunConfig
+from open_po.distributed.engine import Engine
 from open_po.distributed.runtime import Runtime
 from open_po.errors import UserError
 from open_po.evaluation.meter import PreferenceMeter
 from open_po.losses import LossMix, PairLogps
-from open_po.model.scorer import Scorer
 from open_po.output.files import disk_faults
 from open_po.output.run_folder import changed_fields
 from open_po.packing import PackingStats
-from open_po.training.checkpoint_folders import prune, remove, sync
+from open_po.training.checkpoint_folders import prune, remove, sync_all
 
 _STATE = "trainer_state.json"
+_TRAINING = "training.pt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,53 +83,122 @@ class Window:
     meter: PreferenceMeter = field(default_factory=PreferenceMeter)  # this rank's sums; the rest counts all ranks
 
 
+@dataclass(frozen=True, kw_only=True)
+class SavedState:
+    """What a checkpoint says of itself."""
+
+    folder: Path
+    progress: TrainingProgress
+    config: dict[str, Any]
+    started_from: dict[str, str]
+    kind: str  # the engine that wrote it
+    ranks: int
+    global_batch: int  # pairs of a step, whatever the number of ranks
+
+    @staticmethod
+    def read(folder: Path) -> SavedState:
+        """The small part of a checkpoint. Raises UserError if it is damaged."""
+        try:
+            state = json.loads((folder / _STATE).read_text())
+            progress = TrainingProgress(**state.pop("progress"))
+            progress.packing = PackingStats(**vars_of(progress.packing))
+            progress.running_means = [RunningMean(**vars_of(mean)) for mean in progress.running_means]
+            return SavedState(folder=folder, progress=progress, **state)
+        except Exception as error:
+            raise _damaged(folder, error) from error
+
+    def refuse_unless_continued_by(self, config: RunConfig, started_from: dict[str, str], runtime: Runtime) -> None:
+        """Raises UserError if a run would not go on from this checkpoint as the one that wrote it."""
+        said = f"resume_from_checkpoint {self.folder}: "
+        if changed := changed_fields(self.config, config):
+            raise UserError(
+                f"{said}was written under another configuration ({changed}); resume with the one it was started with"
+            )
+        if self.started_from != started_from:
+            raise UserError(
+                f"{said}the run started from other weights than {config.model.model_name_or_path} holds now; put them "
+                "back, or start a new run"
+            )
+        kind = runtime.parallelism.kind
+        if _format(self.kind) != _format(kind):
+            raise UserError(f"{said}was written under parallel {self.kind}, this run is {kind}; use {self.kind}")
+
+
+def vars_of(value: Any) -> dict[str, Any]:
+    """A part of a saved state as JSON gives it."""
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r} is no object")
+    return value
+
+
+def _format(kind: str) -> str:
+    """Engines of one format read one another's checkpoints."""
+    return "whole" if kind in ("single", "ddp") else kind
+
+
+def _damaged(folder: Path, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(f"resume_from_checkpoint {folder}: is no whole checkpoint ({reason})")
+
+
 @dataclass(kw_only=True)
 class TrainingState:
     """Everything a resumed run needs besides its configuration, its data and the weights it started from."""
 
-    scorer: Scorer
+    engine: Engine
     started_from: dict[str, str]  # `model_identity` of the weights before the first step
-    optimizer: Optimizer
+    global_batch: int  # pairs
     schedule: LRScheduler
     progress: TrainingProgress
     window: Window = field(default_factory=Window)
 
     def save(self, folder: Path, config: RunConfig, runtime: Runtime) -> Path:
-        """Write `folder/step_N` and remove all but the newest `keep_last_n_checkpoints`.
+        """Write `folder/step_N` and remove all but the newest `keep_last_n_checkpoints`; all ranks call this.
 
         Raises UserError if the disk refuses; older checkpoints are then still there.
         """
-        ranks = runtime.gather({"random": vars(RandomState.take()), "window": self._window()})
         target = folder / f"step_{self.progress.step:06d}"
-        runtime.on_main(self._write, target, config, ranks)
+        temporary = target.with_name(f".{target.name}.partial")
+        ranks = runtime.gather({"random": vars(RandomState.take()), "window": self._window()})
+
+        def refusing(write: Any, *arguments: Any) -> None:
+            with disk_faults(f"{target}: the checkpoint", "older ones are kept"):
+                write(*arguments)
+
+        try:
+            runtime.on_main(refusing, self._begin, temporary)
+            runtime.on_every_rank(refusing, self.engine.save, temporary)
+            runtime.on_main(refusing, self._complete, temporary, target, config, runtime, ranks)
+        finally:
+            if runtime.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
         runtime.on_main(prune, folder, config.output.keep_last_n_checkpoints)
         return target
 
     def _window(self) -> dict[str, Any]:
         return {**vars(self.window), "meter": {name: float(value) for name, value in self.window.meter.sums.items()}}
 
-    def _write(self, target: Path, config: RunConfig, ranks: list[Any]) -> None:
-        temporary = target.with_name(f".{target.name}.partial")
-        training = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+    def _begin(self, temporary: Path) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary).mkdir(parents=True)
+
+    def _complete(self, temporary: Path, target: Path, config: RunConfig, runtime: Runtime, ranks: list[Any]) -> None:
+        """Write what is left, and give the folder its name when all of it is on disk."""
         state = {
             "progress": dataclasses.asdict(self.progress),
             "config": config.result_fields(),
             "started_from": self.started_from,
+            "kind": runtime.parallelism.kind,
+            "ranks": runtime.world_size,
+            "global_batch": self.global_batch,
         }
-        try:
-            with disk_faults(f"{target}: the checkpoint", "older ones are kept"):
-                temporary.mkdir(parents=True)
-                save_file(_trained(self.scorer), temporary / "weights.safetensors")
-                with open(temporary / "training.pt", "wb") as file:
-                    torch.save({**training, "ranks": ranks}, file)
-                (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n")
-                for path in [*temporary.iterdir(), temporary]:
-                    sync(path)
-                remove(target)
-                temporary.rename(target)
-                sync(target.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with open(temporary / _TRAINING, "wb") as file:
+            torch.save({"schedule": self.schedule.state_dict(), "ranks": ranks}, file)
+        (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n")
+        sync_all(temporary)
+        remove(target)
+        temporary.rename(target)
+        sync_all(target.parent, recursive=False)
 
     def update_running_means(self, loss: LossMix, policy: PairLogps, reference: PairLogps | None) -> None:
         """Take a step's rewards into the running mean of each part of the loss that keeps one."""
@@ -139,50 +207,27 @@ class TrainingState:
                 losses = part(policy, reference)
                 mean.add(torch.cat([losses.chosen_rewards, losses.rejected_rewards]))
 
-    def restore(self, checkpoint: Path, config: RunConfig, runtime: Runtime) -> None:
-        """Take over the state in `checkpoint`. Raises UserError if it is another configuration's or is damaged."""
+    def restore(self, saved: SavedState, runtime: Runtime) -> None:
+        """Take over the state of a checkpoint; all ranks call this. Raises UserError if it is damaged."""
+        if saved.ranks != runtime.world_size and not self.engine.portable:
+            raise UserError(
+                f"resume_from_checkpoint {saved.folder}: DeepSpeed's checkpoints need the number of ranks that wrote "
+                f"them, {saved.ranks}, this run has {runtime.world_size}"
+            )
         try:
-            state = json.loads((checkpoint / _STATE).read_text())
-            progress, theirs = TrainingProgress(**state["progress"]), dict(state["config"])
-            progress.packing = PackingStats(**state["progress"]["packing"])
-            progress.running_means = [RunningMean(**mean) for mean in state["progress"]["running_means"]]
-            weights = load_file(checkpoint / "weights.safetensors")
-            training = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
+            training = torch.load(saved.folder / _TRAINING, map_location="cpu", weights_only=True)
+            self.engine.load(saved.folder)
         except Exception as error:  # each reader has error types of its own
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"resume_from_checkpoint {checkpoint}: is no whole checkpoint ({reason})") from error
-        if changed := changed_fields(theirs, config):
-            raise UserError(
-                f"resume_from_checkpoint {checkpoint}: was written under another configuration ({changed}); "
-                "resume with the one it was started with"
-            )
-        if state.get("started_from") != self.started_from:
-            raise UserError(
-                f"resume_from_checkpoint {checkpoint}: the run started from other weights than "
-                f"{config.model.model_name_or_path} holds now; put them back, or start a new run"
-            )
-        if len(training["ranks"]) != runtime.world_size:
-            raise UserError(
-                f"resume_from_checkpoint {checkpoint}: was written by {len(training['ranks'])} processes, "
-                f"this run has {runtime.world_size}"
-            )
-        parameters = dict(self.scorer.named_parameters())
-        with torch.no_grad():
-            for name, value in weights.items():
-                parameters[name].copy_(value)
-        self.optimizer.load_state_dict(training["optimizer"])
+            raise _damaged(saved.folder, error) from error
         self.schedule.load_state_dict(training["schedule"])
-        vars(self.progress).update(vars(progress))
-        mine = training["ranks"][runtime.rank]
-        sums = mine["window"].pop("meter")
-        self.window = Window(**mine["window"])
-        self.window.meter.sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
+        vars(self.progress).update(vars(saved.progress))
+        ranks = training["ranks"]
+        mine = ranks[runtime.rank % len(ranks)]
+        self.window = Window(**mine["window"] | {"meter": PreferenceMeter()})
+        for number, rank in enumerate(ranks):  # of a rank that is no more, the sums go to one that is
+            if number % runtime.world_size == runtime.rank:
+                for name, value in rank["window"]["meter"].items():
+                    self.window.meter.sums[name] = self.window.meter.sums.get(name, 0) + torch.tensor(
+                        value, dtype=torch.float64
+                    )
         RandomState(**mine["random"]).put_back()
-
-
-def _trained(scorer: Scorer) -> dict[str, torch.Tensor]:
-    return {
-        name: parameter.detach().contiguous()
-        for name, parameter in scorer.named_parameters()
-        if parameter.requires_grad
-    }

@@ -33,10 +33,11 @@ def remove(checkpoint: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def sync(path: Path) -> None:
-    """Have a file, or a folder's entries, on disk when this returns. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def sync_all(folder: Path, *, recursive: bool = True) -> None:
+    """Have a folder's entries, and with `recursive` all that is in it, on disk when this returns. Raises OSError."""
+    for path in [*(folder.rglob("*") if recursive else ()), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -31,11 +31,16 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> O
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=config.learning_rate)
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if _dimensions(p) >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if _dimensions(p) < 2], "weight_decay": 0.0},
     ]
     # Fused: one pass over a parameter's memory instead of about ten, on a CPU too.
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate, fused=True)
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    """Of the whole weight, of which this rank may hold a part; ZeRO-3's parts have a shape of their own."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def make_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LRScheduler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,11 +14,11 @@ from open_po.data.run_data import Data, prepare_data
 from open_po.distributed.runtime import Runtime
 from open_po.evaluation.preferences import HeldOut
 from open_po.losses import LossMix, PairLogps
-from open_po.model.export import export_model
+from open_po.model.export import WholeWeights, export_model, gather_weights
 from open_po.model.memory import peak_memory_bytes
 from open_po.model.numerics import Numerics, policy_numerics
-from open_po.model.prepare import load_alike, load_policy
-from open_po.model.scorer import Scorer, trainable_parameters
+from open_po.model.prepare import Policy, load_policy
+from open_po.model.scorer import Scorer
 from open_po.model_files import agreed_identity, policy_source
 from open_po.output.curves import plot_curves
 from open_po.output.hub import HubUploader
@@ -27,11 +28,11 @@ from open_po.output.run_folder import RunFolder
 from open_po.output.summary import DataTotals, RunFacts, RunResult, RunSummary, Status, TrainTotals, versions
 from open_po.output.tables import packing_line, result_table
 from open_po.output.trackers import JsonlTracker, WandbTracker
-from open_po.packing import Planner, Sampler
+from open_po.packing import Planner
 from open_po.reference import FilledStore, ensure_reference, open_cache, separate_reference
-from open_po.training.checkpoint import RunningMean, TrainingProgress, TrainingState
-from open_po.training.checkpoint_folders import latest_checkpoint, prune
-from open_po.training.optimizer import make_optimizer, make_schedule, total_steps
+from open_po.training.checkpoint import TrainingProgress
+from open_po.training.optimizer import make_optimizer
+from open_po.training.start import start_or_resume
 from open_po.training.trainer import Trainer
 
 
@@ -78,15 +79,16 @@ def _train(
     data = prepare_data(config, runtime)
     reference = separate_reference(config, runtime, data) if needs_reference else None
     identity = agreed_identity(source, Path(config.reference.reference_cache_dir), runtime)
-    policy = load_alike(lambda: load_policy(config, numerics, runtime, data), runtime)
+    policy = load_policy(config, numerics, runtime, data, partial(make_optimizer, config=config.train))
     if needs_reference and reference is None:
-        reference = ensure_reference(lambda: policy, source, identity, numerics, config, runtime, data)
+        reference = ensure_reference(lambda: policy.scorer, source, identity, numerics, config, runtime, data)
     if reference is not None and reference.totals.packing is not None:
         runtime.say(f"Reference packing: {packing_line(reference.totals.packing)}")
     trainer = make_trainer(config, runtime, data, policy, identity, reference, folder, observers)
-    trainer.train()
-    runtime.on_main(trainer.observers.training_ended)
-    runtime.on_main(finish, config, runtime, trainer, data, reference)
+    with runtime.stop.deferred():
+        trainer.train()
+        runtime.on_main(trainer.observers.training_ended)
+        finish(config, runtime, trainer, data, reference)
     return trainer.observers
 
 
@@ -94,7 +96,7 @@ def make_trainer(
     config: RunConfig,
     runtime: Runtime,
     data: Data,
-    scorer: Scorer,
+    policy: Policy,
     identity: dict[str, str],
     reference: FilledStore | None,
     folder: RunFolder,
@@ -104,33 +106,18 @@ def make_trainer(
 
     `observers` learn of the run besides the trackers that it gets here.
     """
-    train = config.train
-    loss = config.loss.mix()
-    sampler = Sampler(
-        num_pairs=len(data.train),
-        global_batch=train.per_device_train_batch_size * train.gradient_accumulation_steps * runtime.world_size,
-        seed=train.seed,
-        prompt_numbers=data.train.prompt_numbers if train.group_pairs_by_prompt else None,
-    )
-    steps = total_steps(train, sampler.steps_per_epoch)
-    optimizer = make_optimizer(trainable_parameters(scorer), train)
-    state = TrainingState(
-        scorer=scorer,
-        started_from=identity,
-        optimizer=optimizer,
-        schedule=make_schedule(optimizer, train, steps),
-        progress=TrainingProgress(running_means=[RunningMean() for _ in loss.parts]),
-    )
-    resumed = _resume(config, runtime, state, folder)
-    trackers = runtime.on_main(_make_trackers, config, state.progress, folder, resumed) or []
+    scorer, loss = policy.scorer, config.loss.mix()
+    start = start_or_resume(config, runtime, data.train, policy.engine, identity, folder)
+    trackers = runtime.on_main(_make_trackers, config, start.state.progress, folder, start.resumed) or []
     return Trainer(
         config=config,
         runtime=runtime,
-        state=state,
+        scorer=scorer,
+        state=start.state,
         loss=loss,
         planner=_planner(data.train, scorer, loss, config, with_rejected=loss.needs_rejected),
-        sampler=sampler,
-        steps=steps,
+        sampler=start.sampler,
+        steps=start.steps,
         reference=_reference_logps(reference, data.train, loss.ld_alpha, runtime),
         held_out=_held_out(config, runtime, data, scorer, reference),
         pad=data.pad,
@@ -169,21 +156,6 @@ def _reference_logps(
     return None if reference is None else runtime.on_every_rank(reference.store.logps_of, dataset, ld_alpha)
 
 
-def _resume(config: RunConfig, runtime: Runtime, state: TrainingState, folder: RunFolder) -> bool:
-    wanted = config.output.resume_from_checkpoint
-    if wanted is None:
-        return False
-    checkpoint = latest_checkpoint(folder.checkpoints) if wanted == "auto" else Path(wanted)
-    if checkpoint is None:
-        runtime.say(f"No checkpoint in {folder.checkpoints} yet: starting from the beginning.")
-        return False
-    runtime.on_every_rank(state.restore, checkpoint, config, runtime)
-    if wanted == "auto":  # a run killed between writing its last checkpoint and pruning would keep one too many
-        runtime.on_main(prune, folder.checkpoints, config.output.keep_last_n_checkpoints)
-    runtime.say(f"Resuming from {checkpoint}")
-    return True
-
-
 def _make_trackers(
     config: RunConfig, progress: TrainingProgress, folder: RunFolder, resumed: bool
 ) -> list[RunObserver]:
@@ -196,13 +168,26 @@ def _make_trackers(
 
 
 def finish(config: RunConfig, runtime: Runtime, trainer: Trainer, data: Data, reference: FilledStore | None) -> None:
-    """Write the model, the curves and the summary, and print the summary's table."""
-    folder, scorer = trainer.folder, trainer.scorer
+    """Write the model, the curves and the summary, and print the summary's table; all ranks call this."""
     wanted = config.output.save_dtype
-    dtype = scorer.numerics.compute_dtype if wanted == "auto" else getattr(torch, wanted)
+    dtype = trainer.scorer.numerics.compute_dtype if wanted == "auto" else getattr(torch, wanted)
     peak = peak_memory_bytes()  # of training, not of the copies that an export makes
+    weights = runtime.on_every_rank(gather_weights, trainer.scorer, dtype, keep=runtime.is_main)
+    runtime.on_main(_write_results, config, runtime, trainer, data, reference, weights, peak)
+
+
+def _write_results(
+    config: RunConfig,
+    runtime: Runtime,
+    trainer: Trainer,
+    data: Data,
+    reference: FilledStore | None,
+    weights: WholeWeights,
+    peak: int,
+) -> None:
+    folder = trainer.folder
     with folder.staging() as staged:
-        export_model(scorer, data.tokenizer, staged, dtype)
+        export_model(trainer.scorer, weights, data.tokenizer, staged)
     records = read_metrics(folder.metrics)
     plot_curves(records, folder.curves, f"{config.output.exp_name}: {' + '.join(config.loss.names)}")
     result = _result(trainer, data, reference, evaluations(records), peak)

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from open_po.config import RunConfig
-from open_po.distributed.engine import Engine
 from open_po.distributed.gathering import gather_logps
 from open_po.distributed.runtime import Runtime
-from open_po.errors import UserError
+from open_po.errors import Preempted, UserError
 from open_po.evaluation.preferences import HeldOut, evaluate
 from open_po.losses import Counts, LossMix, PairLogps
 from open_po.model.memory import peak_memory_bytes
-from open_po.model.scorer import Scores
+from open_po.model.scorer import Scorer, Scores
 from open_po.output.metrics import (
     CHOSEN_LOGPS,
     EPOCH,
@@ -62,6 +61,7 @@ class Trainer:
         *,
         config: RunConfig,
         runtime: Runtime,
+        scorer: Scorer,
         state: TrainingState,
         loss: LossMix,
         planner: Planner,
@@ -74,21 +74,21 @@ class Trainer:
         observers: RunObserver,
     ) -> None:
         # What is trained
-        self.state = state
-        self.scorer, self.engine = state.scorer, Engine(state.scorer, state.optimizer, runtime)
-        state.scorer.call_through(self.engine.module)
+        self.scorer, self.engine, self.state = scorer, state.engine, state
         # On what
         self.loss, self.planner, self.sampler, self.steps = loss, planner, sampler, steps
         self.reference, self.held_out, self.pad = reference, held_out, pad
+        self._stop_reason: str | None = None  # that ranks agree on, of any of them
         # And around it
         self.config, self.runtime, self.folder, self.observers = config, runtime, folder, observers
 
     def train(self) -> None:
         """Run to the last step, with the evaluations and checkpoints that fall due.
 
-        Raises UserError if a loss or gradient is not finite (before the update) or a checkpoint cannot be written.
+        Raises UserError if a loss or gradient is not finite (before the update) or a checkpoint cannot be written, and
+        Preempted after a step in which a rank was asked to stop, with a checkpoint of that step on disk.
         """
-        progress, output = self.state.progress, self.config.output
+        progress = self.state.progress
         if progress.step == 0:
             self.evaluate()
         self.scorer.train()
@@ -100,9 +100,15 @@ class Trainer:
                 last = progress.step == self.steps
                 if last or _due(progress.step, self.config.train.eval_steps):
                     self.evaluate()
-                if _due(progress.step, output.checkpointing_steps):
+                stopped = None if last else self._stop_reason
+                if stopped is not None or _due(progress.step, self.config.output.checkpointing_steps):
                     checkpoint = self.state.save(self.folder.checkpoints, self.config, self.runtime)
                     self.observers.checkpoint_written(checkpoint)
+                if stopped is not None:
+                    raise Preempted(
+                        f"{stopped}, after step {progress.step} of {self.steps}; saved {checkpoint}, and the same "
+                        "command goes on from there with --resume_from_checkpoint auto"
+                    )
 
     def train_step(self) -> tuple[StepSize, Metrics]:
         """One optimizer step; returns its size and the metrics written after it, if any were due."""
@@ -110,12 +116,11 @@ class Trainer:
         progress = self.state.progress
         indices = self.sampler.step_pairs(progress.step)
         size = self._size(indices)
-        not_finite = self._backward(indices, size)
-        limit = self.config.train.max_grad_norm or float("inf")
-        grad_norm = self.engine.clip_gradients(limit)
-        self._stop_unless_finite(indices, not_finite, grad_norm)
+        self._stop_if_not_finite(self._backward(indices, size))
         learning_rate = float(self.state.schedule.get_last_lr()[0])
-        self.engine.update()
+        grad_norm = self.engine.update()
+        if not math.isfinite(grad_norm):
+            raise self._not_finite("gradient", indices)
         self.state.schedule.step()
         progress.step += 1
         progress.pairs += size.pairs
@@ -143,35 +148,45 @@ class Trainer:
 
         Returns whether each of this rank's pairs has a loss that is not finite; nothing here waits for the device.
         """
-        runtime, counts = self.runtime, size.counts
-        packs = self.planner.packs(indices, rank=runtime.rank, world_size=runtime.world_size)
+        counts = size.counts
+        packs = self.planner.packs(indices, rank=self.runtime.rank, world_size=self.runtime.world_size)
         whole = self._whole_step(indices, packs, counts) if self.loss.batch_coupled else None
         self.state.progress.packing += self.planner.stats(packs)
-        # A step may have fewer pairs than ranks; a rank without any still joins, with coefficient 0.
-        idle, packs = not packs, packs or [indices[:1]]
         bad: dict[int, Tensor] = {}
-        for position, pack in enumerate(packs):
-            last = position == len(packs) - 1
-            with self.engine.pack(last=last):
-                batch = self.planner.batch(pack, self.pad)
-                scores = self._score(batch)
-                policy = scores.logps
-                if whole is not None:
-                    value = whole.surrogate(pack, policy)
-                else:
-                    losses = self.loss(policy, select_pairs(self.reference, pack, policy))
-                    value = losses.value(counts)
-                aux = None
-                if scores.load_balancing is not None:  # by the pack's share of the step's tokens
-                    aux = batch.tokens / size.tokens * scores.load_balancing
-                    value = value + self.config.loss.load_balancing_weight * aux
-                self.engine.backward(value * (0.0 if idle else 1.0))
-            if aux is not None and not idle:
-                self.state.window.meter.add_aux(aux)
-            if whole is None and not idle:
-                self.state.window.meter.add(policy, losses, counts)
-                bad |= zip(pack, losses.not_finite(), strict=True)
+        idle = self._idle_packs(indices, packs, least=1)
+        with self.engine.step():
+            for position, pack in enumerate([*packs, *idle]):
+                counted = position < len(packs)
+                with self.engine.pack(last=position == len(packs) + len(idle) - 1):
+                    batch = self.planner.batch(pack, self.pad)
+                    scores = self._score(batch)
+                    policy = scores.logps
+                    if whole is not None:
+                        value = whole.surrogate(pack, policy)
+                    else:
+                        losses = self.loss(policy, select_pairs(self.reference, pack, policy))
+                        value = losses.value(counts)
+                    aux = None
+                    if scores.load_balancing is not None:  # by the pack's share of the step's tokens
+                        aux = batch.tokens / size.tokens * scores.load_balancing
+                        value = value + self.config.loss.load_balancing_weight * aux
+                    self.engine.backward(value * float(counted))
+                if aux is not None and counted:
+                    self.state.window.meter.add_aux(aux)
+                if whole is None and counted:
+                    self.state.window.meter.add(policy, losses, counts)
+                    bad |= zip(pack, losses.not_finite(), strict=True)
         return bad if whole is None else dict(zip(indices, whole.losses.not_finite(), strict=True))
+
+    def _idle_packs(self, indices: list[int], packs: list[list[int]], *, least: int) -> list[list[int]]:
+        """Packs that this rank computes, to no effect, because others have more than it, or it has fewer than `least`.
+
+        A step may have fewer pairs than ranks; and where weights or gradients are divided, all must go in step.
+        """
+        rounds = least
+        if self.engine.lockstep_packs:
+            rounds = max(rounds, self.planner.rounds(indices, self.runtime.world_size))
+        return self.planner.smallest(indices, rounds - len(packs))
 
     def _score(self, batch: PackedBatch) -> Scores:
         return self.scorer.score(batch, extras=self.loss.extras, ld_alpha=self.loss.ld_alpha)
@@ -184,6 +199,9 @@ class Trainer:
         random = RandomState.take()
         with torch.no_grad():
             scored = [(pack, self._score(self.planner.batch(pack, self.pad)).logps) for pack in packs]
+            if self.scorer.lockstep:
+                for pack in self._idle_packs(indices, packs, least=0):
+                    self._score(self.planner.batch(pack, self.pad))
         random.put_back()
         policy = gather_logps(scored, indices, self.runtime)
         reference = select_pairs(self.reference, indices, policy)
@@ -198,18 +216,21 @@ class Trainer:
         means = self.state.progress.running_means
         return [torch.tensor(mean.mean, device=self.runtime.device) if mean.count else None for mean in means]
 
-    def _stop_unless_finite(self, indices: list[int], not_finite: dict[int, Tensor], grad_norm: float) -> None:
+    def _stop_if_not_finite(self, not_finite: dict[int, Tensor]) -> None:
         flags = torch.stack(list(not_finite.values())).tolist() if not_finite else []
         bad = [index for index, flag in zip(not_finite, flags, strict=True) if flag]
-        bad = list(chain.from_iterable(self.runtime.gather(bad)))
-        if not bad and math.isfinite(grad_norm):
-            return
+        ranks = self.runtime.gather((bad, self.runtime.stop.reason))
+        self._stop_reason = next((reason for _, reason in ranks if reason is not None), None)
+        if bad := list(chain.from_iterable(bad for bad, _ in ranks)):
+            raise self._not_finite("loss", bad)
+
+    def _not_finite(self, what: str, indices: list[int]) -> UserError:
         origins = self.planner.dataset.origins
-        named = "; ".join(origins[index] for index in sorted(bad or indices)[:8])
-        more = len(bad or indices) - 8
-        raise UserError(
-            f"step {self.state.progress.step + 1}: the {'loss' if bad else 'gradient'} is not finite, stopped before "
-            f"the update; pairs: {named}{f' and {more} more' if more > 0 else ''}; checkpoints, if any, are kept",
+        named = "; ".join(origins[index] for index in sorted(set(indices))[:8])
+        more = len(set(indices)) - 8
+        return UserError(
+            f"step {self.state.progress.step + 1}: the {what} is not finite, stopped before the update; pairs: "
+            f"{named}{f' and {more} more' if more > 0 else ''}; checkpoints, if any, are kept",
             shared=True,
         )
 

@@ -566,6 +566,11 @@ NOT_SHAPING = {
     "reference_cache_read_only",
     "reference_max_tokens_per_batch",
     "verify_reference_rows",
+    "parallel",
+    "offload_optimizer",
+    "offload_param",
+    "zero_hpz_partition_size",
+    "max_run_time",
     "eval_steps",
     "logging_steps",
     "exp_name",
@@ -604,7 +609,7 @@ def test_the_digest_is_of_values_not_of_how_they_were_given(write: Callable[...,
 def test_configuration_errors_end_the_run_before_it_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def start(seed: int) -> None:
+    def start(*positional: object, **named: object) -> None:
         raise AssertionError("the run started")
 
     monkeypatch.setattr(Runtime, "start", start)

@@ -13,9 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import open_po.training.run
 from open_po.config import ModelConfig
 from open_po.data.tokenizer import load_tokenizer
-from open_po.model.export import export_model, exported_weights
+from open_po.model.export import export_model, exported_weights, gather_weights
 from open_po.model.lora import attach_lora
 from open_po.model.numerics import Numerics
+from open_po.model.prepare import Policy
 from open_po.model.scorer import Scorer
 from open_po.output.observers import RunObserver
 from open_po.packing import pack
@@ -42,7 +43,8 @@ def lora(folder: Path, numerics: Numerics = FLOAT32) -> Scorer:
 
 
 def export(scorer: Scorer, model: Path, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    export_model(scorer, load_tokenizer(ModelConfig(model_name_or_path=str(model))), folder, dtype)
+    weights = gather_weights(scorer, dtype, keep=True)
+    export_model(scorer, weights, load_tokenizer(ModelConfig(model_name_or_path=str(model))), folder)
     return cli.weights(folder)
 
 
@@ -126,9 +128,10 @@ def test_a_run_that_exports_at_every_checkpoint_ends_with_the_same_bits(
     scorers: list[Scorer] = []
     load_policy = open_po.training.run.load_policy
 
-    def noted(*positional: Any) -> Scorer:
-        scorers.append(load_policy(*positional))
-        return scorers[0]
+    def noted(*positional: Any) -> Policy:
+        policy = load_policy(*positional)
+        scorers.append(policy.scorer)
+        return policy
 
     class Exporter(RunObserver):
         def checkpoint_written(self, checkpoint: Path) -> None:

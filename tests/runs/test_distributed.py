@@ -116,7 +116,6 @@ def test_two_killed_ranks_resume_bit_for_bit(
     assert cli.checkpoints(killed)[-1] == "step_000004"
     alone = cli.failure(capsys, [*words, "--per_device_train_batch_size", "4"])
     assert "per_device_train_batch_size was 2, is 4" in alone
-    assert "was written by 2 processes, this run has 1" in cli.failure(capsys, words)
     assert cli.forked_ranks(words) == [0, 0]
     assert cli.equal(cli.weights(killed), cli.weights(whole))
     assert cli.without_perf(cli.metrics(killed)) == cli.without_perf(cli.metrics(whole))

@@ -228,7 +228,7 @@ def finished(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_a_whole_folder(finished: Path) -> None:
-    step = {"weights.safetensors", "training.pt", "trainer_state.json"}
+    step = {"weights.safetensors", "optimizer.pt", "training.pt", "trainer_state.json"}
     assert cli.files(finished) == {
         "config.json",
         "generation_config.json",

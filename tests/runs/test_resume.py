@@ -256,7 +256,7 @@ def test_another_configuration_is_refused_and_its_fields_named(
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut"])
-@pytest.mark.parametrize("name", ["weights.safetensors", "training.pt", "trainer_state.json"])
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.pt", "training.pt", "trainer_state.json"])
 def test_a_damaged_checkpoint_is_told_in_one_line(
     name: str, damage: str, whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -318,11 +318,12 @@ class Payload:
         return os.mkdir, ("/tmp/open_po_payload",)
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "training.pt"])
 def test_a_checkpoint_from_elsewhere_is_read_as_data_and_never_executed(
-    whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = whole("adamw")
     output = unfinished(expected, tmp_path)
-    torch.save({"optimizer": Payload()}, output / "checkpoints" / "step_000006" / "training.pt")
+    torch.save({"optimizer": Payload()}, output / "checkpoints" / "step_000006" / name)
     assert "is no whole checkpoint" in cli.failure(capsys, expected.words(output, resume_from_checkpoint="auto"))
     assert not Path("/tmp/open_po_payload").exists()

@@ -1,0 +1,124 @@
+"""A model whose weights, gradients and optimizer states are divided among ranks by PyTorch's `fully_shard` (FSDP2).
+
+A layer's weights are gathered while it computes, and dropped again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from open_po.distributed.engine import Engine, Fill, OptimizerMaker, Placement, clip_and_step, trained
+from open_po.distributed.runtime import Runtime
+
+# Share of a GPU's memory that a whole gradient may take; a larger one is reduced after every pack, not once a step.
+_WHOLE_GRADIENT = 0.2
+
+
+class FsdpPlacement(Placement):
+    """The weights of a model, divided among all ranks: each of `units` by itself, what is left together.
+
+    Each is filled before it is divided, so that a rank holds its parts and one whole unit.
+    """
+
+    lockstep = True
+
+    def __init__(self, model: nn.Module, units: Sequence[nn.Module], fill: Fill, runtime: Runtime) -> None:
+        super().__init__(model, runtime.device)
+        mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
+        offloaded = runtime.parallelism.offload_param
+        options: dict[str, Any] = {
+            "mesh": mesh,
+            "reshard_after_forward": runtime.parallelism.reshard_after_forward,
+            "offload_policy": CPUOffloadPolicy() if offloaded else OffloadPolicy(),
+        }
+        for unit in [*units, model]:
+            fill(unit)
+            fully_shard(unit, **options)
+        if not runtime.parallelism.reshard_after_forward:
+            model.register_forward_hook(_drop_unless_trained)
+
+    def whole(self, weight: Tensor) -> Tensor:
+        weight = weight.detach()
+        return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+class FsdpEngine(Engine):
+    """Training of a model that `FsdpPlacement` has divided."""
+
+    lockstep = lockstep_packs = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[nn.Module],
+        fill: Fill,
+        make_optimizer: OptimizerMaker,
+        runtime: Runtime,
+        *,
+        max_grad_norm: float,
+    ) -> None:
+        super().__init__(model, runtime.device)
+        self._placement, self._world_size = FsdpPlacement(model, units, fill, runtime), runtime.world_size
+        self._model = cast(FSDPModule, model)
+        self._limit = max_grad_norm or float("inf")
+        # Now: after a forward pass without gradients the root's weights stay whole, and are not what is trained.
+        self.optimizer = make_optimizer(trained(model).values())
+        self._reduces_once = _reduces_once(model, runtime.device)
+
+    def whole(self, weight: Tensor) -> Tensor:
+        return self._placement.whole(weight)
+
+    @contextmanager
+    def pack(self, *, last: bool) -> Iterator[None]:
+        self._model.set_requires_gradient_sync(last or not self._reduces_once)
+        yield
+
+    def backward(self, value: Tensor) -> None:
+        (value * self._world_size).backward()  # the ranks' gradients are averaged
+
+    def update(self) -> float:
+        return clip_and_step(self.optimizer, self._limit)
+
+    def save(self, folder: Path) -> None:
+        dcp.save(self._state(), checkpoint_id=folder)
+
+    def load(self, folder: Path) -> None:
+        state = self._state()
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(
+            self.module,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(ignore_frozen_params=True, strict=False),
+        )
+
+    def _state(self) -> dict[str, Any]:
+        options = StateDictOptions(ignore_frozen_params=True)
+        model, optimizer = get_state_dict(self.module, self.optimizer, options=options)
+        return {"model": model, "optimizer": optimizer}
+
+
+def _drop_unless_trained(module: nn.Module, *_: object) -> None:
+    """Drop gathered weights where no backward pass will: what stayed would be taken for what is trained."""
+    if not torch.is_grad_enabled():
+        cast(FSDPModule, module).reshard()
+
+
+def _reduces_once(model: nn.Module, device: torch.device) -> bool:
+    """Whether gradients of all packs may be added up on each rank, whole, before they are reduced."""
+    if device.type != "cuda":
+        return True
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in trained(model).values())
+    return needed <= _WHOLE_GRADIENT * torch.cuda.get_device_properties(device).total_memory

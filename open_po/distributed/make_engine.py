@@ -1,0 +1,40 @@
+"""The engine that a run asks for. It owns the order: the model is spread, then its optimizer is made, then hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from open_po.distributed.ddp import DdpEngine
+from open_po.distributed.engine import Engine, Fill, OptimizerMaker
+from open_po.distributed.runtime import Runtime
+from open_po.distributed.single import SingleEngine
+
+
+def make_engine(
+    model: nn.Module,
+    units: Sequence[nn.Module],
+    fill: Fill,
+    make_optimizer: OptimizerMaker,
+    runtime: Runtime,
+    *,
+    max_grad_norm: float,
+) -> Engine:
+    """`model` spread over the ranks as `runtime.parallelism` says, with an optimizer of its trained parameters.
+
+    `units` are the layers whose weights are gathered together, where weights are divided; `fill` gives a unit's their
+    values before. `max_grad_norm` 0: gradients are not clipped.
+    """
+    kind = runtime.parallelism.kind
+    if kind == "single":
+        return SingleEngine(model, make_optimizer, runtime, max_grad_norm=max_grad_norm)
+    if kind == "ddp":
+        return DdpEngine(model, make_optimizer, runtime, max_grad_norm=max_grad_norm)
+    if kind == "fsdp":
+        from open_po.distributed.fsdp import FsdpEngine
+
+        return FsdpEngine(model, units, fill, make_optimizer, runtime, max_grad_norm=max_grad_norm)
+    from open_po.distributed.zero import ZeroEngine
+
+    return ZeroEngine(model, units, fill, make_optimizer, runtime, max_grad_norm=max_grad_norm)

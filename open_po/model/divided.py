@@ -1,0 +1,159 @@
+"""Models that no rank ever holds as a whole: made without weights, then filled and divided layer by layer.
+
+Rank 0 reads the files, one weight at a time, and sends it to the others; of every layer each rank then keeps its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from open_po.distributed.runtime import Runtime
+from open_po.distributed.skeleton import broadcast, without_weights
+from open_po.errors import UserError, first_line
+from open_po.model.load import apply_liger, load_scorer, model_settings
+from open_po.model.numerics import Numerics
+from open_po.model.scorer import Scorer
+from open_po.model_files import ModelSource, adapter_base
+
+_CPU = torch.device("cpu")
+# Share of a device's memory that a whole copy of the reference may take.
+_FITS = 0.6
+
+
+class Weights(Mapping[str, Tensor]):
+    """A folder's weights by name, each read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Any] = {}
+        for path in sorted(folder.glob("model*.safetensors")):
+            file: Any = safe_open(path, framework="pt")
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def shape(self, name: str) -> list[int]:
+        """The shape of a weight, which is not read for it."""
+        shape: list[int] = self._files[name].get_slice(name).get_shape()
+        return shape
+
+    def __iter__(self) -> Any:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+class HollowModel:
+    """A scorer without weights, and what is needed to fill it."""
+
+    def __init__(self, source: ModelSource, numerics: Numerics, runtime: Runtime) -> None:
+        self.source, self.numerics, self.runtime = source, numerics, runtime
+        folder = source.folder()
+        base = adapter_base(folder, source.trust_remote_code)
+        self._folder = folder if base is None else base.folder()
+        try:
+            settings, dropout = model_settings(self._folder, source.trust_remote_code, numerics)
+            with without_weights():
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(settings.pop("config"), **settings)
+        except Exception as error:  # transformers raises whatever a bad folder makes it
+            raise UserError(f"{source.name}: no causal language model can be made ({first_line(error)})") from error
+        model.name_or_path = model.config._name_or_path = source.name
+        self._names = _make_hollow(model)
+        if numerics.use_liger:
+            apply_liger(model)
+        self.scorer = Scorer(model, numerics, dropout, holds_adapters=base is not None)
+        # Buffers of a model's state that are in its files; the others were computed when it was made.
+        saved = model.state_dict()
+        self._buffers = {id(buffer): name for name, buffer in model.named_buffers() if name in saved}
+        self._kept = [*model.parameters(), *model.buffers()]  # what has gone might leave its identity to another
+        self._weights: Mapping[str, Tensor] | None = None  # on rank 0, once they are needed
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weights are."""
+        return sum(parameter.numel() for parameter in self.scorer.parameters())
+
+    def fits_whole(self) -> bool:
+        """Whether each rank's device has room for a whole copy that only scores."""
+        needed = self.parameters * self.numerics.weights_dtype.itemsize
+        device, runtime = self.runtime.device, self.runtime
+        if device.type == "cuda":
+            return needed <= _FITS * torch.cuda.get_device_properties(device).total_memory
+        return bool(needed <= _FITS * psutil.virtual_memory().available / runtime.local_world_size)
+
+    def fill(self, unit: nn.Module) -> None:
+        """Give the weights in `unit` that have none their values, on the device; all ranks call this alike."""
+        filled: dict[int, nn.Parameter] = {}
+        for module in unit.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is None or hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id"):
+                    continue  # divided already
+                if id(parameter) not in filled:
+                    filled[id(parameter)] = self._real(parameter)
+                module._parameters[name] = filled[id(parameter)]
+            for name, buffer in list(module._buffers.items()):
+                if buffer is not None:
+                    module._buffers[name] = self._sent(buffer, self._buffers.get(id(buffer)))
+
+    def _real(self, parameter: nn.Parameter) -> nn.Parameter:
+        value = self._sent(parameter.detach(), self._names.get(id(parameter)))
+        return nn.Parameter(value, requires_grad=parameter.requires_grad)
+
+    def _sent(self, value: Tensor, name: str | None) -> Tensor:
+        """Rank 0's `value` on every rank's device, from the files if it has a `name` in them."""
+        runtime = self.runtime
+        sent = torch.empty(value.shape, dtype=value.dtype, device=runtime.device)
+        if runtime.is_main:
+            sent.copy_(value if name is None else self._read()[name])
+        broadcast(sent, runtime)
+        return sent
+
+    def _read(self) -> Mapping[str, Tensor]:
+        if self._weights is None:
+            self._weights = self._open()
+        return self._weights
+
+    def _open(self) -> Mapping[str, Tensor]:
+        """The weights by their names in the model: in its files if they have these names, else in the host's memory."""
+        weights = Weights(self._folder)
+        wanted = {name: list(parameter.shape) for name, parameter in self._hollow()}
+        if not self.scorer.holds_adapters and all(
+            name in weights and weights.shape(name) == shape for name, shape in wanted.items()
+        ):
+            return weights
+        self.runtime.say(f"{self.source.name}: the files name weights in another way; rank 0 reads all of them first")
+        return load_scorer(self.source, self.numerics, _CPU).base.state_dict()
+
+    def _hollow(self) -> list[tuple[str, Tensor]]:
+        tensors = [*self.scorer.parameters(), *self.scorer.buffers()]
+        names = self._names | self._buffers
+        return [(names[id(tensor)], tensor) for tensor in tensors if id(tensor) in names]
+
+
+def _make_hollow(model: PreTrainedModel) -> dict[int, str]:
+    """Put in place of every weight one on the host that has its shape and no memory; the names by identity.
+
+    On the host, where adapters that are added find the device to be made on.
+    """
+    hollow: dict[int, nn.Parameter] = {}
+    names: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in hollow:
+                empty = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                hollow[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                names[id(hollow[id(parameter)])] = f"{prefix}.{name}" if prefix else name
+            module._parameters[name] = hollow[id(parameter)]
+    return names

@@ -1,0 +1,101 @@
+"""One process, DDP, ZeRO and FSDP take the same steps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from open_po.losses import MixedLosses
+from tests import cli, tiny
+
+Prepare = Callable[[int], object] | None
+ENGINES = ["ddp", "zero1", "zero2", "zero3", "fsdp"]
+# 9 pairs in steps of 4, 4 and 1: an odd number, and a step with fewer pairs than ranks. Packs hold one or two pairs.
+STEPS = {"num_epochs": 2, "max_train_steps": 5, "max_tokens_per_batch": 60, "weight_decay": 0.1}
+LORA = {"use_lora": True, "lora_rank": 4, "lora_alpha": 16, "learning_rate": 1e-2}
+LOSSES = {
+    "dpo_norm": {"loss_type": "dpo_norm", "beta": 5},
+    "aot": {"loss_type": "aot", "beta": 0.5},  # couples the pairs of a step
+}
+OPTIMIZERS = {
+    "adamw": {"optimizer": "adamw", "learning_rate": 1e-3},
+    # Not clipped: its steps are as large as its gradients, and a wrong divisor shows.
+    "sgd": {"optimizer": "sgd", "learning_rate": 0.05, "weight_decay": 0.0, "max_grad_norm": 0},
+}
+RUNS: dict[str, dict[str, Any]] = {
+    f"{loss}_{optimizer}{suffix}": STEPS | fields | OPTIMIZERS[optimizer] | more
+    for loss, fields in LOSSES.items()
+    for optimizer in OPTIMIZERS
+    for suffix, more in (("", {}), ("_lora", LORA))
+}
+RUNS["dpo_norm_checkpointing"] = RUNS["dpo_norm_adamw"] | {"gradient_checkpointing": True}
+FAST = ["dpo_norm_sgd", "dpo_norm_adamw_lora", "aot_adamw", "aot_sgd_lora", "dpo_norm_checkpointing"]
+SLOW = [name for name in RUNS if name not in FAST]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", tiny.text_rows(9))
+
+
+Alone = Callable[[str], dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def alone(llama: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    """The weights that one process ends with."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    @functools.cache
+    def train(name: str) -> dict[str, torch.Tensor]:
+        return cli.weights(cli.train(llama, pairs, folder / name, per_device_train_batch_size=4, **RUNS[name]))
+
+    return train
+
+
+def shares_of_movement(
+    names: list[str], engine: str, llama: Path, pairs: Path, alone: Alone, folder: Path, prepare: Prepare = None
+) -> dict[str, float]:
+    """How far two ranks end from one process, by the distance that training went."""
+    cli.forked_ranks_in_turn(
+        [
+            cli.arguments(llama, pairs, folder / name, parallel=engine, per_device_train_batch_size=2, **RUNS[name])
+            for name in names
+        ],
+        prepare or (lambda rank: None),
+    )
+    start, shares = cli.weights(llama), {}
+    for name in names:
+        movement = cli.distance(alone(name), start)
+        assert movement > 0.05, f"{name} hardly moved: the comparison would show nothing"
+        shares[name] = cli.distance(cli.weights(folder / name), alone(name)) / movement
+    return shares
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("names", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["fast", "slow"])
+def test_the_weights_are_those_of_one_process(
+    names: list[str], engine: str, llama: Path, pairs: Path, alone: Alone, tmp_path: Path
+) -> None:
+    shares = shares_of_movement(names, engine, llama, pairs, alone, tmp_path)
+    print(engine, {name: f"{share:.1e}" for name, share in shares.items()})
+    assert max(shares.values()) <= 1e-4, shares
+
+
+@pytest.mark.parametrize(
+    "engine", [pytest.param(name, marks=[] if name in ("ddp", "fsdp") else [pytest.mark.slow]) for name in ENGINES]
+)
+def test_a_divisor_that_is_wrong_by_two_would_show(
+    engine: str, llama: Path, pairs: Path, alone: Alone, tmp_path: Path
+) -> None:
+    def halve(rank: int) -> None:
+        value = MixedLosses.value
+        MixedLosses.value = lambda self, counts: value(self, counts) / 2  # type: ignore[method-assign]
+
+    shares = shares_of_movement(["dpo_norm_sgd"], engine, llama, pairs, alone, tmp_path, halve)
+    assert shares["dpo_norm_sgd"] > 0.1

@@ -1,0 +1,107 @@
+"""A run that is asked to stop saves and says so, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from open_po.reference.fill import ReferencePass
+from open_po.training.trainer import Trainer
+from tests import cli
+
+Capture = pytest.CaptureFixture[str]
+FIELDS: dict[str, Any] = {"num_epochs": 2, "checkpointing_steps": 5, "resume_from_checkpoint": "auto"}
+
+
+def signals_in_step(number: int, *signals: signal.Signals) -> None:
+    """Have this process send itself signals in the middle of a step."""
+    backward = Trainer._backward
+
+    def signalled(self: Trainer, *positional: Any) -> Any:
+        if self.state.progress.step + 1 == number:
+            for each in signals:
+                os.kill(os.getpid(), each)
+        return backward(self, *positional)
+
+    Trainer._backward = signalled  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
+    name: str, llama: Path, pairs_file: Path, tmp_path: Path, capfd: Capture
+) -> None:
+    whole = cli.train(llama, pairs_file, tmp_path / "whole", **FIELDS)
+    run = tmp_path / "run"
+    words = cli.arguments(llama, pairs_file, run, **FIELDS)
+    capfd.readouterr()
+    assert cli.forked(words, lambda: signals_in_step(3, signal.Signals[name])) == 75
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        f"stopped: {name}, after step 3 of 12; saved {run}/checkpoints/step_000003, and the same command goes on from "
+        "there with --resume_from_checkpoint auto"
+    )
+    assert cli.checkpoints(run) == ["step_000003"]
+    assert cli.summary(run)["status"] == "interrupted"
+    assert cli.forked(words) == 0
+    assert cli.equal(cli.weights(run), cli.weights(whole))
+    assert cli.without_perf(cli.metrics(run)) == cli.without_perf(cli.metrics(whole))
+
+
+def test_a_second_signal_ends_the_run_at_once(llama: Path, pairs_file: Path, tmp_path: Path) -> None:
+    words = cli.arguments(llama, pairs_file, tmp_path / "run", **FIELDS)
+    assert cli.forked(words, lambda: signals_in_step(3, signal.SIGUSR1, signal.SIGTERM)) == -signal.SIGTERM
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(
+    llama: Path, pairs_file: Path, tmp_path: Path, capfd: Capture
+) -> None:
+    fields = FIELDS | {"per_device_train_batch_size": 2}
+    words = cli.arguments(llama, pairs_file, tmp_path / "run", **fields)
+    capfd.readouterr()
+
+    def signal_one(rank: int) -> None:
+        if rank == 1:
+            signals_in_step(4, signal.SIGTERM)
+
+    assert cli.forked_ranks(words, signal_one) == [75, 75]
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("stopped")]
+    assert len(said) == 1
+    assert "SIGTERM, after step 4 of 12" in said[0]
+    assert cli.checkpoints(tmp_path / "run") == ["step_000004"]
+
+
+def test_a_signal_before_training_is_told_and_nothing_is_lost(
+    llama: Path, pairs_file: Path, tmp_path: Path, capfd: Capture
+) -> None:
+    words = cli.arguments(llama, pairs_file, tmp_path / "run", **FIELDS)
+
+    def signal_in_reference_pass() -> None:
+        compute = ReferencePass._compute
+
+        def signalled(self: ReferencePass, *positional: Any) -> None:
+            compute(self, *positional)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        ReferencePass._compute = signalled  # type: ignore[method-assign]
+
+    capfd.readouterr()
+    assert cli.forked(words, signal_in_reference_pass) == 75
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        "stopped: SIGTERM; what is on disk is kept, and the same command goes on from there"
+    )
+    assert cli.forked(words) == 0
+    assert cli.summary(tmp_path / "run")["reference"]["pairs_reused"] > 0
+
+
+def test_max_run_time_ends_the_run_again_and_again(llama: Path, pairs_file: Path, tmp_path: Path) -> None:
+    fields = FIELDS | {"num_epochs": 1, "checkpointing_steps": None}
+    whole = cli.train(llama, pairs_file, tmp_path / "whole", **fields)
+    words = cli.arguments(llama, pairs_file, tmp_path / "run", max_run_time=1e-7, **fields)
+    for _ in range(5):
+        assert cli.forked(words) == 75
+    assert cli.forked(words) == 0  # the last step ends the run as usual
+    assert cli.equal(cli.weights(tmp_path / "run"), cli.weights(whole))
