@@ -6,11 +6,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from open_po.config import RunConfig
-from open_po.distributed.runtime import Runtime
 from open_po.errors import ConfigError, Preempted, UserError, user_line
+
+if TYPE_CHECKING:
+    from open_po.distributed.runtime import Runtime
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -37,6 +39,8 @@ def run_command(read: Callable[[], RunConfig], job: Callable[[RunConfig, Runtime
         config = read()
     except ConfigError as error:
         return refused(error)
+    from open_po.distributed.runtime import Runtime  # which loads what a launcher, and a mistake, can do without
+
     try:
         runtime = Runtime.start(config.train.seed, config.distributed, max_hours=config.train.max_run_time)
     except UserError as error:

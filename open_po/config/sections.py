@@ -119,6 +119,12 @@ class ReferenceConfig:
         "with ld_alpha, else sum",
         shapes_result=False,
     )
+    reference_sharding: Literal["auto", "on", "off"] = option(
+        "auto",
+        "on: the ranks divide the reference model among them and compute its log-probs in step; off: each has a whole "
+        "copy and works by itself, which is faster. auto: whole copies where they fit",
+        shapes_result=False,
+    )
     verify_reference_rows: int = option(
         4,
         "cached log-probs that are computed once more at the start and compared; 0: none, and a reference model with "

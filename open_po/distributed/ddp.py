@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
@@ -21,9 +22,11 @@ class DdpEngine(SingleEngine):
     ) -> None:
         super().__init__(model, make_optimizer, runtime, max_grad_norm=max_grad_norm)
         devices = [runtime.device] if runtime.device.type == "cuda" else None
-        self.module = DistributedDataParallel(
-            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the name that says it in torch 2.11 too
+            self.module = DistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
     def pack(self, *, last: bool) -> AbstractContextManager[object]:
         module = cast(DistributedDataParallel, self.module)

@@ -7,9 +7,16 @@ from collections.abc import Sequence
 from torch import nn
 
 from open_po.distributed.ddp import DdpEngine
-from open_po.distributed.engine import Engine, Fill, OptimizerMaker
+from open_po.distributed.engine import Engine, Fill, OptimizerMaker, Placement
 from open_po.distributed.runtime import Runtime
 from open_po.distributed.single import SingleEngine
+
+
+def divide(model: nn.Module, units: Sequence[nn.Module], fill: Fill, runtime: Runtime) -> Placement:
+    """`model`, which is not trained, with its weights divided among all ranks; `units` and `fill` as below."""
+    from open_po.distributed.fsdp import FsdpPlacement
+
+    return FsdpPlacement(model, units, fill, runtime)
 
 
 def make_engine(

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from open_po.distributed.make_engine import divide
 from open_po.distributed.runtime import Runtime
 from open_po.distributed.skeleton import broadcast, without_weights
 from open_po.errors import UserError, first_line
@@ -84,12 +85,19 @@ class HollowModel:
         return sum(parameter.numel() for parameter in self.scorer.parameters())
 
     def fits_whole(self) -> bool:
-        """Whether each rank's device has room for a whole copy that only scores."""
+        """Whether every rank's device has room for a whole copy that only scores; all ranks call this."""
         needed = self.parameters * self.numerics.weights_dtype.itemsize
         device, runtime = self.runtime.device, self.runtime
         if device.type == "cuda":
-            return needed <= _FITS * torch.cuda.get_device_properties(device).total_memory
-        return bool(needed <= _FITS * psutil.virtual_memory().available / runtime.local_world_size)
+            room = torch.cuda.get_device_properties(device).total_memory
+        else:
+            room = psutil.virtual_memory().available // runtime.local_world_size
+        return all(runtime.gather(needed <= _FITS * room))
+
+    def divided(self) -> Scorer:
+        """The scorer with its weights, divided among the ranks, to score and not to be trained."""
+        self.scorer.place(divide(self.scorer, self.scorer.decoder_layers(), self.fill, self.runtime))
+        return self.scorer
 
     def fill(self, unit: nn.Module) -> None:
         """Give the weights in `unit` that have none their values, on the device; all ranks call this alike."""

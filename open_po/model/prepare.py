@@ -6,18 +6,19 @@ from typing import NamedTuple, get_args
 
 from torch import nn
 
-from open_po.config import RunConfig, Sharing
+from open_po.config import ReferenceConfig, RunConfig, Sharing
 from open_po.data.run_data import Data
 from open_po.distributed.engine import Engine, Fill, OptimizerMaker
 from open_po.distributed.make_engine import make_engine
 from open_po.distributed.runtime import Runtime
+from open_po.errors import UserError
 from open_po.model.divided import HollowModel
 from open_po.model.layout_check import choose_layout
 from open_po.model.load import checkpoint_gradients, load_scorer
 from open_po.model.lora import attach_lora
 from open_po.model.numerics import Numerics
 from open_po.model.scorer import Scorer
-from open_po.model_files import policy_source
+from open_po.model_files import ModelSource, policy_source
 from open_po.packing import Layout
 
 
@@ -52,6 +53,34 @@ def agree_on_layout(scorer: Scorer, runtime: Runtime) -> None:
     scorer.use_layout(max(layouts, key=get_args(Layout).index))
     if len(set(layouts)) > 1:
         runtime.say(f"The ranks found different layouts ({', '.join(layouts)}); all take {scorer.layout}")
+
+
+def load_reference(
+    source: ModelSource, numerics: Numerics, config: RunConfig, runtime: Runtime, data: Data, *, label: str
+) -> Scorer:
+    """A model that only scores, as a whole on each rank or divided among them; all ranks call this."""
+
+    def load() -> Scorer:
+        if is_divided(source, numerics, config.reference, runtime):
+            scorer = HollowModel(source, numerics, runtime).divided()
+        else:
+            scorer = load_scorer(source, numerics, runtime.device)
+        check_fits(scorer, data)
+        set_layout(scorer, data, config.model.prompt_sharing, label, runtime)
+        return scorer
+
+    scorer = runtime.on_every_rank(load)
+    agree_on_layout(scorer, runtime)
+    return scorer
+
+
+def is_divided(source: ModelSource, numerics: Numerics, config: ReferenceConfig, runtime: Runtime) -> bool:
+    """Whether the ranks divide a model that only scores. Raises UserError if there are none to divide it among."""
+    if config.reference_sharding == "on" and runtime.world_size == 1:
+        raise UserError("reference_sharding: on needs several ranks, this run has one; use off, or more processes")
+    if config.reference_sharding != "auto" or runtime.world_size == 1:
+        return config.reference_sharding == "on"
+    return not HollowModel(source, numerics, runtime).fits_whole()
 
 
 def _is_filled(unit: nn.Module) -> None:

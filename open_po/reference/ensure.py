@@ -17,11 +17,10 @@ from open_po.data.run_data import Data
 from open_po.data.tokenizer import refuse_other_vocabulary
 from open_po.distributed.runtime import Runtime
 from open_po.errors import UserError
-from open_po.model.load import load_scorer
 from open_po.model.logprobs import response_sums
 from open_po.model.memory import release_memory
 from open_po.model.numerics import Numerics, reference_numerics
-from open_po.model.prepare import agree_on_layout, check_fits, set_layout
+from open_po.model.prepare import load_reference
 from open_po.model.scorer import Scorer
 from open_po.model_files import ModelSource, agreed_identity, reference_source
 from open_po.output.summary import ReferenceTotals
@@ -102,18 +101,10 @@ def log_probs_of(
     """Log-probs of a model that is loaded for nothing else, and gone when this returns."""
 
     def load() -> Scorer:
-        scorer = load_scorer(source, numerics, runtime.device)
-        check_fits(scorer, data)
-        set_layout(scorer, data, config.model.prompt_sharing, label, runtime)
-        return scorer
-
-    def load_alike() -> Scorer:
-        scorer = runtime.on_every_rank(load)
-        agree_on_layout(scorer, runtime)
-        return scorer
+        return load_reference(source, numerics, config, runtime, data, label=label)
 
     identity = agreed_identity(source, Path(config.reference.reference_cache_dir), runtime)
-    reference = ensure_reference(load_alike, source, identity, numerics, config, runtime, data)
+    reference = ensure_reference(load, source, identity, numerics, config, runtime, data)
     release_memory()
     return reference
 

@@ -17,7 +17,7 @@ from open_po.losses import LossMix, PairLogps
 from open_po.model.export import WholeWeights, export_model, gather_weights
 from open_po.model.memory import peak_memory_bytes
 from open_po.model.numerics import Numerics, policy_numerics
-from open_po.model.prepare import Policy, load_policy
+from open_po.model.prepare import Policy, is_divided, load_policy
 from open_po.model.scorer import Scorer
 from open_po.model_files import agreed_identity, policy_source
 from open_po.output.curves import plot_curves
@@ -29,7 +29,7 @@ from open_po.output.summary import DataTotals, RunFacts, RunResult, RunSummary, 
 from open_po.output.tables import packing_line, result_table
 from open_po.output.trackers import JsonlTracker, WandbTracker
 from open_po.packing import Planner
-from open_po.reference import FilledStore, ensure_reference, open_cache, separate_reference
+from open_po.reference import FilledStore, ensure_reference, log_probs_of, open_cache, separate_reference
 from open_po.training.checkpoint import TrainingProgress
 from open_po.training.optimizer import make_optimizer
 from open_po.training.start import start_or_resume
@@ -79,6 +79,10 @@ def _train(
     data = prepare_data(config, runtime)
     reference = separate_reference(config, runtime, data) if needs_reference else None
     identity = agreed_identity(source, Path(config.reference.reference_cache_dir), runtime)
+    # Whole copies, where they fit, need no gathering of weights, and no rank waits for another.
+    divides = needs_reference and reference is None and runtime.parallelism.divides_weights
+    if divides and not runtime.on_every_rank(is_divided, source, numerics, config.reference, runtime):
+        reference = log_probs_of(source, numerics, config, runtime, data, label="Policy as reference")
     policy = load_policy(config, numerics, runtime, data, partial(make_optimizer, config=config.train))
     if needs_reference and reference is None:
         reference = ensure_reference(lambda: policy.scorer, source, identity, numerics, config, runtime, data)

@@ -566,6 +566,7 @@ NOT_SHAPING = {
     "reference_cache_read_only",
     "reference_max_tokens_per_batch",
     "verify_reference_rows",
+    "reference_sharding",
     "parallel",
     "offload_optimizer",
     "offload_param",
