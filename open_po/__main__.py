@@ -3,12 +3,14 @@
     cache    build, info, verify, prune, merge: the reference log-probs on disk
     score    log-probs and implicit rewards of every pair of a data set
     sweep    one reference pass, then a run for each setting of a grid
+    launch   a run's processes, on one node or on several at once
 
 `python -m open_po COMMAND --help` says more; training is `python dpo_tune_cache.py`.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -29,13 +31,19 @@ def main(words: Sequence[str]) -> int:
             from open_po.commands import sweep
 
             return sweep.main(rest)
+        if name == "launch":
+            # Read when torch is imported. A store that closes is told of in one line, not in a C++ trace as well.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+            from open_po.commands import launch
+
+            return launch.main(rest)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
     if name in ("-h", "--help"):
         print(__doc__)
         return 0
-    print(f"error: {name}: is no command; there are cache, score and sweep", file=sys.stderr)
+    print(f"error: {name}: is no command; there are cache, score, sweep and launch", file=sys.stderr)
     return 2
 
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,11 @@ from typing import Any
 _POLL_SECONDS = 0.2
 _PATIENCE_SECONDS = 60.0  # for a process to end by itself when it is asked to
 _DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
+
+try:  # here and not between fork and exec, where loading a library may wait for a thread that the fork lacks
+    _LIBC: ctypes.CDLL | None = ctypes.CDLL("libc.so.6")
+except OSError:  # not Linux
+    _LIBC = None
 
 
 @dataclass(kw_only=True)
@@ -74,7 +78,7 @@ class Slots:
                 stderr=subprocess.STDOUT,
                 env=environment or slot.environment,
                 start_new_session=True,  # a terminal's Ctrl-C is passed on once, by `stop`
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
 
     def ended(self) -> Iterator[tuple[Any, int, float]]:
@@ -115,6 +119,7 @@ class Slots:
             pass
 
 
-def _die_with_parent() -> None:
-    with suppress(OSError, AttributeError):  # not Linux
-        ctypes.CDLL("libc.so.6").prctl(_DIES_WITH_PARENT, signal.SIGTERM)
+def die_with_parent() -> None:
+    """In a child before its program starts: SIGTERM for it when the process that started it ends, in whatever way."""
+    if _LIBC is not None:
+        _LIBC.prctl(_DIES_WITH_PARENT, signal.SIGTERM)

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Tulu 3 8B: its DPO stage, as published (configs/recipes/tulu3_dpo_8b.yaml), on 4 nodes with 8 GPUs each.
+#
+#   NODE_RANK=0 MASTER_ADDR=node0 bash scripts/train/tulu3/dpo_8b.sh [--dry-run] [--field value ...]     on node 0
+#   NODE_RANK=1 MASTER_ADDR=node0 bash scripts/train/tulu3/dpo_8b.sh [--field value ...]                 on node 1; and so on
+#   sbatch scripts/train/slurm.sbatch scripts/train/tulu3/dpo_8b.sh [--field value ...]                  on all, by Slurm
+#
+# NUM_NODES and GPUS_PER_NODE, or Slurm, change the nodes; keep the global batch at 128 pairs then, for example on one
+# node: NUM_NODES=1 bash scripts/train/tulu3/dpo_8b.sh --gradient_accumulation_steps 16
+set -euo pipefail
+
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+    export NUM_NODES="${NUM_NODES:-4}"
+    [ -n "${PROCESSES_PER_NODE:-}" ] || export GPUS_PER_NODE="${GPUS_PER_NODE:-8}"
+fi
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../launch.sh" configs/recipes/tulu3_dpo_8b.yaml "$@"
