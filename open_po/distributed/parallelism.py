@@ -57,6 +57,12 @@ class LauncherWish:
             raise UserError(f"accelerate launch: mixed precision {precision} is not supported; use bf16 or no")
         if _is_set("ACCELERATE_USE_MEGATRON_LM"):
             raise UserError("accelerate launch: Megatron-LM is not supported; use DeepSpeed, FSDP or none")
+        lonely = "MASTER_ADDR" in os.environ and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & {*os.environ}
+        if _is_set("ACCELERATE_USE_CPU") and lonely:
+            raise UserError(
+                "accelerate launch --cpu: starts several processes through MPI alone (--mpirun_hostfile), and has "
+                "started one; use torchrun --nproc_per_node N, or PROCESSES_PER_NODE=N bash scripts/train/launch.sh"
+            )
         if _is_set("ACCELERATE_USE_DEEPSPEED"):
             return _deepspeed_wish()
         if _is_set("ACCELERATE_USE_FSDP"):
