@@ -110,7 +110,7 @@ def build(config: RunConfig, runtime: Runtime) -> None:
     if not config.loss.mix().needs_reference:
         runtime.say(f"loss_type {', '.join(config.loss.names)} uses no reference log-probs: there is nothing to build")
         return
-    runtime.on_main(open_cache, config)
+    runtime.on_each_node(open_cache, config)
     data = prepare_data(config, runtime)
     reference = separate_reference(config, runtime, data)
     if reference is None:

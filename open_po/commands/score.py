@@ -90,7 +90,7 @@ def _problem(name: str) -> str | None:
 def score(config: RunConfig, runtime: Runtime, out: Path, beta: float) -> None:
     """Score the data under the policy, and under the reference if there is one, and write one line a pair."""
     runtime.on_main(_check, out, config)
-    runtime.on_main(open_cache, config)
+    runtime.on_each_node(open_cache, config)
     data = prepare_data(config, runtime, label="Data")
 
     numerics = runtime.from_main(frozen_numerics, config.model, runtime.device)

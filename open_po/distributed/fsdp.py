@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
@@ -36,7 +37,8 @@ class FsdpPlacement(Placement):
     def __init__(self, model: nn.Module, units: Sequence[nn.Module], fill: Fill, runtime: Runtime) -> None:
         super().__init__(model, runtime.device)
         mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
-        offloaded = runtime.parallelism.offload_param
+        # On a CPU weights are in the host's memory anyway.
+        offloaded = runtime.parallelism.offload_param and runtime.device.type == "cuda"
         options: dict[str, Any] = {
             "mesh": mesh,
             "reshard_after_forward": runtime.parallelism.reshard_after_forward,
@@ -91,11 +93,19 @@ class FsdpEngine(Engine):
         return clip_and_step(self.optimizer, self._limit)
 
     def save(self, folder: Path) -> None:
-        dcp.save(self._state(), checkpoint_id=folder)
+        try:
+            dcp.save(self._state(), checkpoint_id=folder)
+        except CheckpointException as error:  # on all ranks, and no `Exception`
+            reason, _ = next(iter(error.failures.values()))
+            raise reason from error
 
     def load(self, folder: Path) -> None:
         state = self._state()
-        dcp.load(state, checkpoint_id=folder)
+        try:
+            dcp.load(state, checkpoint_id=folder)
+        except CheckpointException as error:
+            reason, _ = next(iter(error.failures.values()))
+            raise reason from error
         set_state_dict(
             self.module,
             self.optimizer,

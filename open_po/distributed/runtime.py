@@ -94,6 +94,11 @@ class Runtime:
         return int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
 
     @property
+    def is_node_first(self) -> bool:
+        """Whether this is the first rank of its machine."""
+        return bool(self.accelerator.is_local_main_process)
+
+    @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes and prints."""
         return bool(self.accelerator.is_main_process)
@@ -144,9 +149,23 @@ class Runtime:
         return cast(T, result)
 
     def main_first(self, action: Callable[Arguments, T], *args: Arguments.args, **named: Arguments.kwargs) -> T:
-        """Run `action` on rank 0 and then on the others, who find on disk what it made. Errors are raised on all."""
+        """Run `action` on rank 0 and then on the others, who find on disk what it made. Errors are raised on all.
+
+        Of other nodes, which may have disks of their own, one rank goes before the rest.
+        """
         mine = self.on_main(action, *args, **named)
-        return self.on_every_rank(lambda: cast(T, mine) if self.is_main else action(*args, **named))
+        done = self.is_main
+        if self.local_world_size < self.world_size:
+            first = self.is_node_first and not done
+            found = self.on_every_rank(lambda: action(*args, **named) if first else None)
+            mine, done = (found, True) if first else (mine, done)
+        return self.on_every_rank(lambda: cast(T, mine) if done else action(*args, **named))
+
+    def on_each_node(
+        self, action: Callable[Arguments, object], *args: Arguments.args, **named: Arguments.kwargs
+    ) -> None:
+        """Run `action` on one rank of every node. Errors are raised on all ranks."""
+        self.on_every_rank(lambda: action(*args, **named) if self.is_node_first else None)
 
     def gather(self, mine: T) -> list[T]:
         """What every rank has, in the ranks' order."""
@@ -168,6 +187,7 @@ class Runtime:
 
 def _prepare_engine() -> None:
     """What an engine that divides a model expects of its process: a group, be it of one."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if not torch.distributed.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         store = torch.distributed.HashStore()

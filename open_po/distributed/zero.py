@@ -50,9 +50,8 @@ class ZeroEngine(Engine):
             kinds = list({type(unit) for unit in units})
             deepspeed.utils.set_z3_leaf_modules(model, kinds)
         config = zero_config(runtime.parallelism, max_grad_norm)
-        for unit in [*units, model] if stage == 3 else ():
-            fill(unit)
-            deepspeed.zero.Init(module=unit, config_dict_or_path=config)
+        if stage == 3:
+            _divide([*units, model], fill, config)
         self.optimizer = make_optimizer(trained(model).values())
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=config, dist_init_required=False
@@ -101,6 +100,21 @@ class ZeroEngine(Engine):
         )
         if found is None:
             raise FileNotFoundError(f"{folder / _TAG}: DeepSpeed finds no checkpoint")
+
+
+def _divide(units: Sequence[nn.Module], fill: Fill, config: dict[str, Any]) -> None:
+    """Fill each unit with its weights and leave every rank its part of them."""
+    import deepspeed
+
+    converted: Any = None  # a weight that knows how, once there is one: ZeRO makes some of its groups only once
+    for unit in units:
+        fill(unit)
+        whole = [parameter for parameter in unit.parameters() if not hasattr(parameter, "ds_id")]
+        if converted is None:
+            deepspeed.zero.Init(module=unit, config_dict_or_path=config)
+            converted = next(iter(whole), None)
+        elif whole:
+            converted.convert_to_zero_parameters(param_list=whole)
 
 
 def zero_config(parallelism: Parallelism, max_grad_norm: float) -> dict[str, Any]:

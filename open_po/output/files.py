@@ -48,6 +48,8 @@ def _disk_fault(error: BaseException | None) -> str | None:
             return error.strerror or str(error)
         if found := re.search(r"([^:]+) \(os error \d+\)", str(error)):  # safetensors, tokenizers
             return found[1].strip()
+        if re.search("iostream error|PytorchStreamWriter failed", str(error)):  # torch.save to a path
+            return "the disk is full, or refuses"
         error = error.__cause__ or error.__context__  # torch.save
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -61,6 +62,14 @@ class RunFolder:
             return True
         except OSError as error:
             raise UserError(f"output_dir {self.path}: cannot be written ({error.strerror})") from error
+
+    def refuse_unless_shared(self) -> None:
+        """Raises UserError on a rank that does not see what rank 0 has written here."""
+        if not self.config.is_file():
+            raise UserError(
+                f"output_dir {self.path}: is not the same folder on {platform.node()}, where checkpoints are read and "
+                "parts of them written; choose one on a file system that all nodes share"
+            )
 
     def _refuse_other_run(self, config: RunConfig) -> None:
         held = {item.name for item in self.path.iterdir() if not item.match(f".{self.config.name}.*.partial")}

@@ -167,7 +167,9 @@ class TrainingState:
 
         try:
             runtime.on_main(refusing, self._begin, temporary)
-            runtime.on_every_rank(refusing, self.engine.save, temporary)
+            # Not `on_every_rank`: a rank that fails amid the collectives of an engine has to end, or the others
+            # would wait in them for it.
+            refusing(self.engine.save, temporary)
             runtime.on_main(refusing, self._complete, temporary, target, config, runtime, ranks)
         finally:
             if runtime.is_main:

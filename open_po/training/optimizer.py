@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -54,8 +55,7 @@ def make_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LRSc
         num_warmup_steps=math.ceil(config.warmup_ratio * steps),
         num_training_steps=steps + 1,
     )
-    # One step ahead. PyTorch warns of a schedule that steps before its optimizer has; nothing has a gradient yet, so
-    # this step changes no weight and makes no state.
-    optimizer.step()
-    schedule.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch's, of a schedule that steps before its optimizer has
+        schedule.step()
     return schedule

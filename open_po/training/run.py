@@ -41,7 +41,9 @@ def run(config: RunConfig, runtime: Runtime) -> None:
     folder = RunFolder(Path(config.output.output_dir))
     numerics = runtime.from_main(policy_numerics, config.model, runtime.device)
     try:
-        if runtime.from_main(folder.claim, config):
+        mine = runtime.from_main(folder.claim, config)
+        runtime.on_every_rank(folder.refuse_unless_shared)
+        if mine:
             with folder.recording_failure(runtime.is_main):
                 hub = _open_hub(folder, config, runtime)  # before training, so that a bad token is found early
                 observers = _train(folder, config, numerics, runtime, hub)
@@ -75,7 +77,7 @@ def _train(
     needs_reference = config.loss.mix().needs_reference
     source = policy_source(config)
     if needs_reference:
-        runtime.on_main(open_cache, config)
+        runtime.on_each_node(open_cache, config)
     data = prepare_data(config, runtime)
     reference = separate_reference(config, runtime, data) if needs_reference else None
     identity = agreed_identity(source, Path(config.reference.reference_cache_dir), runtime)

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import open_po.model.prepare
-import open_po.reference.ensure
 from open_po.commands.train import main
 from open_po.model.attention import Segments, _by_flash, _by_sdpa
 from open_po.model.layout_check import choose_layout
@@ -205,8 +204,7 @@ def test_a_separate_reference_model_gives_its_memory_back(tmp_path: Path, monkey
         seen.append(torch.cuda.memory_allocated())
         return scorer
 
-    for module in (open_po.model.prepare, open_po.reference.ensure):
-        monkeypatch.setattr(module, "load_scorer", load)
+    monkeypatch.setattr(open_po.model.prepare, "load_scorer", load)
     arguments = f"""--model_name_or_path {policy} --mixer_list {data} 1.0 --reference_cache_dir {tmp_path / "cache"}
         --reference_model_name_or_path {reference} --output_dir {tmp_path / "out"} --max_train_steps 1""".split()
     assert main(arguments) == 0

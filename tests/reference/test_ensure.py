@@ -17,7 +17,6 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import open_po.model.prepare
-import open_po.reference.ensure
 from open_po.model.load import load_scorer
 from open_po.model.scorer import Scorer
 from open_po.model_files import ModelSource
@@ -40,8 +39,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(source.name)
         return load_scorer(source, *positional)
 
-    for module in (open_po.model.prepare, open_po.reference.ensure):
-        monkeypatch.setattr(module, "load_scorer", load)
+    monkeypatch.setattr(open_po.model.prepare, "load_scorer", load)
     return names
 
 
@@ -203,8 +201,7 @@ def test_a_separate_reference_model_is_freed_before_the_policy_loads(
     gc.collect()
     gc.disable()  # freed by the run itself, not by chance
     try:
-        for module in (open_po.model.prepare, open_po.reference.ensure):
-            monkeypatch.setattr(module, "load_scorer", load)
+        monkeypatch.setattr(open_po.model.prepare, "load_scorer", load)
         cli.train(llama, pairs_file, tmp_path / "run", reference_model_name_or_path=other_llama, max_train_steps=1)
     finally:
         gc.enable()

@@ -99,3 +99,52 @@ def test_a_divisor_that_is_wrong_by_two_would_show(
 
     shares = shares_of_movement(["dpo_norm_sgd"], engine, llama, pairs, alone, tmp_path, halve)
     assert shares["dpo_norm_sgd"] > 0.1
+
+
+# What a CPU can show of offloading: that the words are taken and no value changes.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "zero2_offload": {"parallel": "zero2", "offload_optimizer": True},
+    "zero1_offload": {"parallel": "zero1", "offload_optimizer": True},
+    "zero3_offload": {"parallel": "zero3", "offload_optimizer": True, "offload_param": True},
+    "zero3_hpz": {"parallel": "zero3", "zero_hpz_partition_size": 2},
+    "fsdp_offload": {"parallel": "fsdp", "offload_param": True},
+    "fsdp_whole_reference": {"parallel": "fsdp", "reference_sharding": "off"},
+    "fsdp_divided_reference": {"parallel": "fsdp", "reference_sharding": "on"},
+    "zero3_divided_reference": {"parallel": "zero3", "reference_sharding": "on"},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "reference" not in name else []) for name in VARIANTS]
+)
+def test_variants_end_with_the_same_weights(name: str, llama: Path, pairs: Path, alone: Alone, tmp_path: Path) -> None:
+    fields = RUNS["dpo_norm_adamw"] | VARIANTS[name] | {"per_device_train_batch_size": 2}
+    assert cli.forked_ranks(cli.arguments(llama, pairs, tmp_path / "run", **fields)) == [0, 0]
+    cli.assert_close_weights(cli.weights(tmp_path / "run"), alone("dpo_norm_adamw"), cli.weights(llama))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"parallel": "zero2", "offload_optimizer": True}, {"parallel": "fsdp"}, {"parallel": "zero3"}],
+    ids=["zero2_offload", "fsdp", "zero3"],
+)
+def test_one_process_under_an_engine(
+    fields: dict[str, Any], llama: Path, pairs: Path, alone: Alone, tmp_path: Path
+) -> None:
+    fields = RUNS["dpo_norm_adamw"] | fields | {"per_device_train_batch_size": 4}
+    assert cli.forked(cli.arguments(llama, pairs, tmp_path / "run", **fields)) == 0
+    cli.assert_close_weights(cli.weights(tmp_path / "run"), alone("dpo_norm_adamw"), cli.weights(llama))
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+def test_evaluation_gives_the_metrics_of_one_process(engine: str, llama: Path, pairs: Path, tmp_path: Path) -> None:
+    """Of 3 pairs: one rank has fewer packs than the other, and computes one for nothing."""
+    held_out = tiny.write_jsonl(tmp_path / "held_out.jsonl", tiny.text_rows(3, seed=9))
+    fields = STEPS | {"eval_mixer_list": [held_out, "1.0"], "eval_steps": 2, "beta": 1.0}
+    alone = cli.train(llama, pairs, tmp_path / "alone", **fields | {"per_device_train_batch_size": 4})
+    words = cli.arguments(llama, pairs, tmp_path / "run", parallel=engine, per_device_train_batch_size=2, **fields)
+    assert cli.forked_ranks(words) == [0, 0]
+    got, expected = cli.without_perf(cli.metrics(tmp_path / "run")), cli.without_perf(cli.metrics(alone))
+    assert len(got) == len(expected) == 5 + 4
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
