@@ -10,7 +10,7 @@ from open_po.config.field import option
 from open_po.config.mixture import MixturePart, parse_mixture
 
 Sharing = Literal["auto", "on", "off"]
-Parallel = Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp"]
+Parallel = Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp", "layers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +200,8 @@ class DistributedConfig:
     parallel: Parallel = option(
         "auto",
         "ddp: a whole model on every rank; zero1, zero2, zero3: DeepSpeed divides optimizer states, gradients too, "
-        "weights too; fsdp: PyTorch divides all three. auto: what accelerate launch asks for, else ddp",
+        "weights too; fsdp: PyTorch divides all three; layers: one process, its model over all GPUs it sees, layer by "
+        "layer. auto: what accelerate launch asks for, else ddp",
         shapes_result=False,
     )
     offload_optimizer: bool = option(

@@ -8,8 +8,14 @@ from torch import nn
 
 from open_po.distributed.ddp import DdpEngine
 from open_po.distributed.engine import Engine, Fill, OptimizerMaker, Placement
+from open_po.distributed.layers import LayersEngine, LayersPlacement, visible_gpus
 from open_po.distributed.runtime import Runtime
 from open_po.distributed.single import SingleEngine
+
+
+def deal_out(model: nn.Module, units: Sequence[nn.Module]) -> Placement:
+    """`model`, which is not trained, over the GPUs of this process. Raises UserError if there are not several."""
+    return LayersPlacement(model, units, visible_gpus())
 
 
 def divide(model: nn.Module, units: Sequence[nn.Module], fill: Fill, runtime: Runtime) -> Placement:
@@ -38,6 +44,8 @@ def make_engine(
         return SingleEngine(model, make_optimizer, runtime, max_grad_norm=max_grad_norm)
     if kind == "ddp":
         return DdpEngine(model, make_optimizer, runtime, max_grad_norm=max_grad_norm)
+    if kind == "layers":
+        return LayersEngine(model, units, make_optimizer, runtime, max_grad_norm=max_grad_norm)
     if kind == "fsdp":
         from open_po.distributed.fsdp import FsdpEngine
 

@@ -11,7 +11,7 @@ from open_po.config import DistributedConfig
 from open_po.distributed.deepspeed_file import read_deepspeed_file
 from open_po.errors import UserError
 
-Kind = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp"]
+Kind = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp", "layers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +121,8 @@ def choose_parallelism(config: DistributedConfig, wish: LauncherWish, world_size
         kind = config.parallel
     if kind == "ddp" and world_size == 1:
         kind = "single"
+    if kind == "layers" and world_size > 1:
+        raise UserError(f"parallel: layers is one process over several GPUs, this run has {world_size}; start one")
     offload_optimizer = config.offload_optimizer or wish.offload_optimizer
     offload_param = config.offload_param or wish.offload_param
     hpz = config.zero_hpz_partition_size

@@ -67,7 +67,7 @@ class Runtime:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         )
         parallelism = choose_parallelism(config or DistributedConfig(), wish, int(accelerator.num_processes))
-        if parallelism.kind not in ("single", "ddp"):
+        if parallelism.zero_stage or parallelism.kind == "fsdp":
             _prepare_engine()
         set_seed(seed)
         console = make_console(quiet=not accelerator.is_main_process)

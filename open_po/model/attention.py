@@ -7,6 +7,7 @@ precision), `scaled_dot_product_attention` for each segment, and plain matrix pr
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -91,6 +92,21 @@ class Segments:
         ]
         self._masks: dict[tuple[int, ...], Tensor] = {}
         self._flash: FlashIndex | None = None
+        self._elsewhere: dict[torch.device, Segments] = {}
+
+    def to(self, device: torch.device) -> Segments:
+        """The same on another device, made once for all layers there."""
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            moved = copy.copy(self)
+            moved.device, moved._masks, moved._flash, moved._elsewhere = device, {}, None, {}
+            if self.context is not None:
+                moved.context = self.context[0].to(device), self.context[1].to(device)
+            if self.key_order is not None:
+                moved.key_order = self.key_order.to(device)
+            self._elsewhere[device] = moved
+        return self._elsewhere[device]
 
     def mask(self, queries: int, keys: int, window: int | None) -> Tensor:
         """A segment's mask [queries, keys], true where a query sees a key; the last query is the last key's token."""

@@ -26,6 +26,12 @@ class SegmentsAndLast(Segments):
         super().__init__(ranges, device)
         self.last = last
 
+    def to(self, device: torch.device) -> Segments:
+        moved = super().to(device)
+        assert isinstance(moved, SegmentsAndLast)
+        moved.last = self.last.to(device)
+        return moved
+
 
 def decoder_layer(model: nn.Module, attention: nn.Module) -> nn.Module | None:
     """The layer of `model` that `attention` is part of: what is counted in its name (`layers.5` of `layers.5.attn`)."""

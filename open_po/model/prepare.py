@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple, get_args
 
+import torch
 from torch import nn
 
 from open_po.config import ReferenceConfig, RunConfig, Sharing
 from open_po.data.run_data import Data
 from open_po.distributed.engine import Engine, Fill, OptimizerMaker
-from open_po.distributed.make_engine import make_engine
+from open_po.distributed.make_engine import deal_out, make_engine
 from open_po.distributed.runtime import Runtime
 from open_po.errors import UserError
 from open_po.model.divided import HollowModel
@@ -64,7 +65,9 @@ def load_reference(
         if is_divided(source, numerics, config.reference, runtime):
             scorer = HollowModel(source, numerics, runtime).divided()
         else:
-            scorer = load_scorer(source, numerics, runtime.device)
+            scorer = load_scorer(source, numerics, _loading_device(runtime))
+            if runtime.parallelism.kind == "layers":
+                scorer.place(deal_out(scorer, scorer.decoder_layers()))
         check_fits(scorer, data)
         set_layout(scorer, data, config.model.prompt_sharing, label, runtime)
         return scorer
@@ -81,6 +84,11 @@ def is_divided(source: ModelSource, numerics: Numerics, config: ReferenceConfig,
     if config.reference_sharding != "auto" or runtime.world_size == 1:
         return config.reference_sharding == "on"
     return not HollowModel(source, numerics, runtime).fits_whole()
+
+
+def _loading_device(runtime: Runtime) -> torch.device:
+    """Where a whole model is loaded: one that is dealt out to devices afterwards need fit on none of them."""
+    return torch.device("cpu") if runtime.parallelism.kind == "layers" else runtime.device
 
 
 def _is_filled(unit: nn.Module) -> None:
@@ -102,7 +110,7 @@ def load_policy(
             hollow = HollowModel(source, numerics, runtime)
             scorer, fill = hollow.scorer, hollow.fill
         else:
-            scorer = load_scorer(source, numerics, runtime.device)
+            scorer = load_scorer(source, numerics, _loading_device(runtime))
         check_fits(scorer, data)
         if config.loss.load_balancing_loss:
             scorer.balance_experts()

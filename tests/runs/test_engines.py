@@ -148,3 +148,14 @@ def test_evaluation_gives_the_metrics_of_one_process(engine: str, llama: Path, p
     assert len(got) == len(expected) == 5 + 4
     for mine, theirs in zip(got, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero2", "zero3"])
+def test_lora_on_a_bfloat16_base(engine: str, llama: Path, pairs: Path, tmp_path: Path) -> None:
+    """Frozen weights and adapters differ in dtype, which an engine has to divide together."""
+    fields = RUNS["dpo_norm_adamw_lora"] | {"dtype": "bfloat16", "save_dtype": "float32"}
+    alone = cli.weights(cli.train(llama, pairs, tmp_path / "alone", **fields | {"per_device_train_batch_size": 4}))
+    words = cli.arguments(llama, pairs, tmp_path / "run", parallel=engine, per_device_train_batch_size=2, **fields)
+    assert cli.forked_ranks(words) == [0, 0]
+    # bfloat16 rounds differently in packs of another size.
+    cli.assert_close_weights(cli.weights(tmp_path / "run"), alone, cli.weights(llama), share=0.05)
