@@ -230,6 +230,12 @@ class OutputConfig:
     checkpointing_steps: int | None = option(
         None, "write a checkpoint every so many steps", above=0, shapes_result=False
     )
+    async_checkpointing: bool = option(
+        False,
+        "write checkpoints while training goes on, from a copy in the host's memory; not with DeepSpeed",
+        needs="checkpointing_steps",
+        shapes_result=False,
+    )
     keep_last_n_checkpoints: int = option(3, "older checkpoints are removed", above=0, shapes_result=False)
     resume_from_checkpoint: str | None = option(
         None, "auto: continue from output_dir's last checkpoint, if any; or a checkpoint's folder", shapes_result=False

@@ -34,6 +34,17 @@ class Placement:
         return weight.detach()
 
 
+class Saving:
+    """A state that is being written; by itself one that has been."""
+
+    def done(self) -> bool:
+        """Whether this rank's part is written, or has failed."""
+        return True
+
+    def wait(self) -> None:
+        """Return when it is; all ranks call this. Raises what went wrong."""
+
+
 class Engine(Placement, ABC):
     """A model that is trained: how the gradients of a step's packs become one update of the weights, over all ranks.
 
@@ -42,6 +53,7 @@ class Engine(Placement, ABC):
     """
 
     lockstep_packs = False
+    saves_aside = False  # whether `begin_save` does not wait for the disk
     optimizer: Optimizer  # whose groups a schedule gives their learning rates
 
     @property
@@ -71,6 +83,11 @@ class Engine(Placement, ABC):
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write trained weights and the optimizer's state; all ranks call this. Raises OSError."""
+
+    def begin_save(self, folder: Path) -> Saving:
+        """As `save`, of the state that there is now, but written while training goes on, if the engine can."""
+        self.save(folder)
+        return Saving()
 
     @abstractmethod
     def load(self, folder: Path) -> None:

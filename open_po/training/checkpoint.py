@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from open_po.config import RunConfig
-from open_po.distributed.engine import Engine
+from open_po.distributed.engine import Engine, Saving
 from open_po.distributed.runtime import Runtime
 from open_po.errors import UserError
 from open_po.evaluation.meter import PreferenceMeter
@@ -24,6 +27,8 @@ from open_po.output.run_folder import changed_fields
 from open_po.packing import PackingStats
 from open_po.training.checkpoint_folders import prune, remove, sync_all
 
+T = TypeVar("T")
+Arguments = ParamSpec("Arguments")
 _STATE = "trainer_state.json"
 _TRAINING = "training.pt"
 
@@ -141,6 +146,53 @@ def _damaged(folder: Path, error: Exception) -> UserError:
     return UserError(f"resume_from_checkpoint {folder}: is no whole checkpoint ({reason})")
 
 
+class UnfinishedCheckpoint:
+    """A checkpoint that is being written, under a name that nobody takes for a whole one."""
+
+    def __init__(self, target: Path, temporary: Path, runtime: Runtime, keep: int) -> None:
+        self.target, self._temporary, self._runtime, self._keep = target, temporary, runtime, keep
+        self.saving = Saving()
+
+    def finish(self) -> Path:
+        """Wait until all of it is on disk, give it its name and remove old ones; all ranks call this.
+
+        Raises UserError if the disk refuses.
+        """
+        with self.removed_on_error():
+            self.refusing(self.saving.wait)
+            self._runtime.on_main(self.refusing, self._complete)
+        self._runtime.on_main(prune, self.target.parent, self._keep)
+        return self.target
+
+    def _complete(self) -> None:
+        sync_all(self._temporary)
+        remove(self.target)
+        self._temporary.rename(self.target)
+        sync_all(self.target.parent, recursive=False)
+
+    def refusing(self, write: Callable[Arguments, T], *args: Arguments.args, **named: Arguments.kwargs) -> T:
+        """`write`, and a full disk told as a user's error."""
+        with disk_faults(f"{self.target}: the checkpoint", "older ones are kept"):
+            return write(*args, **named)
+
+    @contextmanager
+    def removed_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            if self._runtime.is_main:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            raise
+
+
+def _begin(temporary: Path, state: dict[str, Any], training: dict[str, Any]) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    with open(temporary / _TRAINING, "wb") as file:
+        torch.save(training, file)
+    (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n")
+
+
 @dataclass(kw_only=True)
 class TrainingState:
     """Everything a resumed run needs besides its configuration, its data and the weights it started from."""
@@ -152,40 +204,16 @@ class TrainingState:
     progress: TrainingProgress
     window: Window = field(default_factory=Window)
 
-    def save(self, folder: Path, config: RunConfig, runtime: Runtime) -> Path:
-        """Write `folder/step_N` and remove all but the newest `keep_last_n_checkpoints`; all ranks call this.
+    def begin_save(self, folder: Path, config: RunConfig, runtime: Runtime) -> UnfinishedCheckpoint:
+        """Begin to write `folder/step_N`, of the state that there is now; all ranks call this.
 
-        Raises UserError if the disk refuses; older checkpoints are then still there.
+        Without `async_checkpointing` only its name is then left to do. Raises UserError if the disk refuses; older
+        checkpoints are then still there.
         """
         target = folder / f"step_{self.progress.step:06d}"
         temporary = target.with_name(f".{target.name}.partial")
         ranks = runtime.gather({"random": vars(RandomState.take()), "window": self._window()})
 
-        def refusing(write: Any, *arguments: Any) -> None:
-            with disk_faults(f"{target}: the checkpoint", "older ones are kept"):
-                write(*arguments)
-
-        try:
-            runtime.on_main(refusing, self._begin, temporary)
-            # Not `on_every_rank`: a rank that fails amid the collectives of an engine has to end, or the others
-            # would wait in them for it.
-            refusing(self.engine.save, temporary)
-            runtime.on_main(refusing, self._complete, temporary, target, config, runtime, ranks)
-        finally:
-            if runtime.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-        runtime.on_main(prune, folder, config.output.keep_last_n_checkpoints)
-        return target
-
-    def _window(self) -> dict[str, Any]:
-        return {**vars(self.window), "meter": {name: float(value) for name, value in self.window.meter.sums.items()}}
-
-    def _begin(self, temporary: Path) -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary).mkdir(parents=True)
-
-    def _complete(self, temporary: Path, target: Path, config: RunConfig, runtime: Runtime, ranks: list[Any]) -> None:
-        """Write what is left, and give the folder its name when all of it is on disk."""
         state = {
             "progress": dataclasses.asdict(self.progress),
             "config": config.result_fields(),
@@ -194,13 +222,18 @@ class TrainingState:
             "ranks": runtime.world_size,
             "global_batch": self.global_batch,
         }
-        with open(temporary / _TRAINING, "wb") as file:
-            torch.save({"schedule": self.schedule.state_dict(), "ranks": ranks}, file)
-        (temporary / _STATE).write_text(json.dumps(state, indent=2) + "\n")
-        sync_all(temporary)
-        remove(target)
-        temporary.rename(target)
-        sync_all(target.parent, recursive=False)
+        training = {"schedule": copy.deepcopy(self.schedule.state_dict()), "ranks": ranks}
+        unfinished = UnfinishedCheckpoint(target, temporary, runtime, config.output.keep_last_n_checkpoints)
+        begin = self.engine.begin_save if config.output.async_checkpointing else self.engine.save
+        with unfinished.removed_on_error():
+            runtime.on_main(unfinished.refusing, _begin, temporary, state, training)
+            # Not `on_every_rank`: a rank that fails amid the collectives of an engine has to end, or the others would
+            # wait in them for it.
+            unfinished.saving = unfinished.refusing(begin, temporary) or Saving()
+        return unfinished
+
+    def _window(self) -> dict[str, Any]:
+        return {**vars(self.window), "meter": {name: float(value) for name, value in self.window.meter.sums.items()}}
 
     def update_running_means(self, loss: LossMix, policy: PairLogps, reference: PairLogps | None) -> None:
         """Take a step's rewards into the running mean of each part of the loss that keeps one."""

@@ -9,6 +9,7 @@ from open_po.config import RunConfig
 from open_po.data import PairDataset
 from open_po.distributed.engine import Engine
 from open_po.distributed.runtime import Runtime
+from open_po.errors import UserError
 from open_po.output.run_folder import RunFolder
 from open_po.packing import Sampler
 from open_po.training.checkpoint import RunningMean, SavedState, TrainingProgress, TrainingState
@@ -37,8 +38,14 @@ def start_or_resume(
     """The first step, or the one after a checkpoint if the configuration says so; all ranks call this.
 
     A run that goes on with another number of ranks keeps its global batch, so its steps stay the same. Raises UserError
-    if the checkpoint is damaged or another run's.
+    if the checkpoint is damaged or another run's, or the engine cannot write them as asked for.
     """
+    if config.output.async_checkpointing and not engine.saves_aside:
+        raise UserError(
+            f"async_checkpointing: DeepSpeed waits for its checkpoints (parallel {runtime.parallelism.kind}); leave it "
+            "out",
+            shared=True,
+        )
     train = config.train
     saved = _saved_state(config, runtime, identity, folder)
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * runtime.world_size

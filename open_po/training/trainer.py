@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from open_po.output.progress import Progress
 from open_po.output.run_folder import RunFolder
 from open_po.packing import PackedBatch, Planner, Sampler
 from open_po.reference import select_pairs
-from open_po.training.checkpoint import RandomState, TrainingState, Window
+from open_po.training.checkpoint import RandomState, TrainingState, UnfinishedCheckpoint, Window
 from open_po.training.coupled_loss import GlobalLoss, global_loss
 
 
@@ -79,6 +80,8 @@ class Trainer:
         self.loss, self.planner, self.sampler, self.steps = loss, planner, sampler, steps
         self.reference, self.held_out, self.pad = reference, held_out, pad
         self._stop_reason: str | None = None  # that ranks agree on, of any of them
+        self._checkpoint: UnfinishedCheckpoint | None = None  # that is being written
+        self._newest_checkpoint: Path | None = None
         # And around it
         self.config, self.runtime, self.folder, self.observers = config, runtime, folder, observers
 
@@ -102,13 +105,25 @@ class Trainer:
                     self.evaluate()
                 stopped = None if last else self._stop_reason
                 if stopped is not None or _due(progress.step, self.config.output.checkpointing_steps):
-                    checkpoint = self.state.save(self.folder.checkpoints, self.config, self.runtime)
-                    self.observers.checkpoint_written(checkpoint)
+                    self._save(wait=stopped is not None or not self.config.output.async_checkpointing)
                 if stopped is not None:
                     raise Preempted(
-                        f"{stopped}, after step {progress.step} of {self.steps}; saved {checkpoint}, and the same "
-                        "command goes on from there with --resume_from_checkpoint auto"
+                        f"{stopped}, after step {progress.step} of {self.steps}; saved {self._newest_checkpoint}, and "
+                        "the same command goes on from there with --resume_from_checkpoint auto"
                     )
+        self._finish_checkpoint()
+
+    def _save(self, *, wait: bool) -> None:
+        self._finish_checkpoint()  # one at a time
+        self._checkpoint = self.state.begin_save(self.folder.checkpoints, self.config, self.runtime)
+        if wait:
+            self._finish_checkpoint()
+
+    def _finish_checkpoint(self) -> None:
+        if self._checkpoint is not None:
+            unfinished, self._checkpoint = self._checkpoint, None
+            self._newest_checkpoint = unfinished.finish()
+            self.observers.checkpoint_written(self._newest_checkpoint)
 
     def train_step(self) -> tuple[StepSize, Metrics]:
         """One optimizer step; returns its size and the metrics written after it, if any were due."""
@@ -219,9 +234,12 @@ class Trainer:
     def _stop_if_not_finite(self, not_finite: dict[int, Tensor]) -> None:
         flags = torch.stack(list(not_finite.values())).tolist() if not_finite else []
         bad = [index for index, flag in zip(not_finite, flags, strict=True) if flag]
-        ranks = self.runtime.gather((bad, self.runtime.stop.reason))
-        self._stop_reason = next((reason for _, reason in ranks if reason is not None), None)
-        if bad := list(chain.from_iterable(bad for bad, _ in ranks)):
+        written = self._checkpoint is not None and self._checkpoint.saving.done()
+        ranks = self.runtime.gather((bad, self.runtime.stop.reason, written))
+        self._stop_reason = next((reason for _, reason, _ in ranks if reason is not None), None)
+        if all(written for _, _, written in ranks):
+            self._finish_checkpoint()
+        if bad := list(chain.from_iterable(bad for bad, _, _ in ranks)):
             raise self._not_finite("loss", bad)
 
     def _not_finite(self, what: str, indices: list[int]) -> UserError:

@@ -572,6 +572,7 @@ NOT_SHAPING = {
     "offload_param",
     "zero_hpz_partition_size",
     "max_run_time",
+    "async_checkpointing",
     "eval_steps",
     "logging_steps",
     "exp_name",
