@@ -201,7 +201,7 @@ class DistributedConfig:
         "auto",
         "ddp: a whole model on every rank; zero1, zero2, zero3: DeepSpeed divides optimizer states, gradients too, "
         "weights too; fsdp: PyTorch divides all three; layers: one process, its model over all GPUs it sees, layer by "
-        "layer. auto: what accelerate launch asks for, else ddp",
+        "layer. auto: what accelerate launch asks for; else ddp, or fsdp where that does not fit",
         shapes_result=False,
     )
     offload_optimizer: bool = option(

@@ -19,6 +19,7 @@ class Parallelism:
     """How a model is spread over the ranks."""
 
     kind: Kind
+    is_free: bool = False  # nobody has asked for an engine: what fits decides
     offload_optimizer: bool = False
     offload_param: bool = False
     zero_hpz_partition_size: int = 1
@@ -139,6 +140,7 @@ def choose_parallelism(config: DistributedConfig, wish: LauncherWish, world_size
         )
     return Parallelism(
         kind=kind,
+        is_free=config.parallel == "auto" and wish.kind is None and kind == "ddp",
         offload_optimizer=offload_optimizer,
         offload_param=offload_param,
         zero_hpz_partition_size=hpz,

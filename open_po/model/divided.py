@@ -5,6 +5,7 @@ Rank 0 reads the files, one weight at a time, and sends it to the others; of eve
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from open_po.config import RunConfig
 from open_po.distributed.make_engine import divide
 from open_po.distributed.runtime import Runtime
 from open_po.distributed.skeleton import broadcast, without_weights
@@ -25,8 +27,9 @@ from open_po.model.scorer import Scorer
 from open_po.model_files import ModelSource, adapter_base
 
 _CPU = torch.device("cpu")
-# Share of a device's memory that a whole copy of the reference may take.
-_FITS = 0.6
+# Shares of a device's memory: that a whole copy of the reference may take, and what a whole model and its training may.
+_FITS, _TRAINS = 0.6, 0.75
+_STATE_BYTES = {"adamw": 8, "rmsprop": 4, "sgd": 0}  # of a parameter
 
 
 class Weights(Mapping[str, Tensor]):
@@ -66,6 +69,7 @@ class HollowModel:
             settings, dropout = model_settings(self._folder, source.trust_remote_code, numerics)
             with without_weights():
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(settings.pop("config"), **settings)
+            model.tie_weights()  # what was tied in there has got parameters of its own
         except Exception as error:  # transformers raises whatever a bad folder makes it
             raise UserError(f"{source.name}: no causal language model can be made ({first_line(error)})") from error
         model.name_or_path = model.config._name_or_path = source.name
@@ -87,12 +91,33 @@ class HollowModel:
     def fits_whole(self) -> bool:
         """Whether every rank's device has room for a whole copy that only scores; all ranks call this."""
         needed = self.parameters * self.numerics.weights_dtype.itemsize
+        return needed <= _FITS * min(self.runtime.gather(self._room()))
+
+    def _room(self) -> int:
+        """Bytes that a model may take on this rank."""
         device, runtime = self.runtime.device, self.runtime
         if device.type == "cuda":
-            room = torch.cuda.get_device_properties(device).total_memory
-        else:
-            room = psutil.virtual_memory().available // runtime.local_world_size
-        return all(runtime.gather(needed <= _FITS * room))
+            return int(torch.cuda.get_device_properties(device).total_memory)
+        return int(psutil.virtual_memory().available // runtime.local_world_size)
+
+    def settle(self, config: RunConfig) -> Runtime:
+        """The runtime with the engine for training where nobody asked for one: ddp if that fits, else fsdp.
+
+        All ranks call this.
+        """
+        states = (
+            0 if config.model.use_lora else 4 + _STATE_BYTES[config.train.optimizer]
+        )  # a gradient, and what it feeds
+        needed = self.parameters * (self.numerics.weights_dtype.itemsize + states)
+        room = min(self.runtime.gather(self._room()))
+        if needed <= _TRAINS * room:
+            return self.runtime
+        self.runtime.say(
+            f"Parallel fsdp: weights, gradients and optimizer states take {needed / 1e9:,.1f} GB, a rank has "
+            f"{room / 1e9:,.1f} GB"
+        )
+        parallelism = dataclasses.replace(self.runtime.parallelism, kind="fsdp", is_free=False)
+        return dataclasses.replace(self.runtime, parallelism=parallelism)
 
     def divided(self) -> Scorer:
         """The scorer with its weights, divided among the ranks, to score and not to be trained."""

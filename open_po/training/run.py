@@ -14,6 +14,7 @@ from open_po.data.run_data import Data, prepare_data
 from open_po.distributed.runtime import Runtime
 from open_po.evaluation.preferences import HeldOut
 from open_po.losses import LossMix, PairLogps
+from open_po.model.divided import HollowModel
 from open_po.model.export import WholeWeights, export_model, gather_weights
 from open_po.model.memory import peak_memory_bytes
 from open_po.model.numerics import Numerics, policy_numerics
@@ -40,6 +41,8 @@ def run(config: RunConfig, runtime: Runtime) -> None:
     """The whole job. Raises UserError for whatever a user can cause."""
     folder = RunFolder(Path(config.output.output_dir))
     numerics = runtime.from_main(policy_numerics, config.model, runtime.device)
+    if runtime.parallelism.is_free:
+        runtime = runtime.on_every_rank(HollowModel, policy_source(config), numerics, runtime).settle(config)
     try:
         mine = runtime.from_main(folder.claim, config)
         runtime.on_every_rank(folder.refuse_unless_shared)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from open_po.config import load_config
 from open_po.distributed.runtime import Runtime
 from open_po.model.divided import HollowModel
 from open_po.model_files import ModelSource
@@ -19,6 +20,7 @@ from tests.distributed.test_runtime import on_two_ranks
 from tests.scoring import FLOAT32, PAIRS, load
 
 # Weights of 16 layers, an embedding and a head, next to which activations are small
+SGD = {"optimizer": "sgd"}
 WIDE = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 16}
 
 
@@ -104,3 +106,19 @@ def test_what_files_call_otherwise_is_read_by_transformers(tmp_path: Path) -> No
         )
 
     assert on_two_ranks(tmp_path, body) == [True, True]
+
+
+@pytest.mark.parametrize(("room", "fields", "kind"), [(1.5, {}, "ddp"), (1.2, {}, "fsdp"), (1.2, SGD, "ddp")])
+def test_an_engine_that_nobody_asked_for_is_one_that_fits(
+    room: float, fields: dict[str, str], kind: str, llama: Path, tmp_path: Path
+) -> None:
+    """AdamW wants 16 bytes of a parameter and plain SGD 8, of three quarters of what there is."""
+    parameters = sum(weight.numel() for weight in cli.weights(llama).values())
+    config = load_config(cli.arguments(llama, tmp_path / "pairs.jsonl", tmp_path / "run", **fields))
+
+    def body(runtime: Runtime, rank: int) -> str:
+        HollowModel._room = lambda self: int(room * 16 * parameters)  # type: ignore[method-assign]
+        assert runtime.parallelism.is_free
+        return HollowModel(ModelSource(name=str(llama)), FLOAT32, runtime).settle(config).parallelism.kind
+
+    assert on_two_ranks(tmp_path, body) == [kind, kind]

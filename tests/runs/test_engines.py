@@ -159,3 +159,19 @@ def test_lora_on_a_bfloat16_base(engine: str, llama: Path, pairs: Path, tmp_path
     assert cli.forked_ranks(words) == [0, 0]
     # bfloat16 rounds differently in packs of another size.
     cli.assert_close_weights(cli.weights(tmp_path / "run"), alone, cli.weights(llama), share=0.05)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+@pytest.mark.parametrize("architecture", ["mixtral", "gemma2"])
+def test_a_divided_model_is_saved_as_a_whole_one_is(
+    engine: str, architecture: str, pairs: Path, tmp_path: Path
+) -> None:
+    """Experts lie one by one in files and together in memory; Gemma's head is tied to its embedding."""
+    folder = tiny.make_model_folder(tmp_path / "model", architecture)
+    alone = cli.train(folder, pairs, tmp_path / "alone", **STEPS | {"per_device_train_batch_size": 4})
+    words = cli.arguments(folder, pairs, tmp_path / "run", parallel=engine, per_device_train_batch_size=2, **STEPS)
+    assert cli.forked_ranks(words) == [0, 0]
+    assert cli.weights(tmp_path / "run").keys() == cli.weights(alone).keys()
+    cli.assert_close_weights(cli.weights(tmp_path / "run"), cli.weights(alone), cli.weights(folder))
+    assert cli.files(tmp_path / "run") == cli.files(alone)
+    assert (tmp_path / "run" / "config.json").read_text() == (alone / "config.json").read_text()

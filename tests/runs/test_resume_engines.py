@@ -226,7 +226,9 @@ def test_ten_random_kills(engine: str | None, llama: Path, pairs: Path, tmp_path
         moment = rng.uniform(0.05, longest)
         codes = cli.forked_ranks(words, prepare, count=ranks)
         kills += -signal.SIGKILL in codes
-        if (killed / "run_summary.json").exists() and cli.summary(killed)["status"] == "completed":  # at its end: once more from the beginning
+        if (killed / "run_summary.json").exists() and cli.summary(killed)[
+            "status"
+        ] == "completed":  # at its end: once more from the beginning
             for name in ("run_summary.json", "checkpoints"):
                 os.rename(killed / name, tmp_path / f"done_{kills}_{moment}_{name}")
             continue
