@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -154,27 +155,40 @@ def forked_ranks(
     prepare: Callable[[int], object] = lambda rank: None,
     *,
     count: int = 2,
+    per_node: int | None = None,
+    grace: float | None = None,
     seconds: float = 60,
 ) -> list[int]:
     """Run as two ranks, or `count`, each a fork of this process that nobody ends for another one's sake.
+
+    With `per_node` they believe to be on several machines. With `grace` the others of one that was killed have so many
+    seconds to end by themselves, as a launcher gives them.
 
     Their exit codes; `prepare` gets the rank. Fails the test if they hang.
     """
     port = _free_port()
 
     def join(rank: int) -> None:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+        here = per_node or count
+        place = {"RANK": rank, "LOCAL_RANK": rank % here, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": here}
+        place["MASTER_PORT"] = port
         os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
         AcceleratorState._reset_state(reset_partial_state=True)  # this process was alone
         prepare(rank)
 
     children = [_fork(words, partial(join, rank)) for rank in range(count)]
     codes: dict[int, int] = {}
-    deadline = time.monotonic() + seconds
+    deadline, ends = time.monotonic() + seconds, math.inf
     while len(codes) < count:
         child, status = os.waitpid(-1, os.WNOHANG)
         if child in children:
             codes[child] = os.waitstatus_to_exitcode(status)
+            if codes[child] < 0 and grace is not None:
+                ends = min(ends, time.monotonic() + grace)
+        elif time.monotonic() > ends:
+            for child in set(children) - set(codes):
+                os.kill(child, signal.SIGKILL)
+            ends = math.inf
         elif time.monotonic() > deadline:
             for child in set(children) - set(codes):
                 os.kill(child, signal.SIGKILL)

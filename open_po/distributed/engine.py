@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from open_po.distributed.runtime import Runtime
+
 OptimizerMaker = Callable[[Iterable[nn.Parameter]], Optimizer]
 Fill = Callable[[nn.Module], None]  # gives the weights of a module their values, on all ranks
 
@@ -23,11 +25,10 @@ Fill = Callable[[nn.Module], None]  # gives the weights of a module their values
 class Placement:
     """Where a model's weights lie, and the module that its forward passes go through; here whole, on each rank."""
 
-    lockstep = False  # whether every rank must run the same number of forward passes
-
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module = module
         self.device = device  # that it computes on
+        self.team: Runtime | None = None  # the ranks that must run the same number of forward passes, if any
 
     def whole(self, weight: Tensor) -> Tensor:
         """A weight, of which a rank may hold a part, as a whole on every rank; all of them call this alike."""

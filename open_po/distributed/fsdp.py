@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -28,16 +28,17 @@ _WHOLE_GRADIENT = 0.2
 
 
 class FsdpPlacement(Placement):
-    """The weights of a model, divided among all ranks: each of `units` by itself, what is left together.
+    """The weights of a model, divided among the ranks: each of `units` by itself, what is left together.
 
     Each is filled before it is divided, so that a rank holds its parts and one whole unit.
     """
 
-    lockstep = True
-
     def __init__(self, model: nn.Module, units: Sequence[nn.Module], fill: Fill, runtime: Runtime) -> None:
         super().__init__(model, runtime.device)
+        self.team = runtime
         mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
+        if runtime.group is not None:
+            mesh = DeviceMesh.from_group(runtime.group, runtime.device.type)
         # On a CPU weights are in the host's memory anyway.
         offloaded = runtime.parallelism.offload_param and runtime.device.type == "cuda"
         options: dict[str, Any] = {
@@ -59,7 +60,7 @@ class FsdpPlacement(Placement):
 class FsdpEngine(Engine):
     """Training of a model that `FsdpPlacement` has divided."""
 
-    lockstep = lockstep_packs = saves_aside = True
+    lockstep_packs = saves_aside = True
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class FsdpEngine(Engine):
         max_grad_norm: float,
     ) -> None:
         super().__init__(model, runtime.device)
+        self.team = runtime
         self._placement, self._world_size = FsdpPlacement(model, units, fill, runtime), runtime.world_size
         self._model = cast(FSDPModule, model)
         self._limit = max_grad_norm or float("inf")

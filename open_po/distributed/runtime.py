@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import os
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import datasets
 import huggingface_hub
@@ -19,6 +20,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, set_seed
 from rich.console import Console
+from torch.distributed import ProcessGroup
 
 from open_po.config import DistributedConfig
 from open_po.distributed.parallelism import LauncherWish, Parallelism, choose_parallelism
@@ -49,6 +51,7 @@ class Runtime:
     parallelism: Parallelism
     stop: StopRequest
     console: Console
+    group: ProcessGroup | None = None  # of the ranks that this is about; None: all
 
     @staticmethod
     def start(seed: int, config: DistributedConfig | None = None, *, max_hours: float | None = None) -> Runtime:
@@ -81,12 +84,12 @@ class Runtime:
     @property
     def rank(self) -> int:
         """This process's number among the ranks."""
-        return int(self.accelerator.process_index)
+        return int(self.accelerator.process_index if self.group is None else torch.distributed.get_rank(self.group))
 
     @property
     def world_size(self) -> int:
         """How many ranks there are."""
-        return int(self.accelerator.num_processes)
+        return int(self.accelerator.num_processes if self.group is None else self.group.size())
 
     @property
     def local_world_size(self) -> int:
@@ -101,7 +104,7 @@ class Runtime:
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes and prints."""
-        return bool(self.accelerator.is_main_process)
+        return self.rank == 0
 
     def say(self, line: str) -> None:
         """One line on the main rank's console, never wrapped."""
@@ -169,14 +172,40 @@ class Runtime:
 
     def gather(self, mine: T) -> list[T]:
         """What every rank has, in the ranks' order."""
-        return [mine] if self.world_size == 1 else cast(list[T], gather_object([mine]))
+        if self.world_size == 1:
+            return [mine]
+        if self.group is None:
+            return cast(list[T], gather_object([mine]))
+        found: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(found, mine, self.group)
+        return found
 
     def _broadcast(self, mine: T) -> T:
         """Rank 0's value on every rank."""
         box = [mine]
-        if self.world_size > 1:
+        if self.world_size > 1 and self.group is None:
             broadcast_object_list(box)
+        elif self.world_size > 1:
+            torch.distributed.broadcast_object_list(box, group=self.group, group_src=0)
         return box[0]
+
+    @property
+    def nodes(self) -> int:
+        """How many machines the ranks are on, the same number on each; 1 where the numbers differ."""
+        return self.world_size // self.local_world_size if self.world_size % self.local_world_size == 0 else 1
+
+    @property
+    def teams(self) -> int:
+        """How many groups like this one all ranks make."""
+        return int(self.accelerator.num_processes) // self.world_size
+
+    def of_node(self) -> Runtime:
+        """The same for the ranks of this machine alone; all ranks call this."""
+        count = self.local_world_size
+        groups = [
+            torch.distributed.new_group(range(first, first + count)) for first in range(0, self.world_size, count)
+        ]
+        return dataclasses.replace(self, group=cast(ProcessGroup, groups[self.rank // count]))
 
     def close(self) -> None:
         """Leave the process group."""

@@ -43,7 +43,7 @@ class ZeroEngine(Engine):
         # What PyTorch's own gloo does too, and needs no compiler for.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         stage = runtime.parallelism.zero_stage
-        self.lockstep, self.lockstep_packs = stage == 3, stage >= 2
+        self.team, self.lockstep_packs = runtime if stage == 3 else None, stage >= 2
         self._stage, self._world_size = stage, runtime.world_size
         if stage == 3:
             # A layer is gathered as a whole: the last one may stop halfway, which ZeRO's own trace does not expect.

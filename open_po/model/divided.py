@@ -120,8 +120,15 @@ class HollowModel:
         return dataclasses.replace(self.runtime, parallelism=parallelism)
 
     def divided(self) -> Scorer:
-        """The scorer with its weights, divided among the ranks, to score and not to be trained."""
-        self.scorer.place(divide(self.scorer, self.scorer.decoder_layers(), self.fill, self.runtime))
+        """The scorer with its weights, divided to score and not to be trained: within each node if it fits, else by all.
+
+        All ranks call this.
+        """
+        team = self.runtime
+        needed = self.parameters * self.numerics.weights_dtype.itemsize
+        if team.nodes > 1 and needed <= _FITS * min(team.gather(self._room())) * team.local_world_size:
+            team = team.of_node()
+        self.scorer.place(divide(self.scorer, self.scorer.decoder_layers(), self.fill, team))
         return self.scorer
 
     def fill(self, unit: nn.Module) -> None:

@@ -72,8 +72,8 @@ class Scorer(nn.Module):
 
     @property
     def lockstep(self) -> bool:
-        """Whether every rank must run the same number of forward passes."""
-        return self.placement.lockstep
+        """Whether ranks must run the same number of forward passes: those of `placement.team`."""
+        return self.placement.team is not None
 
     def decoder_layers(self) -> list[nn.Module]:
         """The layers that the model is a stack of; none if they cannot be told."""

@@ -138,15 +138,7 @@ def ensure_reference(
         runtime.on_every_rank(_verify, samples, store, scorer, source, data)
         max_tokens = _pass_tokens(config, runtime)
         for part in data.parts if missing else ():
-            work = runtime.on_every_rank(
-                LockstepPass if scorer.lockstep else ReferencePass,
-                store,
-                scorer,
-                part,
-                runtime,
-                max_tokens=max_tokens,
-                pad=data.pad,
-            )
+            work = runtime.on_every_rank(_pass, store, scorer, part, runtime, max_tokens, data.pad)
             runtime.on_every_rank(store.prepare, key, {"model": source.name, "revision": source.revision})
             runtime.on_every_rank(work.run)
             done, computed = done + work.stats, computed + work.computed
@@ -159,6 +151,14 @@ def ensure_reference(
         packing=done.summary() if done.packs else None,
     )
     return FilledStore(store=store, totals=totals)
+
+
+def _pass(
+    store: ReferenceStore, scorer: Scorer, part: PairDataset, runtime: Runtime, max_tokens: int, pad: int
+) -> ReferencePass:
+    team = scorer.placement.team
+    kind = ReferencePass if team is None else LockstepPass
+    return kind(store, scorer, part, team or runtime, max_tokens=max_tokens, pad=pad)
 
 
 def _open_store(key: StoreKey, config: RunConfig, runtime: Runtime) -> ReferenceStore:

@@ -1,8 +1,8 @@
 """The reference pass of a model whose weights are divided among ranks: they go in step, and are one worker.
 
-Rank 0 claims packs and tells the others. Each takes its part of them, all run the same number of forward passes, and
-rank 0 stores what they found. In a pass where memory runs out on one rank the others wait for it, so it is not tried
-again with less, as a rank with a whole model does.
+Their first one claims packs and tells the others. Each takes its part of them, all run the same number of forward
+passes, and the first stores what they found. In a pass where memory runs out on one rank the others wait for it, so it
+is not tried again with less, as a rank with a whole model does.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from open_po.reference.shards import Row
 
 
 class LockstepPass(ReferencePass):
-    """This rank's part in computing what a store lacks, together with the ranks that hold the other weights."""
+    """This rank's part in computing what a store lacks, together with the ranks that hold the other weights.
+
+    `runtime` is of these ranks, a node's or all.
+    """
 
     def __init__(self, *positional: Any, **named: Any) -> None:
         super().__init__(*positional, **named)
-        self.workers, self.at_once = 1, self.runtime.world_size
+        self.workers, self.at_once = self.runtime.teams, self.runtime.world_size
 
     def _fill(self, left: list[ResponsePack], progress: Progress) -> None:
         while window := self.runtime.from_main(self._claim, left, progress):

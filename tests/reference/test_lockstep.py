@@ -106,3 +106,34 @@ def test_an_error_of_one_rank_is_told_and_what_was_scored_is_kept(
     assert "out of memory in the reference pass, with" in line
     assert line.endswith("lower reference_max_tokens_per_batch")
     assert stored(tmp_path / "reference")
+
+
+def test_each_node_divides_a_model_by_itself(llama: Path, many: Path, tmp_path: Path) -> None:
+    """Four ranks on two nodes: two teams, each with claims of its own, fill one store."""
+    separate = tiny.make_model_folder(tmp_path / "reference_model", seed=1)
+    teams = tmp_path / "teams"
+    teams.mkdir()
+
+    def note(rank: int) -> None:
+        compute = LockstepPass._compute
+
+        def noted(self: LockstepPass, window: Any, *positional: Any) -> None:
+            keys = sorted(key.hex() for pack in window for key in self.responses.keys[pack.numbers].tolist())
+            (teams / f"{rank}-{keys[0]}").write_text(f"{self.runtime.rank} of {self.runtime.world_size}")
+            compute(self, window, *positional)
+
+        LockstepPass._compute = noted  # type: ignore[method-assign]
+
+    fields = FIELDS | {"reference_model_name_or_path": separate, "per_device_train_batch_size": 1}
+    words = cli.arguments(llama, many, tmp_path / "run", **fields)
+    assert cli.forked_ranks(words, note, count=4, per_node=2) == [0] * 4
+    expected, got = expected_rows(separate, tiny.text_rows(31)), stored(tmp_path / "reference")
+    assert got.keys() == expected.keys()
+    assert all(got[key][0] == pytest.approx(logp, abs=1e-5 * tokens) for key, (logp, tokens) in expected.items())
+    by_rank = [{path.name.split("-")[1] for path in teams.glob(f"{rank}-*")} for rank in range(4)]
+    assert by_rank[0] == by_rank[1]
+    assert by_rank[2] == by_rank[3]
+    assert by_rank[0], "the first node had nothing to do"
+    assert by_rank[2], "the second node had nothing to do"
+    assert by_rank[0].isdisjoint(by_rank[2])
+    assert {path.read_text() for path in teams.iterdir()} == {"0 of 2", "1 of 2"}

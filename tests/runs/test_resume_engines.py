@@ -224,7 +224,7 @@ def test_ten_random_kills(engine: str | None, llama: Path, pairs: Path, tmp_path
     while kills < 10:
         doomed = rng.choice([range(ranks), [0], [ranks - 1]])
         moment = rng.uniform(0.05, longest)
-        codes = cli.forked_ranks(words, prepare, count=ranks)
+        codes = cli.forked_ranks(words, prepare, count=ranks, grace=10)  # one may wait for the others to come
         kills += -signal.SIGKILL in codes
         if (killed / "run_summary.json").exists() and cli.summary(killed)[
             "status"
