@@ -10,7 +10,7 @@ from open_po.config.field import option
 from open_po.config.mixture import MixturePart, parse_mixture
 
 Sharing = Literal["auto", "on", "off"]
-Parallel = Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp", "layers"]
+Parallel = Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp", "layers", "tp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +201,8 @@ class DistributedConfig:
         "auto",
         "ddp: a whole model on every rank; zero1, zero2, zero3: DeepSpeed divides optimizer states, gradients too, "
         "weights too; fsdp: PyTorch divides all three; layers: one process, its model over all GPUs it sees, layer by "
-        "layer. auto: what accelerate launch asks for; else ddp, or fsdp where that does not fit",
+        "layer; tp (experimental, CUDA): each rank has a part of every layer. auto: what accelerate launch asks for; "
+        "else ddp, or fsdp where that does not fit",
         shapes_result=False,
     )
     offload_optimizer: bool = option(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from open_po.distributed.runtime import Runtime
+from open_po.distributed.vocabulary import VocabularyShards
 
 OptimizerMaker = Callable[[Iterable[nn.Parameter]], Optimizer]
 Fill = Callable[[nn.Module], None]  # gives the weights of a module their values, on all ranks
@@ -29,6 +30,7 @@ class Placement:
         self.module = module
         self.device = device  # that it computes on
         self.team: Runtime | None = None  # the ranks that must run the same number of forward passes, if any
+        self.vocabulary: VocabularyShards | None = None  # if the head's is divided in the forward pass too
 
     def whole(self, weight: Tensor) -> Tensor:
         """A weight, of which a rank may hold a part, as a whole on every rank; all of them call this alike."""

@@ -6,21 +6,17 @@ A layer's weights are gathered while it computes, and dropped again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from open_po.distributed.engine import Engine, Fill, OptimizerMaker, Placement, Saving, clip_and_step, trained
+from open_po.distributed.dcp import DistributedTensorsEngine
+from open_po.distributed.engine import Fill, OptimizerMaker, Placement, clip_and_step, trained
 from open_po.distributed.runtime import Runtime
 
 # Share of a GPU's memory that a whole gradient may take; a larger one is reduced after every pack, not once a step.
@@ -57,10 +53,10 @@ class FsdpPlacement(Placement):
         return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-class FsdpEngine(Engine):
+class FsdpEngine(DistributedTensorsEngine):
     """Training of a model that `FsdpPlacement` has divided."""
 
-    lockstep_packs = saves_aside = True
+    lockstep_packs = True
 
     def __init__(
         self,
@@ -74,16 +70,13 @@ class FsdpEngine(Engine):
     ) -> None:
         super().__init__(model, runtime.device)
         self.team = runtime
-        self._placement, self._world_size = FsdpPlacement(model, units, fill, runtime), runtime.world_size
+        FsdpPlacement(model, units, fill, runtime)
+        self._world_size = runtime.world_size
         self._model = cast(FSDPModule, model)
         self._limit = max_grad_norm or float("inf")
         # Now: after a forward pass without gradients the root's weights stay whole, and are not what is trained.
         self.optimizer = make_optimizer(trained(model).values())
         self._reduces_once = _reduces_once(model, runtime.device)
-        self._aside: torch.distributed.ProcessGroup | None = None
-
-    def whole(self, weight: Tensor) -> Tensor:
-        return self._placement.whole(weight)
 
     @contextmanager
     def pack(self, *, last: bool) -> Iterator[None]:
@@ -95,58 +88,6 @@ class FsdpEngine(Engine):
 
     def update(self) -> float:
         return clip_and_step(self.optimizer, self._limit)
-
-    def save(self, folder: Path) -> None:
-        with _first_failure():
-            dcp.save(self._state(), checkpoint_id=folder)
-
-    def begin_save(self, folder: Path) -> Saving:
-        if self._aside is None:  # while training goes on its collectives are others, and the ranks speak over CPUs
-            self._aside = torch.distributed.new_group(backend="gloo")
-        with _first_failure():
-            future = dcp.async_save(self._state(), checkpoint_id=folder, process_group=self._aside)
-        return _Writing(cast(Any, future))
-
-    def load(self, folder: Path) -> None:
-        state = self._state()
-        with _first_failure():
-            dcp.load(state, checkpoint_id=folder)
-        set_state_dict(
-            self.module,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=StateDictOptions(ignore_frozen_params=True, strict=False),
-        )
-
-    def _state(self) -> dict[str, Any]:
-        options = StateDictOptions(ignore_frozen_params=True)
-        model, optimizer = get_state_dict(self.module, self.optimizer, options=options)
-        return {"model": model, "optimizer": optimizer}
-
-
-class _Writing(Saving):
-    """A copy of this rank's part on its way to the disk."""
-
-    def __init__(self, future: Future[Any]) -> None:
-        self._future = future
-
-    def done(self) -> bool:
-        return self._future.done()
-
-    def wait(self) -> None:
-        with _first_failure():
-            self._future.result()
-
-
-@contextmanager
-def _first_failure() -> Iterator[None]:
-    """Raise what failed on a rank: the exception that says so on all of them is no `Exception`."""
-    try:
-        yield
-    except CheckpointException as error:
-        reason, _ = next(iter(error.failures.values()))
-        raise reason from error
 
 
 def _drop_unless_trained(module: nn.Module, *_: object) -> None:

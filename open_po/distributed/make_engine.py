@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from open_po.distributed.ddp import DdpEngine
 from open_po.distributed.engine import Engine, Fill, OptimizerMaker, Placement
@@ -33,17 +33,23 @@ def make_engine(
     runtime: Runtime,
     *,
     max_grad_norm: float,
+    head_weight: Tensor,
 ) -> Engine:
     """`model` spread over the ranks as `runtime.parallelism` says, with an optimizer of its trained parameters.
 
     `units` are the layers whose weights are gathered together, where weights are divided; `fill` gives a unit's their
-    values before. `max_grad_norm` 0: gradients are not clipped.
+    values before. `max_grad_norm` 0: gradients are not clipped. `head_weight` is the output layer's, whose vocabulary
+    may be divided.
     """
     kind = runtime.parallelism.kind
     if kind == "single":
         return SingleEngine(model, make_optimizer, runtime, max_grad_norm=max_grad_norm)
     if kind == "ddp":
         return DdpEngine(model, make_optimizer, runtime, max_grad_norm=max_grad_norm)
+    if kind == "tp":
+        from open_po.distributed.tensor_parallel import TensorParallelEngine
+
+        return TensorParallelEngine(model, head_weight, make_optimizer, runtime, max_grad_norm=max_grad_norm)
     if kind == "layers":
         return LayersEngine(model, units, make_optimizer, runtime, max_grad_norm=max_grad_norm)
     if kind == "fsdp":

@@ -11,7 +11,7 @@ from open_po.config import DistributedConfig
 from open_po.distributed.deepspeed_file import read_deepspeed_file
 from open_po.errors import UserError
 
-Kind = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp", "layers"]
+Kind = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp", "layers", "tp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Parallelism:
     @property
     def divides_weights(self) -> bool:
         """Whether no rank holds the whole model."""
-        return self.kind in ("zero3", "fsdp")
+        return self.kind in ("zero3", "fsdp", "tp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +108,14 @@ def _fsdp_wish() -> LauncherWish:
         )
     offload = os.environ.get("FSDP_OFFLOAD_PARAMS", "false") == "true"
     return LauncherWish(kind="fsdp", offload_param=offload, reshard_after_forward=reshard)
+
+
+def refuse_tensor_parallelism(device: str, world_size: int) -> None:
+    """Raises UserError where it cannot be."""
+    if device != "cuda":
+        raise UserError(f"parallel: tp is experimental and for CUDA, this device is {device}; use fsdp")
+    if world_size == 1:
+        raise UserError("parallel: tp divides layers among several ranks, this run has one; start more")
 
 
 def choose_parallelism(config: DistributedConfig, wish: LauncherWish, world_size: int) -> Parallelism:

@@ -23,7 +23,7 @@ from rich.console import Console
 from torch.distributed import ProcessGroup
 
 from open_po.config import DistributedConfig
-from open_po.distributed.parallelism import LauncherWish, Parallelism, choose_parallelism
+from open_po.distributed.parallelism import LauncherWish, Parallelism, choose_parallelism, refuse_tensor_parallelism
 from open_po.distributed.stopping import StopRequest
 from open_po.errors import UserError, user_line
 from open_po.output.console import make_console
@@ -70,6 +70,8 @@ class Runtime:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         )
         parallelism = choose_parallelism(config or DistributedConfig(), wish, int(accelerator.num_processes))
+        if parallelism.kind == "tp":
+            refuse_tensor_parallelism(accelerator.device.type, int(accelerator.num_processes))
         if parallelism.zero_stage or parallelism.kind == "fsdp":
             _prepare_engine()
         set_seed(seed)
@@ -90,6 +92,21 @@ class Runtime:
     def world_size(self) -> int:
         """How many ranks there are."""
         return int(self.accelerator.num_processes if self.group is None else self.group.size())
+
+    @property
+    def replica(self) -> int:
+        """The number of this rank's share of a step's packs: under tensor parallelism all ranks have the same."""
+        return 0 if self.parallelism.kind == "tp" else self.rank
+
+    @property
+    def replicas(self) -> int:
+        """How many shares there are."""
+        return 1 if self.parallelism.kind == "tp" else self.world_size
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank counts what its share comes to, as one of those that have it."""
+        return self.is_main or self.replicas > 1
 
     @property
     def local_world_size(self) -> int:

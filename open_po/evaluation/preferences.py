@@ -48,10 +48,10 @@ def evaluate(
     def score(indices: Sequence[int]) -> PairLogps:
         return scorer.score(planner.batch(indices, pad), extras=loss.extras, ld_alpha=loss.ld_alpha).logps
 
-    packs = planner.packs(order, rank=runtime.rank, world_size=runtime.world_size)
+    packs = planner.packs(order, rank=runtime.replica, world_size=runtime.replicas)
     scored = [(indices, score(indices)) for indices in packs]
     if scorer.lockstep:
-        for indices in planner.smallest(order, planner.rounds(order, runtime.world_size) - len(packs)):
+        for indices in planner.smallest(order, planner.rounds(order, runtime.replicas) - len(packs)):
             score(indices)
     scorer.train(training)
     policy = gather_logps(scored, order, runtime)

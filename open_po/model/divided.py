@@ -120,7 +120,7 @@ class HollowModel:
         return dataclasses.replace(self.runtime, parallelism=parallelism)
 
     def divided(self) -> Scorer:
-        """The scorer with its weights, divided to score and not to be trained: within each node if it fits, else by all.
+        """The scorer with its weights, divided to score only: within each node if it fits there, else among all ranks.
 
         All ranks call this.
         """

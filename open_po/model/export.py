@@ -56,6 +56,7 @@ def export_model(scorer: Scorer, weights: WholeWeights, tokenizer: PreTrainedTok
     exported = copy.deepcopy(own)
     for name, rate in scorer.saved_dropout.items():
         setattr(exported, name, rate)
+    vars(exported).pop("distributed_config", None)  # the weights are whole already, and this rank is alone here
     try:
         model.config = exported
         model.save_pretrained(folder, state_dict=weights.model)

@@ -15,16 +15,19 @@ from open_po.model.scorer import Scorer
 from open_po.model_files import ModelSource, adapter_base
 
 
-def load_scorer(source: ModelSource, numerics: Numerics, device: torch.device) -> Scorer:
+def load_scorer(source: ModelSource, numerics: Numerics, device: torch.device, mesh: Any = None) -> Scorer:
     """A causal language model on `device`, dropout off, its weights in `numerics.weights_dtype`.
 
     A folder of adapters gives their base model with the adapters merged into it. Dropout would make the policy differ
-    from the reference it starts from. Raises UserError if the model cannot be loaded.
+    from the reference it starts from. With a `mesh` of ranks each loads its part of every layer, as the model's plan
+    for tensor parallelism says. Raises UserError if the model cannot be loaded.
     """
     folder = source.folder()
     base = adapter_base(folder, source.trust_remote_code)
     try:
-        model, dropout = _load_whole(folder if base is None else base.folder(), source.trust_remote_code, numerics)
+        if mesh is not None and base is not None:
+            raise UserError(f"{source.name}: is a folder of adapters, which parallel tp cannot merge; use fsdp")
+        model, dropout = _load(folder if base is None else base.folder(), source.trust_remote_code, numerics, mesh)
         if base is not None:
             from peft import PeftModel
 
@@ -40,9 +43,13 @@ def load_scorer(source: ModelSource, numerics: Numerics, device: torch.device) -
     return Scorer(cast(nn.Module, model).to(device), numerics, dropout, holds_adapters=base is not None)
 
 
-def _load_whole(folder: Path, trust_remote_code: bool, numerics: Numerics) -> tuple[PreTrainedModel, dict[str, float]]:
+def _load(
+    folder: Path, trust_remote_code: bool, numerics: Numerics, mesh: Any
+) -> tuple[PreTrainedModel, dict[str, float]]:
     """The model of a folder without adapters, and the dropout rates that were switched off."""
     settings, dropout = model_settings(folder, trust_remote_code, numerics)
+    if mesh is not None:
+        settings |= {"tp_plan": "auto", "device_mesh": mesh}
     return AutoModelForCausalLM.from_pretrained(folder, **settings), dropout
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from open_po.distributed.vocabulary import VocabularyShards
 from open_po.losses import PairLogps
 from open_po.packing import PackedBatch
 
@@ -40,18 +41,26 @@ class Head:
     scale: float = 1.0
 
 
-def fused_logprobs(hidden: Tensor, head: Head, targets: Tensor, *, use_liger: bool) -> Tensor:
+def fused_logprobs(
+    hidden: Tensor, head: Head, targets: Tensor, *, use_liger: bool, shards: VocabularyShards | None = None
+) -> Tensor:
     """Log-prob, in nats, of each target token: [N], float32 for any `hidden` up to that precision.
 
     `hidden` is [N, H] in the compute dtype; the weight is cast to it. Gradients reach `hidden`, the weight and the
     bias. `use_liger` takes Liger's Triton kernel (CUDA, or CPU under the Triton interpreter), otherwise blocks
-    of matrix products, with the same values.
+    of matrix products, with the same values. `shards`: each rank has a part of the head's vocabulary.
     """
     if len(targets) == 0:  # kernels refuse it; the zero keeps the graph connected
         return hidden.sum(-1).to(_logit_dtype(hidden)) + 0.0 * head.weight.sum()
     head, hidden = _unscaled(hidden, head)
-    function = _liger_logprobs if use_liger else _blocked_logprobs
-    return function(hidden, head, targets)
+    if shards is not None:
+        weight, bias = shards.local(head.weight), None if head.bias is None else shards.local(head.bias)
+        local = Head(weight, bias, head.softcap)
+        return shards.join(*_blocked(shards.enter(hidden), local, shards.local_targets(targets, len(weight))))
+    if use_liger:
+        return _liger_logprobs(hidden, head, targets)
+    picked, normalisers = _blocked(hidden, head, targets)
+    return picked - normalisers
 
 
 def response_sums(values: Tensor, batch: PackedBatch) -> Tensor:
@@ -137,14 +146,15 @@ def _liger_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     return result
 
 
-def _blocked_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-    result: Tensor = _BlockedLogprobs.apply(  # type: ignore[no-untyped-call]
+def _blocked(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The targets' logits [N], 0 for those that are no column of the head, and log-sum-exps of all columns [N]."""
+    picked, normalisers = _Blocked.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, targets, head.softcap, torch.is_grad_enabled()
     )
-    return result
+    return picked, normalisers
 
 
-class _BlockedLogprobs(torch.autograd.Function):
+class _Blocked(torch.autograd.Function):
     """Logits of a block of the vocabulary at a time, their softmax joined as the blocks go by.
 
     The first blocks' exponentials are kept for the backward pass, which takes them first and so makes room for itself:
@@ -160,7 +170,7 @@ class _BlockedLogprobs(torch.autograd.Function):
         targets: Tensor,
         softcap: float | None,
         with_grad: bool,  # needs_input_grad says whether inputs ask for gradients, also where nobody will compute them
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         normalisers = torch.full_like(targets, -torch.inf, dtype=_logit_dtype(hidden))
         picked = torch.zeros_like(normalisers)
         kept: list[tuple[Tensor, Tensor]] = []  # of the first blocks: exponentials [N, block], logits subtracted [N]
@@ -181,7 +191,7 @@ class _BlockedLogprobs(torch.autograd.Function):
             del logits, exponentials  # before the next block is made
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
         ctx.softcap, ctx.kept = softcap, kept
-        return picked - normalisers
+        return picked, normalisers
 
     @staticmethod
     @once_differentiable
@@ -194,9 +204,9 @@ class _BlockedLogprobs(torch.autograd.Function):
         grad_bias = torch.empty_like(bias) if wants_bias else None
         kept, ctx.kept = ctx.kept, []  # another backward pass makes them again
         for block in _vocabulary_blocks(hidden, weight):
-            # d logprob / d logits = onehot(target) - softmax, in the exponentials' own buffer.
+            # d picked / d logits = onehot(target), d normalisers = softmax: in the exponentials' own buffer.
             exponentials, share, slope = _softmax(ctx, block, kept)
-            d_logits = exponentials.mul_((-grads[0] * share)[:, None])
+            d_logits = exponentials.mul_((grads[1] * share)[:, None])
             columns, inside = _columns(targets, block)
             d_logits.scatter_add_(1, columns[:, None], torch.where(inside, grads[0], 0.0)[:, None])
             if slope is not None:

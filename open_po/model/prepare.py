@@ -12,6 +12,7 @@ from open_po.data.run_data import Data
 from open_po.distributed.engine import Engine, Fill, OptimizerMaker
 from open_po.distributed.make_engine import deal_out, make_engine
 from open_po.distributed.runtime import Runtime
+from open_po.distributed.tensor_parallel import tensor_parallel_mesh
 from open_po.errors import UserError
 from open_po.model.divided import HollowModel
 from open_po.model.layout_check import choose_layout
@@ -86,6 +87,15 @@ def is_divided(source: ModelSource, numerics: Numerics, config: ReferenceConfig,
     return not HollowModel(source, numerics, runtime).fits_whole()
 
 
+def _refuse_for_tensor_parallelism(config: RunConfig) -> None:
+    """Raises UserError for what a model that is divided within its layers cannot do yet."""
+    if config.model.use_lora:
+        raise UserError("use_lora: parallel tp trains no adapters; use fsdp")
+    if "log_sum_sq" in config.loss.mix().extras:
+        names = ", ".join(config.loss.names)
+        raise UserError(f"loss_type: {names} needs a token's whole distribution, which parallel tp divides; use fsdp")
+
+
 def _loading_device(runtime: Runtime) -> torch.device:
     """Where a whole model is loaded: one that is dealt out to devices afterwards need fit on none of them."""
     return torch.device("cpu") if runtime.parallelism.kind == "layers" else runtime.device
@@ -106,7 +116,11 @@ def load_policy(
     def load() -> Policy:
         model, source = config.model, policy_source(config)
         fill: Fill = _is_filled
-        if runtime.parallelism.divides_weights:
+        kind = runtime.parallelism.kind
+        if kind == "tp":
+            _refuse_for_tensor_parallelism(config)
+            scorer = load_scorer(source, numerics, runtime.device, tensor_parallel_mesh(runtime))
+        elif runtime.parallelism.divides_weights:
             hollow = HollowModel(source, numerics, runtime)
             scorer, fill = hollow.scorer, hollow.fill
         else:
@@ -121,7 +135,15 @@ def load_policy(
             if runtime.parallelism.zero_stage == 3:  # its layers run their backward pass only if their input has one
                 scorer.base.enable_input_require_grads()
         limit = config.train.max_grad_norm
-        engine = make_engine(scorer, scorer.decoder_layers(), fill, make_optimizer, runtime, max_grad_norm=limit)
+        engine = make_engine(
+            scorer,
+            scorer.decoder_layers(),
+            fill,
+            make_optimizer,
+            runtime,
+            max_grad_norm=limit,
+            head_weight=scorer.head().weight,
+        )
         scorer.place(engine)
         set_layout(scorer, data, model.prompt_sharing, "Policy", runtime)
         return Policy(scorer, engine)

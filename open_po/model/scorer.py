@@ -149,7 +149,8 @@ class Scorer(nn.Module):
             return {"logprobs": logits.float().log_softmax(-1).gather(1, batch.target_ids[:, None])[:, 0]}
         states, load_balancing = self._scored_states(batch)
         head = self.head()
-        found = {"logprobs": fused_logprobs(states, head, batch.target_ids, use_liger=self.numerics.use_liger)}
+        liger, shards = self.numerics.use_liger, self.placement.vocabulary
+        found = {"logprobs": fused_logprobs(states, head, batch.target_ids, use_liger=liger, shards=shards)}
         if log_sum_sq:
             found["log_sum_sq"] = log_sum_squares(states, head)
         if load_balancing is not None:

@@ -86,7 +86,8 @@ def _train(
     identity = agreed_identity(source, Path(config.reference.reference_cache_dir), runtime)
     # Whole copies, where they fit, need no gathering of weights, and no rank waits for another.
     divides = needs_reference and reference is None and runtime.parallelism.divides_weights
-    if divides and not runtime.on_every_rank(is_divided, source, numerics, config.reference, runtime):
+    by_itself = runtime.parallelism.kind == "tp"  # whose forward passes are of one pack on all ranks
+    if divides and (by_itself or not is_divided(source, numerics, config.reference, runtime)):
         reference = log_probs_of(source, numerics, config, runtime, data, label="Policy as reference")
     policy = load_policy(config, numerics, runtime, data, partial(make_optimizer, config=config.train))
     if needs_reference and reference is None:

@@ -164,7 +164,7 @@ class Trainer:
         Returns whether each of this rank's pairs has a loss that is not finite; nothing here waits for the device.
         """
         counts = size.counts
-        packs = self.planner.packs(indices, rank=self.runtime.rank, world_size=self.runtime.world_size)
+        packs = self.planner.packs(indices, rank=self.runtime.replica, world_size=self.runtime.replicas)
         whole = self._whole_step(indices, packs, counts) if self.loss.batch_coupled else None
         self.state.progress.packing += self.planner.stats(packs)
         bad: dict[int, Tensor] = {}
@@ -186,10 +186,12 @@ class Trainer:
                         aux = batch.tokens / size.tokens * scores.load_balancing
                         value = value + self.config.loss.load_balancing_weight * aux
                     self.engine.backward(value * float(counted))
-                if aux is not None and counted:
+                noted = counted and self.runtime.counts
+                if aux is not None and noted:
                     self.state.window.meter.add_aux(aux)
-                if whole is None and counted:
+                if whole is None and noted:
                     self.state.window.meter.add(policy, losses, counts)
+                if whole is None and counted:
                     bad |= zip(pack, losses.not_finite(), strict=True)
         return bad if whole is None else dict(zip(indices, whole.losses.not_finite(), strict=True))
 
@@ -200,7 +202,7 @@ class Trainer:
         """
         rounds = least
         if self.engine.lockstep_packs:
-            rounds = max(rounds, self.planner.rounds(indices, self.runtime.world_size))
+            rounds = max(rounds, self.planner.rounds(indices, self.runtime.replicas))
         return self.planner.smallest(indices, rounds - len(packs))
 
     def _score(self, batch: PackedBatch) -> Scores:

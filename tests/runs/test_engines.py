@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from open_po.distributed import runtime
 from open_po.losses import MixedLosses
 from tests import cli, tiny
 
@@ -175,3 +176,16 @@ def test_a_divided_model_is_saved_as_a_whole_one_is(
     cli.assert_close_weights(cli.weights(tmp_path / "run"), cli.weights(alone), cli.weights(folder))
     assert cli.files(tmp_path / "run") == cli.files(alone)
     assert (tmp_path / "run" / "config.json").read_text() == (alone / "config.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["dpo_norm_adamw", "dpo_norm_sgd", "aot_adamw"])
+def test_tensor_parallelism_by_its_stand_in(name: str, llama: Path, pairs: Path, alone: Alone, tmp_path: Path) -> None:
+    """It is for CUDA; on a CPU the same code runs over gloo once its refusal is out of the way."""
+    fields = RUNS[name] | {"parallel": "tp", "per_device_train_batch_size": 4, "checkpointing_steps": 2}
+    words = cli.arguments(llama, pairs, tmp_path / "run", **fields)
+
+    def allow(rank: int) -> None:
+        runtime.refuse_tensor_parallelism = lambda *_: None
+
+    assert cli.forked_ranks(words, allow) == [0, 0]
+    cli.assert_close_weights(cli.weights(tmp_path / "run"), alone(name), cli.weights(llama))

@@ -1,0 +1,66 @@
+"""Tensor parallelism by transformers' own plan: all ranks compute the same packs, each with its part of every layer.
+
+Experimental, and for CUDA.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from open_po.distributed.dcp import DistributedTensorsEngine
+from open_po.distributed.engine import OptimizerMaker, trained
+from open_po.distributed.runtime import Runtime
+from open_po.distributed.vocabulary import VocabularyShards
+from open_po.errors import UserError
+
+
+def tensor_parallel_mesh(runtime: Runtime) -> DeviceMesh:
+    """The ranks that divide a model's layers."""
+    return init_device_mesh(runtime.device.type, (runtime.world_size,))
+
+
+class TensorParallelEngine(DistributedTensorsEngine):
+    """Training of a model that transformers has divided when it loaded it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head_weight: Tensor,
+        make_optimizer: OptimizerMaker,
+        runtime: Runtime,
+        *,
+        max_grad_norm: float,
+    ) -> None:
+        super().__init__(model, runtime.device)
+        self.team, self.lockstep_packs = runtime, True
+        if isinstance(head_weight, DTensor):
+            if head_weight.shape[0] % runtime.world_size:
+                raise UserError(
+                    f"parallel: tp needs a vocabulary that {runtime.world_size} ranks divide, this one has "
+                    f"{head_weight.shape[0]} entries; use fsdp"
+                )
+            self.vocabulary = VocabularyShards(head_weight.device_mesh.get_group())
+        self._limit = max_grad_norm or float("inf")
+        self.optimizer = make_optimizer(trained(model).values())
+        for group in self.optimizer.param_groups:  # kernels over many tensors take no mixture of divided and whole ones
+            group["foreach"] = group["fused"] = False
+
+    def backward(self, value: Tensor) -> None:
+        value.backward()  # every rank has the whole value
+
+    def update(self) -> float:
+        gradients = [weight.grad for weight in trained(self.module).values() if weight.grad is not None]
+        squares = [gradient.float().square().sum() for gradient in gradients]
+        total = sum(float(part.full_tensor() if isinstance(part, DTensor) else part) for part in squares)
+        norm = math.sqrt(total) if math.isfinite(total) else math.nan
+        if math.isfinite(norm):
+            factor = min(1.0, self._limit / (norm + 1e-6))
+            for gradient in gradients:
+                gradient.mul_(factor)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
