@@ -33,7 +33,7 @@ def main(words: Sequence[str]) -> int:
             return sweep.main(rest)
         if name == "launch":
             # Read when torch is imported. A store that closes is told of in one line, not in a C++ trace as well.
-            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
             from open_po.commands import launch
 
             return launch.main(rest)

@@ -31,6 +31,10 @@ class ConfigError(UserError):
         super().__init__("\n".join(self.problems))
 
 
+class StrandedError(UserError):
+    """Raised on one rank amid what all do together: the others cannot be told, and end when this process does."""
+
+
 class Preempted(KeyboardInterrupt):
     """A scheduler, or the clock, ended the run early; started again, it goes on. Exits with code 75, EX_TEMPFAIL."""
 

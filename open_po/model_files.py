@@ -176,6 +176,14 @@ def _files(folder: Path, source: ModelSource) -> list[Path]:
     raise UserError(f"{source.name}: {_NO_WEIGHTS}")
 
 
+def safetensors_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers takes a folder's weights from; none if it takes others."""
+    whole, index = folder / _SAFE[0], folder / _SAFE[2]
+    if whole.is_file():
+        return [whole]
+    return sorted(_weights(folder, [index.name]) - {index}) if index.is_file() else []
+
+
 def _weights(folder: Path, patterns: Sequence[str]) -> set[Path]:
     """The files of some patterns, and those that an index among them names. Raises UserError for a damaged index."""
     found = {path for pattern in patterns for path in folder.glob(pattern)}

@@ -42,10 +42,9 @@ def run_command(read: Callable[[], RunConfig], job: Callable[[RunConfig, Runtime
     from open_po.distributed.runtime import Runtime  # which loads what a launcher, and a mistake, can do without
 
     try:
-        runtime = Runtime.start(config.train.seed, config.distributed, max_hours=config.train.max_run_time)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        runtime = Runtime.start(config.train.seed, config)
+    except ConfigError as error:
+        return refused(error)
     try:
         job(config, runtime)
     except (Exception, KeyboardInterrupt) as error:

@@ -26,6 +26,7 @@ from open_po.commands.node_run import NodeRun
 from open_po.commands.place import is_rank, read_place
 from open_po.commands.plan import plan
 from open_po.config import RunConfig, load_config
+from open_po.distributed.parallelism import LauncherWish, choose_parallelism
 from open_po.distributed.rendezvous import Limits
 from open_po.errors import ConfigError, UserError
 
@@ -61,8 +62,10 @@ def _launch(words: Sequence[str], options: argparse.Namespace) -> int:
     command = rank_command(words)
     if is_rank(os.environ):
         os.execv(command[0], command)
+    place = read_place(os.environ, torch.cuda.device_count())
+    choose_parallelism(config, LauncherWish(), place.ranks)  # each rank would refuse the same
     node = NodeRun(
-        place=read_place(os.environ, torch.cuda.device_count()),
+        place=place,
         command=command,
         config=config,
         restarts=options.restarts,

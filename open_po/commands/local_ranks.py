@@ -19,7 +19,7 @@ _SIGNALS = 3  # that `end` sends
 class Patience:
     """How long ranks have to end when another has failed, in seconds."""
 
-    by_themselves: float = 20.0  # they meet a closed connection
+    by_themselves: float = 10.0  # they meet a closed connection
     after_first: float = 5.0  # SIGTERM, at which a rank finishes its step and saves, which it may be unable to
     after_second: float = 10.0  # SIGTERM, which ends a rank at once; then SIGKILL
 

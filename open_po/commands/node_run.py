@@ -103,7 +103,7 @@ class NodeRun:
                 self._attempt(attempt)
                 failure = self._watch.first_failure(attempt)
                 if failure is None:
-                    return PREEMPTED if self._watch.anyone_preempted() else 0
+                    return PREEMPTED if self._watch.anyone_preempted(attempt) else 0
                 code = 128 - failure.code if failure.code < 0 else failure.code
                 if attempt >= self.restarts or code in _NEVER_RESTARTED or not self._agree_on(attempt + 1):
                     self._tell(failure)
@@ -129,8 +129,8 @@ class NodeRun:
             trouble = trouble or self._watch.trouble()
             if trouble:  # the ranks have had the time in which a node counts as stopped
                 self._ranks.end(at_once=True)
-            elif self._watch.first_failure(attempt):
-                self._ranks.end()
+            elif self._watch.first_failure(attempt) or self._watch.anyone_preempted(attempt):
+                self._ranks.end()  # one that waits for the others in a collective hears no signal
             time.sleep(_POLL_SECONDS)
         self._watch.say(ended=True)
         while not trouble and not self._watch.all_ended(attempt):
@@ -163,7 +163,7 @@ class NodeRun:
 
     def _note(self, attempt: int, rank: int, code: int) -> None:
         if code == PREEMPTED:
-            self._watch.say(preempted=True)
+            self._watch.say(preempted=attempt)
         elif code != 0:
             self._watch.fail(attempt, rank, code)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from open_po.errors import UserError
+from open_po.errors import ConfigError
 
 # What the trainer decides, with the field that says it. A file may leave it to whoever reads it ("auto").
 _OURS = {
@@ -21,26 +21,37 @@ _OURS = {
     "bf16": "dtype",
     "steps_per_print": "logging_steps",
 }
+# What is passed on: none of it changes the value of a step.
+_TAKEN = ("zero_optimization", "wall_clock_breakdown", "memory_breakdown", "comms_logger", "dump_state")
+_CHANGES_VALUES = ("zero_quantized", "zeropp_loco", "zenflow", "legacy_stage1")
 # Said in published files as a matter of course; how it is done here is the same.
 _HARMLESS = {"bf16", "steps_per_print"}
 
 
 def read_deepspeed_file(path: str) -> dict[str, Any]:
-    """The file's settings but for those that are `auto` or this trainer's. Raises UserError.
+    """The file's settings but for those that are `auto` or this trainer's. Raises ConfigError.
 
     That is, for a file that cannot be read, or that fixes what a field of the configuration decides.
     """
     try:
         content = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"DeepSpeed's configuration {path}: cannot be read ({error})") from error
+        raise ConfigError([f"DeepSpeed's configuration {path}: cannot be read ({error})"]) from error
     if not isinstance(content, dict):
-        raise UserError(f"DeepSpeed's configuration {path}: must be a JSON object")
+        raise ConfigError([f"DeepSpeed's configuration {path}: must be a JSON object"])
     for name, field in _OURS.items():
         fixed = list(_fixed(content.pop(name, None), name))
         if fixed and name not in _HARMLESS:
             key, value = fixed[0]
-            raise UserError(f'DeepSpeed\'s configuration {path}: {key} {value} is for {field} to say; write "auto"')
+            raise ConfigError([f'DeepSpeed\'s configuration {path}: {key} {value} is for {field} to say; write "auto"'])
+    zero = content.get("zero_optimization", {})
+    unknown = [name for name in content if name not in _TAKEN] + [
+        f"zero_optimization.{name}" for name in zero if name.startswith(_CHANGES_VALUES)
+    ]
+    if unknown:
+        raise ConfigError(
+            [f"DeepSpeed's configuration {path}: {name} is not supported; take it out" for name in unknown]
+        )
     return dict(_without_auto(content))
 
 

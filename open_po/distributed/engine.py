@@ -56,7 +56,7 @@ class Engine(Placement, ABC):
     """
 
     lockstep_packs = False
-    saves_aside = False  # whether `begin_save` does not wait for the disk
+    loads_together = False  # whether ranks talk to one another in `load`
     optimizer: Optimizer  # whose groups a schedule gives their learning rates
 
     @property

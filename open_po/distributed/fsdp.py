@@ -76,7 +76,7 @@ class FsdpEngine(DistributedTensorsEngine):
         self._limit = max_grad_norm or float("inf")
         # Now: after a forward pass without gradients the root's weights stay whole, and are not what is trained.
         self.optimizer = make_optimizer(trained(model).values())
-        self._reduces_once = _reduces_once(model, runtime.device)
+        self._reduces_once = all(runtime.gather(_reduces_once(model, runtime.device)))
 
     @contextmanager
     def pack(self, *, last: bool) -> Iterator[None]:

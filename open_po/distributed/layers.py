@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from open_po.distributed.engine import OptimizerMaker, Placement
 from open_po.distributed.runtime import Runtime
 from open_po.distributed.single import SingleEngine
-from open_po.errors import UserError
 
 
 class LayersPlacement(Placement):
@@ -52,11 +51,8 @@ class LayersEngine(SingleEngine):
 
 
 def visible_gpus() -> list[torch.device]:
-    """The devices that layers are dealt out to. Raises UserError if there are not several."""
-    count = torch.cuda.device_count()
-    if count < 2:
-        raise UserError(f"parallel: layers deals a model out to the GPUs that a process sees, this one sees {count}")
-    return [torch.device("cuda", number) for number in range(count)]
+    """The devices that layers are dealt out to."""
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
 
 
 def share_out(sizes: Sequence[int], around: int, devices: int) -> list[int]:

@@ -14,7 +14,7 @@ from open_po.distributed.single import SingleEngine
 
 
 def deal_out(model: nn.Module, units: Sequence[nn.Module]) -> Placement:
-    """`model`, which is not trained, over the GPUs of this process. Raises UserError if there are not several."""
+    """`model`, which is not trained, over the GPUs of this process."""
     return LayersPlacement(model, units, visible_gpus())
 
 

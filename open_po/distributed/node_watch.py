@@ -40,7 +40,7 @@ class Status:
     ended: bool = False  # all of its ranks of this attempt
     left: bool = False  # its launcher
     stopping: bool = False  # it was told to stop by a signal
-    preempted: bool = False  # a rank of this attempt has saved and wants to be started again
+    preempted: int | None = None  # the attempt in which a rank has saved and wants to be started again
     trouble: str | None = None  # why it gives the run up
     failures: list[dict[str, Any]] = field(default_factory=list)  # of all attempts
 
@@ -168,9 +168,9 @@ class NodeWatch:
         """Whether a node was told to stop."""
         return any(status.stopping for status in self._all)
 
-    def anyone_preempted(self) -> bool:
+    def anyone_preempted(self, attempt: int) -> bool:
         """Whether a rank has saved and wants to be started again."""
-        return any(status.preempted for status in self._all)
+        return any(status.preempted == attempt for status in self._all)
 
     def begin_again(self, attempt: int) -> bool | None:
         """Whether this attempt, after a failed one, is to be made; None while node 0 has not decided.
@@ -222,9 +222,9 @@ class LoneProcess:
         """There are no others."""
         return True
 
-    def anyone_preempted(self) -> bool:
+    def anyone_preempted(self, attempt: int) -> bool:
         """Whether the process has saved and wants to be started again."""
-        return self._mine.preempted
+        return self._mine.preempted == attempt
 
     def begin_again(self, attempt: int) -> bool | None:
         """Unless it was told to stop."""

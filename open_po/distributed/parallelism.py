@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from open_po.config import DistributedConfig
+import torch
+
+from open_po.config import RunConfig
 from open_po.distributed.deepspeed_file import read_deepspeed_file
-from open_po.errors import UserError
+from open_po.errors import ConfigError
 
 Kind = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp", "layers", "tp"]
 
@@ -51,18 +53,20 @@ class LauncherWish:
     def from_environment() -> LauncherWish:
         """Read, and take out of the environment, what `accelerate launch` leaves there.
 
-        Out of it, since accelerate would start the engine by itself, as it is not wanted here. Raises UserError.
+        Out of it, since accelerate would start the engine by itself, as it is not wanted here. Raises ConfigError.
         """
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if precision not in ("no", "bf16"):
-            raise UserError(f"accelerate launch: mixed precision {precision} is not supported; use bf16 or no")
+            raise ConfigError([f"accelerate launch: mixed precision {precision} is not supported; use bf16 or no"])
         if _is_set("ACCELERATE_USE_MEGATRON_LM"):
-            raise UserError("accelerate launch: Megatron-LM is not supported; use DeepSpeed, FSDP or none")
+            raise ConfigError(["accelerate launch: Megatron-LM is not supported; use DeepSpeed, FSDP or none"])
         lonely = "MASTER_ADDR" in os.environ and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & {*os.environ}
-        if _is_set("ACCELERATE_USE_CPU") and lonely:
-            raise UserError(
-                "accelerate launch --cpu: starts several processes through MPI alone (--mpirun_hostfile), and has "
-                "started one; use torchrun --nproc_per_node N, or PROCESSES_PER_NODE=N bash scripts/train/launch.sh"
+        if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" and lonely:
+            raise ConfigError(
+                [
+                    "accelerate launch --cpu: starts several processes through MPI alone (--mpirun_hostfile), and has "
+                    "started one; use torchrun --nproc_per_node N, or PROCESSES_PER_NODE=N bash scripts/train/launch.sh"
+                ]
             )
         if _is_set("ACCELERATE_USE_DEEPSPEED"):
             return _deepspeed_wish()
@@ -76,15 +80,20 @@ def _is_set(name: str) -> bool:
 
 
 def _deepspeed_wish() -> LauncherWish:
+    clipping = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
+    if clipping not in ("auto", "none"):
+        raise ConfigError(
+            [f"accelerate launch: gradient_clipping {clipping} is for max_grad_norm to say; leave it out"]
+        )
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     config = {} if path == "none" else read_deepspeed_file(path)
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")))
     if stage not in (1, 2, 3):
-        raise UserError(f"accelerate launch: DeepSpeed's zero stage {stage} is not supported; use 1, 2 or 3")
+        raise ConfigError([f"accelerate launch: DeepSpeed's zero stage {stage} is not supported; use 1, 2 or 3"])
 
     def offloads(what: str) -> bool:
-        device = zero.get(f"offload_{what}", {}).get("device")
+        device = (zero.get(f"offload_{what}") or {}).get("device")
         return (device or os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none")) != "none"
 
     return LauncherWish(
@@ -96,6 +105,10 @@ def _deepspeed_wish() -> LauncherWish:
 
 
 def _fsdp_wish() -> LauncherWish:
+    if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false") == "true":
+        raise ConfigError(
+            ["accelerate launch: fsdp_activation_checkpointing is for gradient_checkpointing to say; set it"]
+        )
     strategy = os.environ.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD")
     words = {"FULL_SHARD": True, "1": True, "SHARD_GRAD_OP": False, "2": False}
     if os.environ.get("FSDP_VERSION", "1") == "2":
@@ -103,55 +116,81 @@ def _fsdp_wish() -> LauncherWish:
     elif strategy in words:
         reshard = words[strategy]
     else:
-        raise UserError(
-            f"accelerate launch: fsdp_sharding_strategy {strategy} is not supported; use FULL_SHARD or SHARD_GRAD_OP"
+        raise ConfigError(
+            [f"accelerate launch: fsdp_sharding_strategy {strategy} is not supported; use FULL_SHARD or SHARD_GRAD_OP"]
         )
     offload = os.environ.get("FSDP_OFFLOAD_PARAMS", "false") == "true"
     return LauncherWish(kind="fsdp", offload_param=offload, reshard_after_forward=reshard)
 
 
-def refuse_tensor_parallelism(device: str, world_size: int) -> None:
-    """Raises UserError where it cannot be."""
-    if device != "cuda":
-        raise UserError(f"parallel: tp is experimental and for CUDA, this device is {device}; use fsdp")
-    if world_size == 1:
-        raise UserError("parallel: tp divides layers among several ranks, this run has one; start more")
+def choose_parallelism(config: RunConfig, wish: LauncherWish, world_size: int) -> Parallelism:
+    """The engine of a run on so many ranks.
 
-
-def choose_parallelism(config: DistributedConfig, wish: LauncherWish, world_size: int) -> Parallelism:
-    """The engine of a run. Raises UserError where configuration and launcher contradict each other."""
+    Raises ConfigError where fields contradict one another, the program that launches it, or what there is.
+    """
+    wanted = config.distributed
     kind: Kind = wish.kind or "ddp"
-    if config.parallel != "auto":
-        if wish.kind is not None and config.parallel != wish.kind:
-            raise UserError(
-                f"parallel: {config.parallel} contradicts accelerate launch, which asks for {wish.kind}; leave one of "
-                "them out"
+    if wanted.parallel != "auto":
+        if wish.kind is not None and wanted.parallel != wish.kind:
+            raise ConfigError(
+                [
+                    f"parallel: {wanted.parallel} contradicts accelerate launch, which asks for {wish.kind}; leave one of "
+                    "them out"
+                ]
             )
-        kind = config.parallel
+        kind = wanted.parallel
     if kind == "ddp" and world_size == 1:
         kind = "single"
-    if kind == "layers" and world_size > 1:
-        raise UserError(f"parallel: layers is one process over several GPUs, this run has {world_size}; start one")
-    offload_optimizer = config.offload_optimizer or wish.offload_optimizer
-    offload_param = config.offload_param or wish.offload_param
-    hpz = config.zero_hpz_partition_size
-    if offload_optimizer and kind == "fsdp":
-        raise UserError("offload_optimizer: fsdp offloads weights and optimizer together; set offload_param")
-    if offload_optimizer and not kind.startswith("zero"):
-        raise UserError(f"offload_optimizer: is for parallel zero1, zero2 and zero3, this run is {kind}")
-    if offload_param and kind not in ("zero3", "fsdp"):
-        raise UserError(f"offload_param: is for parallel zero3 and fsdp, this run is {kind}")
-    if hpz > 1 and (kind != "zero3" or world_size % hpz):
-        raise UserError(
-            f"zero_hpz_partition_size: {hpz} is for parallel zero3 and a number of ranks that it divides, this run is "
-            f"{kind} on {world_size}"
-        )
-    return Parallelism(
+    found = Parallelism(
         kind=kind,
-        is_free=config.parallel == "auto" and wish.kind is None and kind == "ddp",
-        offload_optimizer=offload_optimizer,
-        offload_param=offload_param,
-        zero_hpz_partition_size=hpz,
+        is_free=wanted.parallel == "auto" and wish.kind is None and kind == "ddp",
+        offload_optimizer=wanted.offload_optimizer or wish.offload_optimizer,
+        offload_param=wanted.offload_param or wish.offload_param,
+        zero_hpz_partition_size=wanted.zero_hpz_partition_size,
         reshard_after_forward=wish.reshard_after_forward,
         deepspeed=wish.deepspeed,
     )
+    if problems := [*_impossible(found, world_size), *_not_for(found, config)]:
+        raise ConfigError(problems)
+    return found
+
+
+def _impossible(found: Parallelism, ranks: int) -> Iterator[str]:
+    """What an engine cannot do on so many ranks, or on this machine."""
+    kind, hpz = found.kind, found.zero_hpz_partition_size
+    if kind == "layers" and ranks > 1:
+        yield f"parallel: layers is one process over several GPUs, this run has {ranks}; start one"
+    elif kind == "layers" and torch.cuda.device_count() < 2:
+        gpus = torch.cuda.device_count()
+        yield f"parallel: layers deals a model out to the GPUs that a process sees, this one sees {gpus}"
+    if kind == "tp" and not _has_cuda():
+        yield "parallel: tp is experimental and for CUDA, which is not here; use fsdp"
+    elif kind == "tp" and ranks == 1:
+        yield "parallel: tp divides layers among several ranks, this run has one; start more"
+    if found.offload_optimizer and kind == "fsdp":
+        yield "offload_optimizer: fsdp offloads weights and optimizer together; set offload_param"
+    elif found.offload_optimizer and not found.zero_stage:
+        yield f"offload_optimizer: is for parallel zero1, zero2 and zero3, this run is {kind}"
+    if found.offload_param and kind not in ("zero3", "fsdp"):
+        yield f"offload_param: is for parallel zero3 and fsdp, this run is {kind}"
+    if hpz > 1 and (kind != "zero3" or ranks % hpz):
+        yield (
+            f"zero_hpz_partition_size: {hpz} is for parallel zero3 and a number of ranks that it divides, this run is "
+            f"{kind} on {ranks}"
+        )
+
+
+def _not_for(found: Parallelism, config: RunConfig) -> Iterator[str]:
+    """Fields of other sections that an engine does not go with."""
+    if config.output.async_checkpointing and found.zero_stage:
+        yield f"async_checkpointing: DeepSpeed waits for its checkpoints (parallel {found.kind}); leave it out"
+    separate = config.reference.reference_model_name_or_path is not None
+    if config.reference.reference_sharding == "on" and not (separate or found.divides_weights or found.is_free):
+        yield (
+            f"reference_sharding: the policy is its own reference, and whole on every rank (parallel {found.kind}); "
+            "leave it out, or use fsdp"
+        )
+
+
+def _has_cuda() -> bool:
+    return torch.cuda.is_available()

@@ -160,8 +160,8 @@ def reach_store(address: str, port: int, seconds: float) -> TCPStore:
         return TCPStore(address, port, None, False, _STORE_TIMEOUT, False)
     except RuntimeError as error:
         raise UserError(
-            f"MASTER_ADDR {address}, MASTER_PORT {port}: something else than a launcher answers there; give all nodes "
-            "another MASTER_PORT"
+            f"MASTER_ADDR {address}, MASTER_PORT {port}: something else than a launcher answers there; is that the "
+            "address of NODE_RANK 0? If it is, give all nodes another MASTER_PORT"
         ) from error
 
 

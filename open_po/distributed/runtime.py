@@ -22,15 +22,16 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from rich.console import Console
 from torch.distributed import ProcessGroup
 
-from open_po.config import DistributedConfig
-from open_po.distributed.parallelism import LauncherWish, Parallelism, choose_parallelism, refuse_tensor_parallelism
+from open_po.config import RunConfig
+from open_po.distributed.parallelism import LauncherWish, Parallelism, choose_parallelism
 from open_po.distributed.stopping import StopRequest
-from open_po.errors import UserError, user_line
+from open_po.errors import StrandedError, UserError, user_line
 from open_po.output.console import make_console
 
 T = TypeVar("T")
 Arguments = ParamSpec("Arguments")
 _PATIENCE = timedelta(hours=6)  # for other ranks: rank 0 may tokenise for hours
+_BOTH = "cuda:nccl,cpu:gloo"
 
 
 def _for_all(error: Exception) -> Exception:
@@ -54,26 +55,28 @@ class Runtime:
     group: ProcessGroup | None = None  # of the ranks that this is about; None: all
 
     @staticmethod
-    def start(seed: int, config: DistributedConfig | None = None, *, max_hours: float | None = None) -> Runtime:
+    def start(seed: int, config: RunConfig | None = None) -> Runtime:
         """Join the other ranks, if any, seed every generator and quieten the libraries.
 
-        `max_hours` from now the run is to stop. Raises UserError if `config` and the program that launched this one do
-        not go together.
+        Raises ConfigError if `config` and the program that launched this one do not go together.
         """
         _quieten_libraries()
-        stop = StopRequest(max_hours)
+        stop = StopRequest(None if config is None else config.train.max_run_time)
         stop.listen()
-        wish = LauncherWish.from_environment()
+        wish, ranks = LauncherWish.from_environment(), int(os.environ.get("WORLD_SIZE", "1"))
+        parallelism = Parallelism(kind="single" if ranks == 1 else "ddp")
+        if config is not None:
+            parallelism = choose_parallelism(config, wish, ranks)
+        group: dict[str, Any] = {"timeout": _PATIENCE}
+        if torch.cuda.is_available() and parallelism.offload_param:  # what is offloaded is gathered from CPUs
+            group["backend"] = _BOTH
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision="no",  # the model casts by itself, alike in training, evaluation and the reference pass
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+            kwargs_handlers=[InitProcessGroupKwargs(**group)],
         )
-        parallelism = choose_parallelism(config or DistributedConfig(), wish, int(accelerator.num_processes))
-        if parallelism.kind == "tp":
-            refuse_tensor_parallelism(accelerator.device.type, int(accelerator.num_processes))
         if parallelism.zero_stage or parallelism.kind == "fsdp":
-            _prepare_engine()
+            _prepare_engine(group)
         set_seed(seed)
         console = make_console(quiet=not accelerator.is_main_process)
         return Runtime(accelerator=accelerator, parallelism=parallelism, stop=stop, console=console)
@@ -143,6 +146,8 @@ class Runtime:
         if self.is_main:
             try:
                 result = action(*args, **named)
+            except StrandedError:
+                raise
             except Exception as error:
                 failure = _for_all(error)
         if (theirs := self._broadcast(failure)) is not None:
@@ -161,6 +166,8 @@ class Runtime:
         failure: Exception | None = None
         try:
             result = action(*args, **named)
+        except StrandedError:
+            raise
         except Exception as error:
             failure = _for_all(error)
         for theirs in self.gather(failure):
@@ -231,13 +238,12 @@ class Runtime:
             torch.distributed.destroy_process_group()
 
 
-def _prepare_engine() -> None:
+def _prepare_engine(group: dict[str, Any]) -> None:
     """What an engine that divides a model expects of its process: a group, be it of one."""
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if not torch.distributed.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_PATIENCE)
+        backend = {"backend": "nccl" if torch.cuda.is_available() else "gloo"} | group
+        torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1, **backend)
 
 
 def _quieten_libraries() -> None:

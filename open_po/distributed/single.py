@@ -20,8 +20,6 @@ _WEIGHTS, _OPTIMIZER = "weights.safetensors", "optimizer.pt"
 class SingleEngine(Engine):
     """One process with the whole model."""
 
-    saves_aside = True
-
     def __init__(
         self, model: nn.Module, make_optimizer: OptimizerMaker, runtime: Runtime, *, max_grad_norm: float
     ) -> None:

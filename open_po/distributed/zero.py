@@ -26,6 +26,8 @@ _TAG = "zero"  # the folder in a checkpoint
 class ZeroEngine(Engine):
     """Training under ZeRO."""
 
+    loads_together = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -45,7 +47,7 @@ class ZeroEngine(Engine):
         stage = runtime.parallelism.zero_stage
         self.team, self.lockstep_packs = runtime if stage == 3 else None, stage >= 2
         self._stage, self._world_size = stage, runtime.world_size
-        if stage == 3:
+        if stage == 3 and units:
             # A layer is gathered as a whole: the last one may stop halfway, which ZeRO's own trace does not expect.
             kinds = list({type(unit) for unit in units})
             deepspeed.utils.set_z3_leaf_modules(model, kinds)

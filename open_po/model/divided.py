@@ -12,9 +12,9 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from open_po.config import RunConfig
 from open_po.distributed.make_engine import divide
@@ -24,7 +24,7 @@ from open_po.errors import UserError, first_line
 from open_po.model.load import apply_liger, load_scorer, model_settings
 from open_po.model.numerics import Numerics
 from open_po.model.scorer import Scorer
-from open_po.model_files import ModelSource, adapter_base
+from open_po.model_files import ModelSource, adapter_base, safetensors_files
 
 _CPU = torch.device("cpu")
 # Shares of a device's memory: that a whole copy of the reference may take, and what a whole model and its training may.
@@ -37,7 +37,7 @@ class Weights(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Any] = {}
-        for path in sorted(folder.glob("model*.safetensors")):
+        for path in safetensors_files(folder):
             file: Any = safe_open(path, framework="pt")
             self._files |= dict.fromkeys(file.keys(), file)
 
@@ -70,6 +70,8 @@ class HollowModel:
             with without_weights():
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(settings.pop("config"), **settings)
             model.tie_weights()  # what was tied in there has got parameters of its own
+            if (self._folder / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(self._folder)
         except Exception as error:  # transformers raises whatever a bad folder makes it
             raise UserError(f"{source.name}: no causal language model can be made ({first_line(error)})") from error
         model.name_or_path = model.config._name_or_path = source.name
@@ -81,7 +83,8 @@ class HollowModel:
         saved = model.state_dict()
         self._buffers = {id(buffer): name for name, buffer in model.named_buffers() if name in saved}
         self._kept = [*model.parameters(), *model.buffers()]  # what has gone might leave its identity to another
-        self._weights: Mapping[str, Tensor] | None = None  # on rank 0, once they are needed
+        self._weights: Mapping[str, Tensor] = {}  # on rank 0, once they are needed
+        self._opened = False
 
     @property
     def parameters(self) -> int:
@@ -133,6 +136,9 @@ class HollowModel:
 
     def fill(self, unit: nn.Module) -> None:
         """Give the weights in `unit` that have none their values, on the device; all ranks call this alike."""
+        if not self._opened:  # before any rank waits for a weight: what is wrong with the files is told on all of them
+            self._opened = True
+            self.runtime.on_main(self._open)
         filled: dict[int, nn.Parameter] = {}
         for module in unit.modules():
             for name, parameter in list(module._parameters.items()):
@@ -154,25 +160,24 @@ class HollowModel:
         runtime = self.runtime
         sent = torch.empty(value.shape, dtype=value.dtype, device=runtime.device)
         if runtime.is_main:
-            sent.copy_(value if name is None else self._read()[name])
+            sent.copy_(value if name is None else self._weights[name])
         broadcast(sent, runtime)
         return sent
 
-    def _read(self) -> Mapping[str, Tensor]:
-        if self._weights is None:
-            self._weights = self._open()
-        return self._weights
-
-    def _open(self) -> Mapping[str, Tensor]:
-        """The weights by their names in the model: in its files if they have these names, else in the host's memory."""
-        weights = Weights(self._folder)
+    def _open(self) -> None:
+        """Have the weights by their names in the model: in its files if they have these names, else in host memory."""
+        try:
+            weights = Weights(self._folder)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.source.name}: its weights cannot be read ({first_line(error)})") from error
         wanted = {name: list(parameter.shape) for name, parameter in self._hollow()}
         if not self.scorer.holds_adapters and all(
             name in weights and weights.shape(name) == shape for name, shape in wanted.items()
         ):
-            return weights
+            self._weights = weights
+            return
         self.runtime.say(f"{self.source.name}: the files name weights in another way; rank 0 reads all of them first")
-        return load_scorer(self.source, self.numerics, _CPU).base.state_dict()
+        self._weights = load_scorer(self.source, self.numerics, _CPU).base.state_dict()
 
     def _hollow(self) -> list[tuple[str, Tensor]]:
         tensors = [*self.scorer.parameters(), *self.scorer.buffers()]

@@ -75,6 +75,11 @@ def choose_layout(
         _check_head(scorer, pairs[0])
         limit = rope_limit(scorer.base.config)
         scorer.row_by_row = limit is not None and longest > limit
+        if scorer.row_by_row and scorer.lockstep:
+            raise UserError(
+                f"{scorer.base.config.model_type}: rows beyond {limit} tokens are computed one by one, of which ranks "
+                "that divide a model have different numbers; use parallel ddp or zero2, or lower max_seq_length"
+            )
         refused: dict[Layout, str] = {}
         wanted = [layout for layout in _WANTED[sharing] if layout == "rows" or not scorer.row_by_row]
         if scorer.row_by_row and "shared" in _WANTED[sharing]:

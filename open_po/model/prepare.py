@@ -62,8 +62,10 @@ def load_reference(
 ) -> Scorer:
     """A model that only scores, as a whole on each rank or divided among them; all ranks call this."""
 
+    divided = is_divided(source, numerics, config.reference, runtime)
+
     def load() -> Scorer:
-        if is_divided(source, numerics, config.reference, runtime):
+        if divided:
             scorer = HollowModel(source, numerics, runtime).divided()
         else:
             scorer = load_scorer(source, numerics, _loading_device(runtime))
@@ -79,12 +81,15 @@ def load_reference(
 
 
 def is_divided(source: ModelSource, numerics: Numerics, config: ReferenceConfig, runtime: Runtime) -> bool:
-    """Whether the ranks divide a model that only scores. Raises UserError if there are none to divide it among."""
+    """Whether the ranks divide a model that only scores; all ranks call this.
+
+    Raises UserError if there are none to divide it among.
+    """
     if config.reference_sharding == "on" and runtime.world_size == 1:
         raise UserError("reference_sharding: on needs several ranks, this run has one; use off, or more processes")
     if config.reference_sharding != "auto" or runtime.world_size == 1:
         return config.reference_sharding == "on"
-    return not HollowModel(source, numerics, runtime).fits_whole()
+    return not runtime.on_every_rank(HollowModel, source, numerics, runtime).fits_whole()
 
 
 def _refuse_for_tensor_parallelism(config: RunConfig) -> None:

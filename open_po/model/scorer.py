@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from open_po.distributed.engine import Placement
-from open_po.errors import UserError
+from open_po.errors import StrandedError, UserError, first_line, is_out_of_memory
 from open_po.losses import Extra, PairLogps
 from open_po.model.attention import ATTENTION_NAME, Segments
 from open_po.model.last_layer import SegmentsAndLast, compute_scored_tokens_only
@@ -134,7 +134,17 @@ class Scorer(nn.Module):
         return self._run(batch.to(self.device), own=True)["logprobs"]
 
     def _run(self, batch: PackedBatch, **asked: bool) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = self.placement.module(batch, **asked)
+        try:
+            found: dict[str, Tensor] = self.placement.module(batch, **asked)
+        except RuntimeError as error:
+            if self.lockstep and is_out_of_memory(error):
+                tokens = len(batch.input_ids)
+                raise StrandedError(
+                    f"out of memory, with {tokens:,} tokens in a pass of a model that ranks divide "
+                    f"({first_line(error)}); lower max_tokens_per_batch, or reference_max_tokens_per_batch in the "
+                    "reference pass"
+                ) from error
+            raise
         return found
 
     def forward(self, batch: PackedBatch, *, log_sum_sq: bool = False, own: bool = False) -> dict[str, Tensor]:

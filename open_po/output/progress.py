@@ -20,7 +20,7 @@ class Progress:
     def __init__(self, console: Console, label: str, *, total: int, unit: str, done: int = 0) -> None:
         self.console, self.label, self.total, self.unit, self.done = console, label, total, unit, done
         self._started_at, self._first = time.monotonic(), done
-        self._tokens = 0
+        self._tokens = self._elsewhere = 0
         self._note = ""
         self._said = time.monotonic()
         self._live = None
@@ -48,9 +48,9 @@ class Progress:
         if self._live is not None:
             self._live.stop()
         if kind is None:
-            self._print(
-                f"{self.label}: {self.done - self._first:,} {self.unit} in {self._elapsed():.1f} s{self._rates()}"
-            )
+            others = f" (the other {self._elsewhere:,} by other processes)" if self._elsewhere else ""
+            mine = f"{self.done - self._first:,} {self.unit}{others}"
+            self._print(f"{self.label}: {mine} in {self._elapsed():.1f} s{self._rates()}")
 
     def advance(self, count: int, *, tokens: int = 0, note: str = "") -> None:
         """`count` more units are done, with so many tokens; the last `note` stands in place of the rates."""
@@ -69,6 +69,7 @@ class Progress:
     def done_elsewhere(self, count: int) -> None:
         """`count` more units are done, by others: they are in no rate, and not in the last line."""
         self._first += count
+        self._elsewhere += count
         self.advance(count)
 
     def _elapsed(self) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from open_po.config import RunConfig
-from open_po.errors import UserError
+from open_po.errors import UserError, user_line
 from open_po.output.files import disk_faults, lock_folder, write_atomically
 from open_po.output.summary import RunSummary, Status
 
@@ -63,9 +63,9 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"output_dir {self.path}: cannot be written ({error.strerror})") from error
 
-    def refuse_unless_shared(self) -> None:
-        """Raises UserError on a rank that does not see what rank 0 has written here."""
-        if not self.config.is_file():
+    def refuse_unless_shared(self, config: str) -> None:
+        """Raises UserError on a rank that does not see the `config` that rank 0 sees here."""
+        if not self.config.is_file() or self.config.read_text() != config:
             raise UserError(
                 f"output_dir {self.path}: is not the same folder on {platform.node()}, where checkpoints are read and "
                 "parts of them written; choose one on a file system that all nodes share"
@@ -149,7 +149,8 @@ class RunFolder:
             if is_main:
                 status = Status.INTERRUPTED if isinstance(error, KeyboardInterrupt) else Status.FAILED
                 with suppress(OSError):  # a full disk must not hide the error that is on its way
-                    RunSummary.update(self.summary, status=status, error=str(error) or type(error).__name__)
+                    said = user_line(error) if isinstance(error, RuntimeError) else None
+                    RunSummary.update(self.summary, status=status, error=said or str(error) or type(error).__name__)
             raise
 
     @contextmanager

@@ -200,13 +200,9 @@ def _spread(items: Sequence[T], count: int) -> list[T]:
 
 def _verify(samples: Sequence[Sample], store: ReferenceStore, scorer: Scorer, source: ModelSource, data: Data) -> None:
     """Compute stored responses once more. Raises UserError for the first that differs."""
-    for sample in samples:
-        part = data.parts[sample.part]
-        pair, side = part[sample.pair], ("chosen", "rejected")[sample.side]
-        group = Group(pair.prompt_ids, [(pair.chosen_ids, pair.rejected_ids)[sample.side]])
-        batch = pack_responses([group], layout=scorer.layout, pad_token_id=data.pad)
-        with scorer.as_reference():
-            got = float(response_sums(scorer.token_logprobs(batch), batch))
+    # All of them first: ranks that divide a model must run equally many passes, whatever each finds in its store.
+    for sample, got in [(sample, _scored_once_more(sample, scorer, data)) for sample in samples]:
+        part, side = data.parts[sample.part], ("chosen", "rejected")[sample.side]
         (row,) = store.find(part.response_keys[sample.pair, sample.side : sample.side + 1])
         if row < 0:  # not visible on this machine yet
             continue
@@ -220,3 +216,11 @@ def _verify(samples: Sequence[Sample], store: ReferenceStore, scorer: Scorer, so
                 f"{tolerance:.2g}. Remove the cached ones (python -m open_po cache prune --key {store.folder.name} "
                 f"--dir {shard.path.parent.parent}), or take them as they are (verify_reference_rows 0)"
             )
+
+
+def _scored_once_more(sample: Sample, scorer: Scorer, data: Data) -> float:
+    pair = data.parts[sample.part][sample.pair]
+    group = Group(pair.prompt_ids, [(pair.chosen_ids, pair.rejected_ids)[sample.side]])
+    batch = pack_responses([group], layout=scorer.layout, pad_token_id=data.pad)
+    with scorer.as_reference():
+        return float(response_sums(scorer.token_logprobs(batch), batch))

@@ -162,7 +162,7 @@ class ReferencePass:
         if not lacking:
             return
         try:
-            self._claim_keys(self.responses.keys[:0], _CLAIM_SECONDS)  # planning takes time: the store is in use
+            self._announce()
             left = self.planner.plan(self.runtime.world_size)
             label, unit = "Reference log-probs", "distinct responses"
             progress = Progress(self.runtime.console, label, total=lacking, unit=unit)
@@ -170,6 +170,10 @@ class ReferencePass:
                 self._fill(left, progress)
         finally:
             self.claims.release()
+
+    def _announce(self) -> None:
+        """Say that the store is in use: planning takes time."""
+        self._claim_keys(self.responses.keys[:0], _CLAIM_SECONDS)
 
     def _fill(self, left: list[ResponsePack], progress: Progress) -> None:
         while window := self._claim(left, progress):

@@ -68,6 +68,7 @@ class TrainingProgress:
     """How far training has come; the data order follows from the step alone."""
 
     step: int = 0  # optimizer steps done
+    evaluated: int = -1  # the step after which held-out pairs were last scored
     pairs: int = 0
     tokens: int = 0  # prompt and response tokens, prompts counted with each response
     response_tokens: int = 0  # scored tokens
@@ -106,8 +107,8 @@ class SavedState:
         try:
             state = json.loads((folder / _STATE).read_text())
             progress = TrainingProgress(**state.pop("progress"))
-            progress.packing = PackingStats(**vars_of(progress.packing))
-            progress.running_means = [RunningMean(**vars_of(mean)) for mean in progress.running_means]
+            progress.packing = PackingStats(**_object(progress.packing))
+            progress.running_means = [RunningMean(**_object(mean)) for mean in progress.running_means]
             return SavedState(folder=folder, progress=progress, **state)
         except Exception as error:
             raise _damaged(folder, error) from error
@@ -129,8 +130,8 @@ class SavedState:
             raise UserError(f"{said}was written under parallel {self.kind}, this run is {kind}; use {self.kind}")
 
 
-def vars_of(value: Any) -> dict[str, Any]:
-    """A part of a saved state as JSON gives it."""
+def _object(value: Any) -> dict[str, Any]:
+    """A part of a saved state that must be a JSON object. Raises TypeError."""
     if not isinstance(value, dict):
         raise TypeError(f"{value!r} is no object")
     return value
@@ -247,13 +248,13 @@ class TrainingState:
         if saved.ranks != runtime.world_size and not self.engine.portable:
             raise UserError(
                 f"resume_from_checkpoint {saved.folder}: DeepSpeed's checkpoints need the number of ranks that wrote "
-                f"them, {saved.ranks}, this run has {runtime.world_size}"
+                f"them, {saved.ranks}, this run has {runtime.world_size}; start {saved.ranks}"
             )
-        try:
-            training = torch.load(saved.folder / _TRAINING, map_location="cpu", weights_only=True)
-            self.engine.load(saved.folder)
-        except Exception as error:  # each reader has error types of its own
-            raise _damaged(saved.folder, error) from error
+        training = runtime.on_every_rank(_read_training, saved.folder)
+        if self.engine.loads_together:  # a rank that fails cannot be waited for: it ends, and so do the others
+            _load(self.engine, saved.folder)
+        else:
+            runtime.on_every_rank(_load, self.engine, saved.folder)
         self.schedule.load_state_dict(training["schedule"])
         vars(self.progress).update(vars(saved.progress))
         ranks = training["ranks"]
@@ -266,3 +267,17 @@ class TrainingState:
                         value, dtype=torch.float64
                     )
         RandomState(**mine["random"]).put_back()
+
+
+def _read_training(folder: Path) -> Any:
+    try:
+        return torch.load(folder / _TRAINING, map_location="cpu", weights_only=True)
+    except Exception as error:  # each reader has error types of its own
+        raise _damaged(folder, error) from error
+
+
+def _load(engine: Engine, folder: Path) -> None:
+    try:
+        engine.load(folder)
+    except Exception as error:
+        raise _damaged(folder, error) from error

@@ -45,7 +45,7 @@ def run(config: RunConfig, runtime: Runtime) -> None:
         runtime = runtime.on_every_rank(HollowModel, policy_source(config), numerics, runtime).settle(config)
     try:
         mine = runtime.from_main(folder.claim, config)
-        runtime.on_every_rank(folder.refuse_unless_shared)
+        runtime.on_every_rank(folder.refuse_unless_shared, runtime.from_main(folder.config.read_text))
         if mine:
             with folder.recording_failure(runtime.is_main):
                 hub = _open_hub(folder, config, runtime)  # before training, so that a bad token is found early

@@ -9,7 +9,6 @@ from open_po.config import RunConfig
 from open_po.data import PairDataset
 from open_po.distributed.engine import Engine
 from open_po.distributed.runtime import Runtime
-from open_po.errors import UserError
 from open_po.output.run_folder import RunFolder
 from open_po.packing import Sampler
 from open_po.training.checkpoint import RunningMean, SavedState, TrainingProgress, TrainingState
@@ -38,14 +37,8 @@ def start_or_resume(
     """The first step, or the one after a checkpoint if the configuration says so; all ranks call this.
 
     A run that goes on with another number of ranks keeps its global batch, so its steps stay the same. Raises UserError
-    if the checkpoint is damaged or another run's, or the engine cannot write them as asked for.
+    if the checkpoint is damaged or another run's.
     """
-    if config.output.async_checkpointing and not engine.saves_aside:
-        raise UserError(
-            f"async_checkpointing: DeepSpeed waits for its checkpoints (parallel {runtime.parallelism.kind}); leave it "
-            "out",
-            shared=True,
-        )
     train = config.train
     saved = _saved_state(config, runtime, identity, folder)
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * runtime.replicas
@@ -64,15 +57,15 @@ def start_or_resume(
         progress=TrainingProgress(running_means=[RunningMean() for _ in config.loss.mix().parts]),
     )
     if saved is not None:
-        runtime.on_every_rank(state.restore, saved, runtime)
+        state.restore(saved, runtime)
         # A run killed between writing its last checkpoint and pruning would keep one too many.
         if config.output.resume_from_checkpoint == "auto":
             runtime.on_main(prune, folder.checkpoints, config.output.keep_last_n_checkpoints)
         runtime.say(f"Resuming from {saved.folder}")
         if saved.global_batch != batch:
             runtime.say(
-                f"The run keeps its global batch of {saved.global_batch} pairs, on {runtime.world_size} ranks instead "
-                f"of {saved.ranks}"
+                f"The run keeps its global batch of {saved.global_batch} pairs; its ranks are {runtime.world_size} "
+                f"now, {saved.ranks} before"
             )
     return Start(state=state, sampler=sampler, steps=steps, resumed=saved is not None)
 

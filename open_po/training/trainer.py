@@ -92,25 +92,23 @@ class Trainer:
         Preempted after a step in which a rank was asked to stop, with a checkpoint of that step on disk.
         """
         progress = self.state.progress
-        if progress.step == 0:
-            self.evaluate()
+        self._evaluate_if_due()
         self.scorer.train()
         bar = Progress(self.runtime.console, "Training", total=self.steps, unit="steps", done=progress.step)
         with bar:
             while progress.step < self.steps:
                 size, metrics = self.train_step()
                 bar.advance(1, tokens=size.tokens, note=_note(metrics))
-                last = progress.step == self.steps
-                if last or _due(progress.step, self.config.train.eval_steps):
-                    self.evaluate()
-                stopped = None if last else self._stop_reason
-                if stopped is not None or _due(progress.step, self.config.output.checkpointing_steps):
-                    self._save(wait=stopped is not None or not self.config.output.async_checkpointing)
-                if stopped is not None:
+                if self._stop_reason is not None and progress.step < self.steps:
+                    self._save(wait=True)  # and evaluate when the run goes on: there may be seconds left
                     raise Preempted(
-                        f"{stopped}, after step {progress.step} of {self.steps}; saved {self._newest_checkpoint}, and "
-                        "the same command goes on from there with --resume_from_checkpoint auto"
+                        f"{self._stop_reason}, after step {progress.step} of {self.steps}; saved "
+                        f"{self._newest_checkpoint}, and the same command goes on from there with "
+                        "--resume_from_checkpoint auto"
                     )
+                self._evaluate_if_due()
+                if _due(progress.step, self.config.output.checkpointing_steps):
+                    self._save(wait=not self.config.output.async_checkpointing)
         self._finish_checkpoint()
 
     def _save(self, *, wait: bool) -> None:
@@ -279,8 +277,16 @@ class Trainer:
         self.observers.metrics_written(metrics)
         return metrics
 
+    def _evaluate_if_due(self) -> None:
+        """Held-out metrics before the first step, every `eval_steps` and after the last, once each."""
+        done = self.state.progress.step
+        due = done in (0, self.steps) or _due(done, self.config.train.eval_steps)
+        if due and self.state.progress.evaluated != done:
+            self.evaluate()
+
     def evaluate(self) -> None:
         """Held-out metrics, if there is held-out data."""
+        self.state.progress.evaluated = self.state.progress.step
         if self.held_out is None:
             return
         metrics = evaluate(self.scorer, self.held_out, self.loss, self.running_means(), self.runtime, pad=self.pad)

@@ -60,5 +60,7 @@ def test_scores_and_hooks_with_one_device_twice(layout: str, llama: Path) -> Non
 def test_without_gpus_it_is_refused(
     llama: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = cli.failure(capsys, cli.arguments(llama, pairs_file, tmp_path / "run", parallel="layers"))
-    assert line == "error: parallel: layers deals a model out to the GPUs that a process sees, this one sees 0"
+    assert cli.main(cli.arguments(llama, pairs_file, tmp_path / "run", parallel="layers")) == 2
+    assert capsys.readouterr().err == (
+        "config error: parallel: layers deals a model out to the GPUs that a process sees, this one sees 0\n"
+    )

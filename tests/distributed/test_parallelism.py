@@ -13,10 +13,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from open_po.config import DistributedConfig
+from open_po.config import load_config
 from open_po.distributed.parallelism import LauncherWish, Parallelism, choose_parallelism
 from open_po.distributed.zero import zero_config
-from open_po.errors import UserError
+from open_po.errors import ConfigError
 from tests import cli
 
 # What published scripts give DeepSpeed, all of it left open but for the stage
@@ -47,7 +47,8 @@ def wish(monkeypatch: pytest.MonkeyPatch, **environment: str) -> LauncherWish:
 
 
 def chosen(fields: dict[str, Any], asked: LauncherWish | None = None, ranks: int = 2) -> Parallelism:
-    return choose_parallelism(DistributedConfig(**fields), asked or LauncherWish(), ranks)
+    words = cli.arguments(Path("model"), Path("pairs.jsonl"), Path("run"), **fields)
+    return choose_parallelism(load_config(words), asked or LauncherWish(), ranks)
 
 
 def test_without_any_wish_ranks_have_whole_models() -> None:
@@ -85,13 +86,15 @@ def test_fsdp_by_the_launcher(words: dict[str, str], reshards: bool, monkeypatch
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed precision fp16 is not supported; use bf16 or no"),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "zero stage 0 is not supported"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "NO_SHARD"}, "NO_SHARD is not supported"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_GRADIENT_CLIPPING": "2.0"}, "is for max_grad_norm to say"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "is for gradient_checkpointing"),
         ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, "use torchrun --nproc_per_node N"),
     ],
 )
 def test_what_is_not_supported_is_refused(
     environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="accelerate launch") as error:
+    with pytest.raises(ConfigError, match="accelerate launch") as error:
         wish(monkeypatch, **environment)
     assert said in str(error.value)
 
@@ -105,7 +108,7 @@ def test_what_is_not_supported_is_refused(
     ],
 )
 def test_contradictions(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ConfigError) as error:
         chosen(fields, LauncherWish(kind="zero2"))
     assert said in str(error.value)
 
@@ -116,10 +119,14 @@ def test_contradictions(fields: dict[str, Any], said: str) -> None:
         ({"offload_optimizer": True}, "is for parallel zero1, zero2 and zero3, this run is ddp"),
         ({"offload_optimizer": True, "parallel": "fsdp"}, "fsdp offloads weights and optimizer together"),
         ({"parallel": "zero3", "zero_hpz_partition_size": 3}, "a number of ranks that it divides"),
+        ({"parallel": "zero2", "async_checkpointing": True, "checkpointing_steps": 5}, "DeepSpeed waits for its"),
+        ({"parallel": "zero2", "reference_sharding": "on"}, "the policy is its own reference, and whole on every rank"),
+        ({"parallel": "layers"}, "layers is one process over several GPUs, this run has 2; start one"),
+        ({"parallel": "tp"}, "tp is experimental and for CUDA, which is not here; use fsdp"),
     ],
 )
 def test_what_an_engine_cannot_do(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ConfigError) as error:
         chosen(fields)
     assert said in str(error.value)
 
@@ -152,6 +159,8 @@ def test_a_published_deepspeed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ),
         ("fp16", {"enabled": True}, "fp16.enabled True is for dtype"),
         ("train_batch_size", 64, "train_batch_size 64 is for per_device_train_batch_size"),
+        ("amp", {"enabled": True}, "amp is not supported; take it out"),
+        ("zero_optimization", {"stage": 3, "zero_quantized_weights": True}, "zero_quantized_weights is not supported"),
     ],
 )
 def test_a_deepspeed_file_that_decides_what_the_configuration_does(
@@ -159,7 +168,7 @@ def test_a_deepspeed_file_that_decides_what_the_configuration_does(
 ) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(PUBLISHED | {name: value}))
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ConfigError) as error:
         wish(monkeypatch, ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(path))
     assert said in str(error.value)
 
@@ -168,7 +177,7 @@ def test_a_deepspeed_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytes
     for content in ("{", "[]"):
         (tmp_path / "ds.json").write_text(content)
         path = str(tmp_path / "ds.json")
-        with pytest.raises(UserError, match=r"DeepSpeed's configuration .*ds\.json"):
+        with pytest.raises(ConfigError, match=r"DeepSpeed's configuration .*ds\.json"):
             wish(monkeypatch, ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=path)
 
 
@@ -195,6 +204,6 @@ def test_accelerate_launch_on_a_cpu_says_why_it_started_one(llama: Path, pairs_f
     command = [Path(sys.executable).with_name("accelerate"), "launch", "--cpu", "--num_processes", "2"]
     words = cli.arguments(llama, pairs_file, tmp_path / "run")
     code, _, err = cli.finished(cli.start([*command, "dpo_tune_cache.py", *words]), 60)
-    assert code == 1
-    assert "error: accelerate launch --cpu: starts several processes through MPI alone" in err
+    assert code == 2
+    assert "config error: accelerate launch --cpu: starts several processes through MPI alone" in err
     assert not (tmp_path / "run").exists()

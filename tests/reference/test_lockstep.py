@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,6 @@ import pytest
 import torch
 
 from open_po.model.scorer import Scorer
-from open_po.packing import PackedBatch
 from open_po.reference.lockstep import LockstepPass
 from tests import cli, tiny
 from tests.stores import expected_rows, stored
@@ -78,34 +79,102 @@ def test_a_killed_pass_goes_on(llama: Path, many: Path, tmp_path: Path) -> None:
     assert before.items() <= after.items()
 
 
-def test_an_error_of_one_rank_is_told_and_what_was_scored_is_kept(
-    llama: Path, many: Path, tmp_path: Path, capfd: Capture
-) -> None:
-    words = cli.arguments(llama, many, tmp_path / "run", parallel="fsdp", **FIELDS)
+def in_second_window(score: str, fail: Callable[[int], None]) -> Callable[[int], None]:
+    """For forked ranks: call `fail` with the rank when this method of the scorer is called in the second window."""
 
-    def run_out_of_memory(rank: int) -> None:
-        compute, score, windows = LockstepPass._compute, Scorer.token_logprobs, 0
+    def prepare(rank: int) -> None:
+        compute, method, windows = LockstepPass._compute, getattr(Scorer, score), 0
 
         def counting(self: LockstepPass, *positional: Any) -> None:
             nonlocal windows
             windows += 1
             compute(self, *positional)
 
-        def failing(self: Scorer, batch: PackedBatch) -> Any:
-            found = score(self, batch)
-            if rank == 1 and windows == 2:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            return found
+        def failing(self: Scorer, *positional: Any, **named: Any) -> Any:
+            if windows == 2:
+                fail(rank)
+            return method(self, *positional, **named)
 
         LockstepPass._compute = counting  # type: ignore[method-assign]
-        Scorer.token_logprobs = failing  # type: ignore[method-assign]
+        setattr(Scorer, score, failing)
 
+    return prepare
+
+
+def test_memory_that_runs_out_on_one_rank_ends_all(llama: Path, many: Path, tmp_path: Path, capfd: Capture) -> None:
+    def fail(rank: int) -> None:
+        if rank == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    words = cli.arguments(llama, many, tmp_path / "run", parallel="fsdp", **FIELDS)
     capfd.readouterr()
-    assert cli.forked_ranks(words, run_out_of_memory) == [1, 1]
+    assert cli.forked_ranks(words, in_second_window("forward", fail)) == [1, 1]
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+    assert any(line.startswith("error: rank 1: out of memory, with ") for line in errors), errors
+    assert stored(tmp_path / "reference"), "the first window is kept"
+
+
+def test_a_log_prob_that_is_not_finite_is_told_once_and_the_others_are_stored(
+    llama: Path, many: Path, tmp_path: Path, capfd: Capture
+) -> None:
+    def poison(rank: int) -> None:
+        rows = LockstepPass._rows
+
+        def poisoned(self: LockstepPass, logps: torch.Tensor, *positional: Any) -> Any:
+            return rows(self, logps * float("nan") if rank == 1 else logps, *positional)
+
+        LockstepPass._rows = poisoned  # type: ignore[method-assign]
+
+    words = cli.arguments(llama, many, tmp_path / "run", parallel="fsdp", **FIELDS)
+    capfd.readouterr()
+    assert cli.forked_ranks(words, in_second_window("token_logprobs", poison)) == [1, 1]
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
-    assert "out of memory in the reference pass, with" in line
-    assert line.endswith("lower reference_max_tokens_per_batch")
+    assert "the reference model's log-prob of the" in line
     assert stored(tmp_path / "reference")
+
+
+def test_a_signal_in_the_pass_ends_all_ranks(llama: Path, many: Path, tmp_path: Path) -> None:
+    words = cli.arguments(llama, many, tmp_path / "run", parallel="fsdp", **FIELDS)
+    signalled = in_second_window("token_logprobs", lambda rank: os.kill(os.getpid(), signal.SIGTERM))
+    assert cli.forked_ranks(words, signalled) == [75, 75]
+
+
+def test_files_that_are_cut_off_are_told_on_all_ranks(tmp_path: Path, many: Path, capfd: Capture) -> None:
+    folder = tiny.make_model_folder(tmp_path / "model")
+    os.truncate(folder / "model.safetensors", 3000)
+    words = cli.arguments(folder, many, tmp_path / "run", parallel="fsdp", **FIELDS)
+    capfd.readouterr()
+    assert cli.forked_ranks(words) == [1, 1]
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+    assert "its weights cannot be read (" in line
+
+
+def test_rows_that_go_one_by_one_are_refused(tmp_path: Path, many: Path, capfd: Capture) -> None:
+    folder = tiny.make_model_folder(tmp_path / "model", "llama_dynamic", **tiny.ROWS_ONLY["llama_dynamic"])
+    data = tiny.write_jsonl(tmp_path / "long.jsonl", [row | {"prompt": "the cat " * 60} for row in tiny.text_rows(4)])
+    words = cli.arguments(folder, data, tmp_path / "run", parallel="fsdp", **FIELDS | {"max_seq_length": 200})
+    capfd.readouterr()
+    assert cli.forked_ranks(words) == [1, 1]
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+    assert "rows beyond 64 tokens are computed one by one" in line
+
+
+def test_a_view_of_the_store_that_differs_between_ranks(llama: Path, many: Path, tmp_path: Path) -> None:
+    """One rank believes that all is stored, as where another run has stored the last rows between two looks."""
+    words = cli.arguments(llama, many, tmp_path / "run", parallel="fsdp", **FIELDS)
+
+    def all_there(rank: int) -> None:
+        if rank == 1:
+            make = LockstepPass.__init__
+
+            def made(self: LockstepPass, *positional: Any, **named: Any) -> None:
+                make(self, *positional, **named)
+                self.responses.stored[:] = True
+
+            LockstepPass.__init__ = made  # type: ignore[method-assign]
+
+    assert cli.forked_ranks(words, all_there) == [0, 0]
+    assert len(stored(tmp_path / "reference")) == 62
 
 
 def test_each_node_divides_a_model_by_itself(llama: Path, many: Path, tmp_path: Path) -> None:

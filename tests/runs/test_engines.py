@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from open_po.distributed import runtime
+from open_po.distributed import parallelism
 from open_po.losses import MixedLosses
 from tests import cli, tiny
 
@@ -185,7 +185,7 @@ def test_tensor_parallelism_by_its_stand_in(name: str, llama: Path, pairs: Path,
     words = cli.arguments(llama, pairs, tmp_path / "run", **fields)
 
     def allow(rank: int) -> None:
-        runtime.refuse_tensor_parallelism = lambda *_: None
+        parallelism._has_cuda = lambda: True
 
     assert cli.forked_ranks(words, allow) == [0, 0]
     cli.assert_close_weights(cli.weights(tmp_path / "run"), alone(name), cli.weights(llama))
