@@ -6,7 +6,7 @@ import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from open_po.distributed.engine import OptimizerMaker
@@ -27,6 +27,9 @@ class DdpEngine(SingleEngine):
             self.module = DistributedDataParallel(
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+
+    def backward(self, value: Tensor) -> None:
+        (value * self._runtime.world_size).backward()  # the ranks' gradients are averaged
 
     def pack(self, *, last: bool) -> AbstractContextManager[object]:
         module = cast(DistributedDataParallel, self.module)

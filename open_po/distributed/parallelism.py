@@ -134,8 +134,8 @@ def choose_parallelism(config: RunConfig, wish: LauncherWish, world_size: int) -
         if wish.kind is not None and wanted.parallel != wish.kind:
             raise ConfigError(
                 [
-                    f"parallel: {wanted.parallel} contradicts accelerate launch, which asks for {wish.kind}; leave one of "
-                    "them out"
+                    f"parallel: {wanted.parallel} contradicts accelerate launch, which asks for {wish.kind}; leave one "
+                    "of them out"
                 ]
             )
         kind = wanted.parallel

@@ -29,7 +29,7 @@ class SingleEngine(Engine):
         self.optimizer = make_optimizer(trained(model).values())
 
     def backward(self, value: Tensor) -> None:
-        (value * self._runtime.world_size).backward()  # several ranks' gradients are averaged
+        value.backward()
 
     def update(self) -> float:
         return clip_and_step(self.optimizer, self._limit)
