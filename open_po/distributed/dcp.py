@@ -21,7 +21,7 @@ from open_po.distributed.engine import Engine, Saving
 class DistributedTensorsEngine(Engine):
     """An engine whose ranks write, and read again on any number of ranks, each their own parts."""
 
-    loads_together = True
+    files_together = True
     _aside: torch.distributed.ProcessGroup | None = None
 
     def whole(self, weight: Tensor) -> Tensor:

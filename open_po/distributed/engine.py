@@ -56,7 +56,7 @@ class Engine(Placement, ABC):
     """
 
     lockstep_packs = False
-    loads_together = False  # whether ranks talk to one another in `load`
+    files_together = False  # whether ranks talk to one another in `save` and `load`
     optimizer: Optimizer  # whose groups a schedule gives their learning rates
 
     @property

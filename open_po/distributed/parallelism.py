@@ -128,25 +128,24 @@ def choose_parallelism(config: RunConfig, wish: LauncherWish, world_size: int) -
 
     Raises ConfigError where fields contradict one another, the program that launches it, or what there is.
     """
-    wanted = config.distributed
     kind: Kind = wish.kind or "ddp"
-    if wanted.parallel != "auto":
-        if wish.kind is not None and wanted.parallel != wish.kind:
+    if config.distributed.parallel != "auto":
+        if wish.kind is not None and config.distributed.parallel != wish.kind:
             raise ConfigError(
                 [
-                    f"parallel: {wanted.parallel} contradicts accelerate launch, which asks for {wish.kind}; leave one "
-                    "of them out"
+                    f"parallel: {config.distributed.parallel} contradicts accelerate launch, which asks for "
+                    f"{wish.kind}; leave one of them out"
                 ]
             )
-        kind = wanted.parallel
+        kind = config.distributed.parallel
     if kind == "ddp" and world_size == 1:
         kind = "single"
     found = Parallelism(
         kind=kind,
-        is_free=wanted.parallel == "auto" and wish.kind is None and kind == "ddp",
-        offload_optimizer=wanted.offload_optimizer or wish.offload_optimizer,
-        offload_param=wanted.offload_param or wish.offload_param,
-        zero_hpz_partition_size=wanted.zero_hpz_partition_size,
+        is_free=config.distributed.parallel == "auto" and wish.kind is None and kind == "ddp",
+        offload_optimizer=config.distributed.offload_optimizer or wish.offload_optimizer,
+        offload_param=config.distributed.offload_param or wish.offload_param,
+        zero_hpz_partition_size=config.distributed.zero_hpz_partition_size,
         reshard_after_forward=wish.reshard_after_forward,
         deepspeed=wish.deepspeed,
     )

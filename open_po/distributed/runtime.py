@@ -64,7 +64,7 @@ class Runtime:
         stop = StopRequest(None if config is None else config.train.max_run_time)
         stop.listen()
         wish, ranks = LauncherWish.from_environment(), int(os.environ.get("WORLD_SIZE", "1"))
-        parallelism = Parallelism(kind="single" if ranks == 1 else "ddp")
+        parallelism = Parallelism(kind="single" if ranks == 1 else "ddp", is_free=ranks > 1)
         if config is not None:
             parallelism = choose_parallelism(config, wish, ranks)
         group: dict[str, Any] = {"timeout": _PATIENCE}

@@ -26,7 +26,7 @@ _TAG = "zero"  # the folder in a checkpoint
 class ZeroEngine(Engine):
     """Training under ZeRO."""
 
-    loads_together = True
+    files_together = True
 
     def __init__(
         self,

@@ -228,9 +228,10 @@ class TrainingState:
         begin = self.engine.begin_save if config.output.async_checkpointing else self.engine.save
         with unfinished.removed_on_error():
             runtime.on_main(unfinished.refusing, _begin, temporary, state, training)
-            # Not `on_every_rank`: a rank that fails amid the collectives of an engine has to end, or the others would
-            # wait in them for it.
-            unfinished.saving = unfinished.refusing(begin, temporary) or Saving()
+            if self.engine.files_together:  # a rank that fails cannot be waited for: it ends, and so do the others
+                unfinished.saving = unfinished.refusing(begin, temporary) or Saving()
+            else:
+                unfinished.saving = runtime.on_every_rank(unfinished.refusing, begin, temporary) or Saving()
         return unfinished
 
     def _window(self) -> dict[str, Any]:
@@ -251,7 +252,7 @@ class TrainingState:
                 f"them, {saved.ranks}, this run has {runtime.world_size}; start {saved.ranks}"
             )
         training = runtime.on_every_rank(_read_training, saved.folder)
-        if self.engine.loads_together:  # a rank that fails cannot be waited for: it ends, and so do the others
+        if self.engine.files_together:
             _load(self.engine, saved.folder)
         else:
             runtime.on_every_rank(_load, self.engine, saved.folder)

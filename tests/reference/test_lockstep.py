@@ -31,13 +31,19 @@ def many(tmp_path: Path) -> Path:
     return tiny.write_jsonl(tmp_path / "many.jsonl", tiny.text_rows(31))
 
 
-@pytest.mark.parametrize("fields", [{}, {"parallel": "fsdp"}, {"parallel": "zero3"}], ids=str)
-@pytest.mark.parametrize("separate", [False, True], ids=["policy", "separate"])
+@pytest.mark.parametrize(
+    ("fields", "separate"),
+    [
+        pytest.param({"parallel": "fsdp"}, False, id="policy_fsdp"),
+        pytest.param({}, True, id="separate_ddp"),
+        pytest.param({"parallel": "zero3"}, False, id="policy_zero3", marks=pytest.mark.slow),
+        pytest.param({"parallel": "fsdp"}, True, id="separate_fsdp", marks=pytest.mark.slow),
+        pytest.param({"parallel": "zero3"}, True, id="separate_zero3", marks=pytest.mark.slow),
+    ],
+)
 def test_the_store_is_that_of_a_whole_model(
     fields: dict[str, Any], separate: bool, llama: Path, many: Path, tmp_path: Path, capfd: Capture
 ) -> None:
-    if not separate and not fields:
-        pytest.skip("a policy that each rank holds as a whole is its own reference")
     reference = tiny.make_model_folder(tmp_path / "reference_model", seed=1) if separate else llama
     more = FIELDS | fields | ({"reference_model_name_or_path": reference} if separate else {})
     words = cli.arguments(llama, many, tmp_path / "run", **more)

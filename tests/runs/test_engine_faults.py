@@ -19,7 +19,9 @@ ENGINES = ["ddp", "zero1", "zero2", "zero3", "fsdp"]
 FIELDS: dict[str, Any] = {"per_device_train_batch_size": 2, "checkpointing_steps": 1}
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(name, marks=[] if name in ("zero2", "fsdp") else pytest.mark.slow) for name in ENGINES]
+)
 def test_a_gradient_that_is_not_finite_stops_before_the_update(
     engine: str, llama: Path, pairs_file: Path, tmp_path: Path, capfd: Capture
 ) -> None:
@@ -48,7 +50,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
     assert cli.summary(tmp_path / "run")["status"] == "failed"
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp"])
+@pytest.mark.parametrize("engine", ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero3"))])
 def test_a_rank_that_dies_ends_the_other_within_seconds(
     engine: str, llama: Path, pairs_file: Path, tmp_path: Path, capfd: Capture
 ) -> None:

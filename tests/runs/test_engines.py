@@ -35,7 +35,7 @@ RUNS: dict[str, dict[str, Any]] = {
     for suffix, more in (("", {}), ("_lora", LORA))
 }
 RUNS["dpo_norm_checkpointing"] = RUNS["dpo_norm_adamw"] | {"gradient_checkpointing": True}
-FAST = ["dpo_norm_sgd", "dpo_norm_adamw_lora", "aot_adamw", "aot_sgd_lora", "dpo_norm_checkpointing"]
+FAST = ["dpo_norm_sgd", "dpo_norm_adamw_lora", "aot_adamw"]
 SLOW = [name for name in RUNS if name not in FAST]
 
 
@@ -116,7 +116,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if "reference" not in name else []) for name in VARIANTS]
+    "name",
+    [pytest.param(name, marks=[] if name == "fsdp_divided_reference" else pytest.mark.slow) for name in VARIANTS],
 )
 def test_variants_end_with_the_same_weights(name: str, llama: Path, pairs: Path, alone: Alone, tmp_path: Path) -> None:
     fields = RUNS["dpo_norm_adamw"] | VARIANTS[name] | {"per_device_train_batch_size": 2}
@@ -126,8 +127,11 @@ def test_variants_end_with_the_same_weights(name: str, llama: Path, pairs: Path,
 
 @pytest.mark.parametrize(
     "fields",
-    [{"parallel": "zero2", "offload_optimizer": True}, {"parallel": "fsdp"}, {"parallel": "zero3"}],
-    ids=["zero2_offload", "fsdp", "zero3"],
+    [
+        pytest.param({"parallel": "zero2", "offload_optimizer": True}, id="zero2_offload"),
+        pytest.param({"parallel": "fsdp"}, id="fsdp", marks=pytest.mark.slow),
+        pytest.param({"parallel": "zero3"}, id="zero3", marks=pytest.mark.slow),
+    ],
 )
 def test_one_process_under_an_engine(
     fields: dict[str, Any], llama: Path, pairs: Path, alone: Alone, tmp_path: Path
@@ -137,7 +141,7 @@ def test_one_process_under_an_engine(
     cli.assert_close_weights(cli.weights(tmp_path / "run"), alone("dpo_norm_adamw"), cli.weights(llama))
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_evaluation_gives_the_metrics_of_one_process(engine: str, llama: Path, pairs: Path, tmp_path: Path) -> None:
     """Of 3 pairs: one rank has fewer packs than the other, and computes one for nothing."""
     held_out = tiny.write_jsonl(tmp_path / "held_out.jsonl", tiny.text_rows(3, seed=9))
@@ -151,7 +155,9 @@ def test_evaluation_gives_the_metrics_of_one_process(engine: str, llama: Path, p
         assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "engine", ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3"))]
+)
 def test_lora_on_a_bfloat16_base(engine: str, llama: Path, pairs: Path, tmp_path: Path) -> None:
     """Frozen weights and adapters differ in dtype, which an engine has to divide together."""
     fields = RUNS["dpo_norm_adamw_lora"] | {"dtype": "bfloat16", "save_dtype": "float32"}
@@ -162,7 +168,7 @@ def test_lora_on_a_bfloat16_base(engine: str, llama: Path, pairs: Path, tmp_path
     cli.assert_close_weights(cli.weights(tmp_path / "run"), alone, cli.weights(llama), share=0.05)
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("architecture", ["mixtral", "gemma2"])
 def test_a_divided_model_is_saved_as_a_whole_one_is(
     engine: str, architecture: str, pairs: Path, tmp_path: Path
@@ -178,7 +184,9 @@ def test_a_divided_model_is_saved_as_a_whole_one_is(
     assert (tmp_path / "run" / "config.json").read_text() == (alone / "config.json").read_text()
 
 
-@pytest.mark.parametrize("name", ["dpo_norm_adamw", "dpo_norm_sgd", "aot_adamw"])
+@pytest.mark.parametrize(
+    "name", ["dpo_norm_sgd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dpo_norm_adamw", "aot_adamw"))]
+)
 def test_tensor_parallelism_by_its_stand_in(name: str, llama: Path, pairs: Path, alone: Alone, tmp_path: Path) -> None:
     """It is for CUDA; on a CPU the same code runs over gloo once its refusal is out of the way."""
     fields = RUNS[name] | {"parallel": "tp", "per_device_train_batch_size": 4, "checkpointing_steps": 2}

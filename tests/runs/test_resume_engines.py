@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from open_po.distributed import fsdp, single
+from open_po.distributed import dcp, single
 from open_po.training.trainer import Trainer
 from tests import cli, tiny
 
@@ -70,7 +70,7 @@ def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     cli.assert_close_weights(got, expected, cli.weights(llama))
 
 
-QUICK = [("fsdp", "whole"), ("zero2", "whole"), ("zero3", "lora")]
+QUICK = [("fsdp", "whole"), ("zero3", "lora")]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_checkpoints_written_while_training_goes_on(
     assert cli.forked_ranks(words, count=ranks) == [0] * ranks
 
     def slowly(rank: int) -> None:
-        write, save = single._write, fsdp.dcp.async_save
+        write, save = single._write, dcp.dcp.async_save
         step = Trainer.train_step
 
         def late(*positional: Any) -> None:
@@ -128,7 +128,7 @@ def test_checkpoints_written_while_training_goes_on(
             return step(self)
 
         release = threading.Event()
-        single._write, fsdp.dcp.async_save = late, saved_late
+        single._write, dcp.dcp.async_save = late, saved_late
         Trainer.train_step = stepping  # type: ignore[method-assign]
 
     words = cli.arguments(llama, pairs, killed, **fields | {"checkpointing_steps": 2})
@@ -152,8 +152,10 @@ def test_deepspeed_says_that_it_waits_for_its_checkpoints(
     )
 
 
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("engine", "count"),
+    [("ddp", 1), ("fsdp", 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("ddp", 3), ("fsdp", 1)))],
+)
 def test_another_number_of_ranks_goes_on_with_the_same_steps(
     engine: str, count: int, llama: Path, pairs: Path, tmp_path: Path, capfd: Capture
 ) -> None:
