@@ -204,6 +204,6 @@ def test_accelerate_launch_on_a_cpu_says_why_it_started_one(llama: Path, pairs_f
     command = [Path(sys.executable).with_name("accelerate"), "launch", "--cpu", "--num_processes", "2"]
     words = cli.arguments(llama, pairs_file, tmp_path / "run")
     code, _, err = cli.finished(cli.start([*command, "dpo_tune_cache.py", *words]), 60)
-    assert code == 2
+    assert code == 1  # accelerate's own, of any command that fails
     assert "config error: accelerate launch --cpu: starts several processes through MPI alone" in err
     assert not (tmp_path / "run").exists()
