@@ -25,8 +25,7 @@ class DistributedTensorsEngine(Engine):
     _aside: torch.distributed.ProcessGroup | None = None
 
     def whole(self, weight: Tensor) -> Tensor:
-        weight = weight.detach()
-        return weight.full_tensor() if isinstance(weight, DTensor) else weight
+        return gathered(weight)
 
     def save(self, folder: Path) -> None:
         with _first_failure():
@@ -55,6 +54,12 @@ class DistributedTensorsEngine(Engine):
         options = StateDictOptions(ignore_frozen_params=True)
         model, optimizer = get_state_dict(self.module, self.optimizer, options=options)
         return {"model": model, "optimizer": optimizer}
+
+
+def gathered(weight: Tensor) -> Tensor:
+    """A weight as a whole, whether it is a distributed tensor or not; its ranks call this alike."""
+    weight = weight.detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 class _Writing(Saving):

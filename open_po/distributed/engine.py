@@ -1,7 +1,8 @@
 """What the rest of the code knows of how a model is spread over ranks and trained on them.
 
 Behind it stand a single process (`single.py`), PyTorch's DistributedDataParallel (`ddp.py`), its `fully_shard`
-(`fsdp.py`) and DeepSpeed's ZeRO (`zero.py`); `make_engine.py` makes the one that a run asks for.
+(`fsdp.py`), DeepSpeed's ZeRO (`zero.py`), a model over several GPUs of one process (`layers.py`) and transformers'
+tensor parallelism (`tensor_parallel.py`); `make_engine.py` makes the one that a run asks for.
 """
 
 from __future__ import annotations
@@ -56,13 +57,9 @@ class Engine(Placement, ABC):
     """
 
     lockstep_packs = False
+    portable = True  # whether another number of ranks can load what `save` writes
     files_together = False  # whether ranks talk to one another in `save` and `load`
     optimizer: Optimizer  # whose groups a schedule gives their learning rates
-
-    @property
-    def portable(self) -> bool:
-        """Whether what `save` writes can be loaded by another number of ranks."""
-        return True
 
     def step(self) -> AbstractContextManager[object]:
         """The context of all packs of a step."""

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
-from open_po.distributed.dcp import DistributedTensorsEngine
+from open_po.distributed.dcp import DistributedTensorsEngine, gathered
 from open_po.distributed.engine import Fill, OptimizerMaker, Placement, clip_and_step, trained
 from open_po.distributed.runtime import Runtime
 
@@ -49,8 +48,7 @@ class FsdpPlacement(Placement):
             model.register_forward_hook(_drop_unless_trained)
 
     def whole(self, weight: Tensor) -> Tensor:
-        weight = weight.detach()
-        return weight.full_tensor() if isinstance(weight, DTensor) else weight
+        return gathered(weight)
 
 
 class FsdpEngine(DistributedTensorsEngine):

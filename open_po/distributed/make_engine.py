@@ -19,7 +19,7 @@ def deal_out(model: nn.Module, units: Sequence[nn.Module]) -> Placement:
 
 
 def divide(model: nn.Module, units: Sequence[nn.Module], fill: Fill, runtime: Runtime) -> Placement:
-    """`model`, which is not trained, with its weights divided among all ranks; `units` and `fill` as below."""
+    """`model`, which is not trained, its weights divided among `runtime`'s ranks; `units` and `fill` as below."""
     from open_po.distributed.fsdp import FsdpPlacement
 
     return FsdpPlacement(model, units, fill, runtime)

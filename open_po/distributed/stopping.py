@@ -17,7 +17,8 @@ _HOUR = 3600.0
 class StopRequest:
     """What asks this process to stop, if anything does.
 
-    The first signal raises `Preempted`, or inside `deferred` is only noted. The second ends the process at once.
+    The first signal raises `Preempted`, or inside `deferred` is only noted. The second ends the process at once,
+    unless both come while it waits in a collective: Python hears of neither before that is over.
     """
 
     def __init__(self, max_hours: float | None) -> None:

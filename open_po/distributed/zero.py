@@ -26,6 +26,7 @@ _TAG = "zero"  # the folder in a checkpoint
 class ZeroEngine(Engine):
     """Training under ZeRO."""
 
+    portable = False
     files_together = True
 
     def __init__(
@@ -59,10 +60,6 @@ class ZeroEngine(Engine):
             model=model, optimizer=self.optimizer, config=config, dist_init_required=False
         )
         self.module = self._engine
-
-    @property
-    def portable(self) -> bool:
-        return False
 
     def whole(self, weight: Tensor) -> Tensor:
         if not hasattr(weight, "ds_id"):

@@ -108,9 +108,8 @@ class HollowModel:
 
         All ranks call this.
         """
-        states = (
-            0 if config.model.use_lora else 4 + _STATE_BYTES[config.train.optimizer]
-        )  # a gradient, and what it feeds
+        # Of a weight that trains also a gradient, and the optimizer's states; adapters are small.
+        states = 0 if config.model.use_lora else 4 + _STATE_BYTES[config.train.optimizer]
         needed = self.parameters * (self.numerics.weights_dtype.itemsize + states)
         room = min(self.runtime.gather(self._room()))
         if needed <= _TRAINS * room:
