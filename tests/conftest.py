@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before datasets and the Hub's client are imported: tests keep their caches to themselves and never look outside.
@@ -43,3 +45,20 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pairs_file(tmp_path: Path) -> Path:
     """24 distinct text pairs in a JSONL file."""
     return tiny.write_jsonl(tmp_path / "pairs.jsonl", tiny.text_rows(24))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A small file system of its own; calling it makes it, or changes its size."""
+    folder = tmp_path / "disk"
+
+    def mount(size: str) -> Path:
+        options = f"size={size}" if not folder.exists() else f"remount,size={size}"
+        folder.mkdir(exist_ok=True)
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr}")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", folder], capture_output=True, check=False)

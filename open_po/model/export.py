@@ -1,56 +1,59 @@
-"""A trained model as a folder that `transformers` loads."""
+"""A trained model as a folder that `transformers` loads, written weight by weight."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from open_po.distributed.engine import Placement
 from open_po.model.scorer import Scorer
 
-
-@dataclass(frozen=True)
-class WholeWeights:
-    """A model's weights as they are saved, on the host."""
-
-    dtype: torch.dtype
-    model: dict[str, Tensor]  # by their names in `transformers`, adapters merged into them
-    adapter: dict[str, Tensor] | None  # by their names in `peft`, if the adapters are saved by themselves too
+_SHARD_BYTES = 5 * 10**9  # of a file of weights, which rank 0 holds while it collects them
 
 
-def gather_weights(scorer: Scorer, dtype: torch.dtype, *, keep: bool) -> WholeWeights:
-    """The weights that a model is saved with, in `dtype`; all ranks call this, and those that `keep` them get them all.
+def export_model(scorer: Scorer, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> None:
+    """Write a model in `dtype` that `AutoModelForCausalLM.from_pretrained(folder)` loads, and its tokenizer.
 
-    Adapters on top of merged ones are only merged: what they belong to is no model that their file could name. Weights
-    that are on a GPU, or have another dtype, are copied to the host's memory.
+    All ranks call this, one of them with the folder; the others hand it their parts of the weights, one after another.
+    The model in memory stays as it is and can go on training. Adapters are written to `folder/adapter` too, but for
+    those on top of merged ones: what they belong to is no model that their file could name. Raises OSError on the rank
+    that writes, when all have come to the end.
     """
-    model = {name: weight for name, weight in exported_weights(scorer, dtype) if keep}
-    adapter = None
-    if scorer.has_adapters and not scorer.holds_adapters:
-        adapter = {}
-        for name, parameter in scorer.model.named_parameters():
-            if parameter.requires_grad:
-                whole = scorer.placement.whole(parameter)
-                if keep:
-                    adapter[name] = whole.to("cpu")
-    return WholeWeights(dtype, model, adapter)
+    adapter = _adapter_weights(scorer) if scorer.has_adapters and not scorer.holds_adapters else None
+    weights = exported_weights(scorer, dtype)
+    try:
+        if folder is not None:
+            if adapter is not None:
+                cast(Any, scorer.model).save_pretrained(folder / "adapter", state_dict=adapter)
+                (folder / "adapter" / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
+            _write_all_but_weights(scorer, dtype, folder)
+            tokenizer.save_pretrained(folder)
+            _write_weights(weights, folder)
+    finally:
+        for _ in weights:  # the others go through all of them, whatever became of the disk
+            pass
 
 
-def export_model(scorer: Scorer, weights: WholeWeights, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model that `AutoModelForCausalLM.from_pretrained(folder)` loads, and its tokenizer.
+def _adapter_weights(scorer: Scorer) -> dict[str, Tensor]:
+    """The adapters' weights on the host, by their names in `peft`."""
+    named = [(name, parameter) for name, parameter in scorer.model.named_parameters() if parameter.requires_grad]
+    return {name: scorer.placement.whole(parameter).to("cpu") for name, parameter in named}
 
-    The model in memory stays as it is and can go on training. Adapters are written to `folder/adapter` too.
-    """
-    if weights.adapter is not None:
-        cast(Any, scorer.model).save_pretrained(folder / "adapter", state_dict=weights.adapter)
-        (folder / "adapter" / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
+
+def _write_all_but_weights(scorer: Scorer, dtype: torch.dtype, folder: Path) -> None:
+    """The model's configuration, that of its generation, and its own code if it has any."""
     model = scorer.base
     own = model.config
     exported = copy.deepcopy(own)
@@ -59,34 +62,115 @@ def export_model(scorer: Scorer, weights: WholeWeights, tokenizer: PreTrainedTok
     vars(exported).pop("distributed_config", None)  # the weights are whole already, and this rank is alone here
     try:
         model.config = exported
-        model.save_pretrained(folder, state_dict=weights.model)
+        model.save_pretrained(folder, state_dict={})
     finally:
         model.config = own
     # In place of the dtype in memory, which `save_pretrained` writes
-    exported.dtype = str(weights.dtype).removeprefix("torch.")
+    exported.dtype = str(dtype).removeprefix("torch.")
     exported.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+
+
+def _write_weights(weights: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    """Files of at most `_SHARD_BYTES`, or of one weight, each written when it is full; with an index if several."""
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    size = parameters = total = 0
+
+    def write() -> None:
+        shards.append(list(held))
+        save_file(held, folder / _shard_name(len(shards), 0), metadata={"format": "pt"})
+        held.clear()
+
+    for name, weight in weights:
+        if held and size + weight.nbytes > _SHARD_BYTES:
+            write()
+            size = 0
+        held[name] = weight.contiguous()
+        size, total, parameters = size + weight.nbytes, total + weight.nbytes, parameters + weight.numel()
+    write()
+    if len(shards) == 1:
+        (folder / _shard_name(1, 0)).rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        final = _shard_name(number, len(shards))
+        (folder / _shard_name(number, 0)).rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _shard_name(number: int, of: int) -> str:
+    return f"model-{number:05}-of-{of:05}.safetensors"
 
 
 def exported_weights(scorer: Scorer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the model by its name in `transformers`, in `dtype` on the host, adapters merged into it.
+    """Every weight by its name in a file of `transformers`, in `dtype` on the host, adapters merged into it.
 
-    A weight that two names share comes once, under the first: loading ties them again. All ranks go through this
-    together; each holds one whole weight at a time.
+    All ranks go through this together; each holds one whole weight at a time, or one whole layer where files divide or
+    join a layer's weights (all of them if they join those of several layers).
     """
+    model = scorer.base
+    stored = list(_stored(scorer))
+    hollow = {weight.name: weight.hollow() for weight in stored}
+    as_saved = _shapes(revert_weight_conversion(model, dict(hollow)))
+    of_layers = [revert_weight_conversion(model, dict(group)) for _, group in groupby(hollow.items(), key=_layer)]
+    if as_saved == _shapes(hollow):
+        groups = [[weight] for weight in stored]
+    elif as_saved == {name: shape for layer in of_layers for name, shape in _shapes(layer).items()}:
+        groups = [list(group) for _, group in groupby(stored, key=lambda weight: _layer((weight.name, weight.tensor)))]
+    else:
+        groups = [stored]
+    for group in groups:
+        whole = {weight.name: weight.whole(dtype, scorer.placement) for weight in group}
+        yield from revert_weight_conversion(model, whole).items()
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A weight as the model has it."""
+
+    name: str  # in the model, without adapters
+    tensor: Tensor  # of which this rank may hold a part
+    adapted: tuple[Any, str] | None  # the layer whose adapter is to be merged into it, and the weight's name in that
+
+    def hollow(self) -> Tensor:
+        """One of its shape, without memory."""
+        shape = getattr(self.tensor, "ds_shape", self.tensor.shape)  # ZeRO-3's parts have another one
+        return torch.empty(shape, dtype=self.tensor.dtype, device="meta")
+
+    def whole(self, dtype: torch.dtype, placement: Placement) -> Tensor:
+        """The weight on the host; all ranks call this."""
+        whole = placement.whole(self.tensor) if self.adapted is None else _merged(*self.adapted, dtype, placement)
+        return whole.to("cpu", dtype if whole.is_floating_point() else whole.dtype)
+
+
+def _stored(scorer: Scorer) -> Iterator[_Stored]:
+    """Every weight that is saved; one that two names share comes once, under the first: loading ties them again."""
     adapted = _adapted_layers(scorer)
+    unsaved = scorer.base._keys_to_ignore_on_save or ()
     seen: set[int] = set()
     for name, tensor in scorer.base.state_dict(keep_vars=True).items():
         owner = next((layer for layer in adapted if name.startswith(f"{layer}.")), None)
-        if id(tensor) in seen or (owner is not None and not name.startswith(f"{owner}.base_layer.")):
-            continue  # the adapter's own weights are in what they are merged into
-        seen.add(id(tensor))
-        if owner is not None:
+        if id(tensor) in seen or name in unsaved:
+            continue
+        if owner is None:
+            seen.add(id(tensor))
+            yield _Stored(name, tensor, None)
+        elif name.startswith(f"{owner}.base_layer."):  # the adapter's own weights are in what they are merged into
+            seen.add(id(tensor))
             inside = name.removeprefix(f"{owner}.base_layer.")
-            name, whole = f"{owner}.{inside}", _merged(adapted[owner], inside, dtype, scorer.placement)
-        else:
-            whole = scorer.placement.whole(tensor)
-        yield name, whole.to("cpu", dtype if whole.is_floating_point() else whole.dtype)
+            yield _Stored(f"{owner}.{inside}", tensor, (adapted[owner], inside))
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in weights.items()}
+
+
+def _layer(named: tuple[str, Tensor]) -> str:
+    """The layer that a weight is of, `model.layers.3` for example; its own name if it is of none."""
+    found = re.match(r".*?\.\d+(?=\.)", named[0])
+    return found[0] if found else named[0]
 
 
 def _adapted_layers(scorer: Scorer) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from open_po.config import RunConfig
 from open_po.data import PairDataset
@@ -15,7 +17,7 @@ from open_po.distributed.runtime import Runtime
 from open_po.evaluation.preferences import HeldOut
 from open_po.losses import LossMix, PairLogps
 from open_po.model.divided import HollowModel
-from open_po.model.export import WholeWeights, export_model, gather_weights
+from open_po.model.export import export_model
 from open_po.model.memory import peak_memory_bytes
 from open_po.model.numerics import Numerics, policy_numerics
 from open_po.model.prepare import Policy, is_divided, load_policy
@@ -182,8 +184,14 @@ def finish(config: RunConfig, runtime: Runtime, trainer: Trainer, data: Data, re
     wanted = config.output.save_dtype
     dtype = trainer.scorer.numerics.compute_dtype if wanted == "auto" else getattr(torch, wanted)
     peak = peak_memory_bytes()  # of training, not of the copies that an export makes
-    weights = runtime.on_every_rank(gather_weights, trainer.scorer, dtype, keep=runtime.is_main)
-    runtime.on_main(_write_results, config, runtime, trainer, data, reference, weights, peak)
+    runtime.on_every_rank(_save_model, trainer, data.tokenizer, dtype, runtime.is_main)
+    runtime.on_main(_write_results, config, runtime, trainer, data, reference, peak)
+
+
+def _save_model(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, mine: bool) -> None:
+    """The model into the run's folder; all ranks call this, and the one whose folder is `mine` writes."""
+    with trainer.folder.staging() if mine else nullcontext() as staged:
+        export_model(trainer.scorer, dtype, tokenizer, staged)
 
 
 def _write_results(
@@ -192,12 +200,9 @@ def _write_results(
     trainer: Trainer,
     data: Data,
     reference: FilledStore | None,
-    weights: WholeWeights,
     peak: int,
 ) -> None:
     folder = trainer.folder
-    with folder.staging() as staged:
-        export_model(trainer.scorer, weights, data.tokenizer, staged)
     records = read_metrics(folder.metrics)
     plot_curves(records, folder.curves, f"{config.output.exp_name}: {' + '.join(config.loss.names)}")
     result = _result(trainer, data, reference, evaluations(records), peak)

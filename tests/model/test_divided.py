@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from open_po.config import load_config
+from open_po.config import ModelConfig, load_config
+from open_po.data.tokenizer import load_tokenizer
 from open_po.distributed.runtime import Runtime
+from open_po.model import export
 from open_po.model.divided import HollowModel
+from open_po.model.export import exported_weights
 from open_po.model_files import ModelSource
 from open_po.packing import pack
 from tests import cli, tiny
@@ -66,7 +70,7 @@ def test_no_rank_holds_more_than_its_share_and_what_is_gathered(
 
     def body(runtime: Runtime, rank: int) -> dict[str, int]:
         gc.freeze()  # what was there before is not counted
-        peaks = {"loading": 0, "scoring": 0}
+        peaks = {"loading": 0, "scoring": 0, "exporting": 0}
 
         def note(what: str) -> None:
             peaks[what] = max(peaks[what], tensor_bytes())
@@ -84,13 +88,38 @@ def test_no_rank_holds_more_than_its_share_and_what_is_gathered(
             each.register_forward_hook(lambda *_: note("scoring"))
         with scorer.as_reference():
             scorer.token_logprobs(batch)
+        for _ in exported_weights(scorer, torch.float32):
+            note("exporting")
         return peaks
 
     for peaks in on_two_ranks(tmp_path, body):
         # What is gathered is there twice for a moment: as it was sent, and as weights.
         assert whole / 2 < peaks["loading"] <= whole / 2 + 2 * max(layer, around)
         assert whole / 2 < peaks["scoring"] <= whole / 2 + 2 * (layer + around) + 50_000
+        assert whole / 2 < peaks["exporting"] <= whole / 2 + 2 * (layer + around) + 50_000
         assert max(peaks.values()) < 0.75 * whole, "the model is too small for this to show anything"
+
+
+def test_a_disk_that_fills_while_a_model_is_saved_leaves_no_rank_waiting(
+    tmp_path: Path, disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.make_model_folder(tmp_path / "model", **WIDE)
+    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(folder)))
+    small = disk("1m")
+    monkeypatch.setattr(export, "_SHARD_BYTES", 100_000)  # the fault comes early
+
+    def body(runtime: Runtime, rank: int) -> str | None:
+        scorer = HollowModel(ModelSource(name=str(folder)), FLOAT32, runtime).divided()
+        try:
+            export.export_model(scorer, torch.float32, tokenizer, small if rank == 0 else None)
+        except Exception as error:
+            return str(error)
+        return None
+
+    refused, other = on_two_ranks(tmp_path, body)
+    assert refused is not None
+    assert "No space left" in refused
+    assert other is None
 
 
 def test_what_files_call_otherwise_is_read_by_transformers(tmp_path: Path) -> None:

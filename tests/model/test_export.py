@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import open_po.training.run
 from open_po.config import ModelConfig
 from open_po.data.tokenizer import load_tokenizer
-from open_po.model.export import export_model, exported_weights, gather_weights
+from open_po.model import export as export_module
+from open_po.model.export import export_model, exported_weights
 from open_po.model.lora import attach_lora
 from open_po.model.numerics import Numerics
 from open_po.model.prepare import Policy
@@ -43,8 +46,8 @@ def lora(folder: Path, numerics: Numerics = FLOAT32) -> Scorer:
 
 
 def export(scorer: Scorer, model: Path, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    weights = gather_weights(scorer, dtype, keep=True)
-    export_model(scorer, weights, load_tokenizer(ModelConfig(model_name_or_path=str(model))), folder)
+    folder.mkdir(parents=True)
+    export_model(scorer, dtype, load_tokenizer(ModelConfig(model_name_or_path=str(model))), folder)
     return cli.weights(folder)
 
 
@@ -70,7 +73,7 @@ def test_adapters_are_merged_as_peft_merges_the_whole_model(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "mixtral", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "mixtral", "olmoe", "gpt_oss", "gpt2"])
 def test_whole_weights_are_those_that_transformers_writes(
     architecture: str, tmp_path: Path, dtype: torch.dtype
 ) -> None:
@@ -88,6 +91,33 @@ def test_whole_weights_are_those_that_transformers_writes(
     assert config["dtype"] == str(dtype).removeprefix("torch.")
     original = AutoConfig.from_pretrained(folder).to_dict()  # rates are off in memory, and come back in the file
     assert {k: v for k, v in config.items() if "drop" in k} == {k: v for k, v in original.items() if "drop" in k}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_a_model_of_several_files_is_read_whole(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.make_model_folder(tmp_path / "model", architecture)
+    scorer = load(folder)
+    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(folder)))
+    monkeypatch.setattr(export_module, "_SHARD_BYTES", 60_000)
+    (written := tmp_path / "exported").mkdir()
+    export_model(scorer, torch.float32, tokenizer, written)
+    shards = sorted(written.glob("*.safetensors"))
+    held = [load_file(shard) for shard in shards]
+    assert len(shards) > 2
+    assert [shard.name for shard in shards] == [
+        f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)
+    ]
+    for weights in held:
+        assert len(weights) == 1 or sum(weight.nbytes for weight in weights.values()) <= 60_000
+    index = json.loads((written / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(weight.nbytes for weights in held for weight in weights.values())
+    assert index["weight_map"] == {
+        name: shard.name for shard, weights in zip(shards, held, strict=True) for name in weights
+    }
+    read = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32).state_dict()
+    assert cli.equal(read, scorer.base.state_dict())
 
 
 def test_tied_weights_come_once(tmp_path: Path) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -203,20 +202,14 @@ def test_ranks_with_other_weights_under_one_name_are_refused(
     assert not list((tmp_path / "reference").rglob("rows-*"))
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("no file system can be mounted here")
-    yield folder
-    subprocess.run(["umount", folder], capture_output=True, check=False)
-
-
 def test_a_full_disk_that_rank_0_meets_ends_both(
-    small_disk: Path, llama: Path, nine_pairs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    disk: Callable[[str], Path],
+    llama: Path,
+    nine_pairs: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    small_disk = disk("600k")
     fields = TWO | {"checkpointing_steps": 2, "reference_cache_dir": tmp_path / "reference"}
     capfd.readouterr()
     assert cli.forked_ranks(cli.arguments(llama, nine_pairs, small_disk / "run", **fields)) == [1, 1]

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -195,23 +195,6 @@ def test_a_run_that_failed_before_it_made_anything_can_be_corrected(
 
 
 # ----------------------------------------------------------------------------------------------------------- full disks
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """A small file system of its own; calling it makes it, or changes its size."""
-    folder = tmp_path / "disk"
-
-    def mount(size: str) -> Path:
-        options = f"size={size}" if not folder.exists() else f"remount,size={size}"
-        folder.mkdir(exist_ok=True)
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"no file system can be mounted here: {done.stderr}")
-        return folder
-
-    yield mount
-    subprocess.run(["umount", folder], capture_output=True, check=False)
 
 
 def resumes_to(expected: Path, words: list[str]) -> bool:

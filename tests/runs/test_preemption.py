@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,41 @@ def test_a_second_signal_ends_the_run_at_once(llama: Path, pairs_file: Path, tmp
     words = cli.arguments(llama, pairs_file, tmp_path / "run", **FIELDS)
     assert cli.forked(words, lambda: signals_in_step(3, signal.SIGUSR1, signal.SIGTERM)) == -signal.SIGTERM
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_second_signal_ends_a_rank_that_waits_for_another(llama: Path, pairs_file: Path, tmp_path: Path) -> None:
+    """Both come while it is in a collective, where Python runs no handler."""
+    words = cli.arguments(llama, pairs_file, tmp_path / "run", per_device_train_batch_size=2, **FIELDS)
+
+    def hang(rank: int) -> None:
+        if rank == 0:
+            waiting = os.getpid()
+            backward = Trainer._backward
+
+            def noted(self: Trainer, *positional: Any) -> Any:
+                (tmp_path / "waiting").write_text(str(waiting))
+                return backward(self, *positional)
+
+            Trainer._backward = noted  # type: ignore[method-assign]
+            return
+
+        def signals(self: Trainer, *positional: Any) -> Any:
+            while not (tmp_path / "waiting").exists():
+                time.sleep(0.05)
+            other = int((tmp_path / "waiting").read_text())
+            time.sleep(1.5)  # rank 0 is in the exchange of the step by then
+            os.kill(other, signal.SIGUSR1)
+            time.sleep(0.3)
+            os.kill(other, signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                for _ in range(100):
+                    os.kill(other, 0)
+                    time.sleep(0.1)
+            os._exit(1)
+
+        Trainer._size = signals  # type: ignore[method-assign]
+
+    assert cli.forked_ranks(words, hang, seconds=60)[0] == 128 + signal.SIGTERM
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(
