@@ -3,6 +3,7 @@
     cache    build, info, verify, prune, merge: the reference log-probs on disk
     score    log-probs and implicit rewards of every pair of a data set
     sweep    one reference pass, then a run for each setting of a grid
+    upload   to the Hugging Face Hub, what a run has not got there itself
     launch   a run's processes, on one node or on several at once
 
 `python -m open_po COMMAND --help` says more; training is `python dpo_tune_cache.py`.
@@ -31,6 +32,10 @@ def main(words: Sequence[str]) -> int:
             from open_po.commands import sweep
 
             return sweep.main(rest)
+        if name == "upload":
+            from open_po.commands import upload
+
+            return upload.main(rest)
         if name == "launch":
             # Read when torch is imported. A store that closes is told of in one line, not in a C++ trace as well.
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
@@ -43,7 +48,7 @@ def main(words: Sequence[str]) -> int:
     if name in ("-h", "--help"):
         print(__doc__)
         return 0
-    print(f"error: {name}: is no command; there are cache, score, sweep and launch", file=sys.stderr)
+    print(f"error: {name}: is no command; there are cache, score, sweep, upload and launch", file=sys.stderr)
     return 2
 
 

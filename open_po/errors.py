@@ -31,6 +31,12 @@ class ConfigError(UserError):
         super().__init__("\n".join(self.problems))
 
 
+class NotUploadedError(UserError):
+    """A run is over and its model is on disk, but not on the Hub. Exits with code 76, EX_PROTOCOL."""
+
+    exit_code = 76
+
+
 class StrandedError(UserError):
     """Raised on one rank amid what all do together: the others cannot be told, and end when this process does."""
 

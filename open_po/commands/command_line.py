@@ -57,6 +57,6 @@ def run_command(read: Callable[[], RunConfig], job: Callable[[RunConfig, Runtime
             print(f"{word}: {'' if runtime.is_main else f'rank {runtime.rank}: '}{line}", file=sys.stderr)
         if isinstance(error, Preempted):
             return error.exit_code
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
+        return error.exit_code if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
     runtime.close()  # after an error the others may wait in a collective: then only the process's end frees them
     return 0

@@ -24,6 +24,7 @@ def contradictions(config: RunConfig) -> Iterator[str]:
     yield from _lacking(values, "model", "data", "reference")
     yield from _loss_problems(config)
     yield from _lacking(values, "loss", "train", "output")
+    yield from _hub_problems(config)
     train = config.train
     if train.weight_decay and train.optimizer != "adamw":
         yield f"weight_decay: is not applied by optimizer {train.optimizer}; set it to 0 or use adamw"
@@ -69,6 +70,30 @@ def _with_training_list(data: DataConfig) -> DataConfig:
         return data
     words = [word for name, amount in data.dataset_mixer.items() for word in (name, amount)]
     return dataclasses.replace(data, mixer_list=words, dataset_mixer=None)
+
+
+def _hub_problems(config: RunConfig) -> Iterator[str]:
+    output = config.output
+    if output.resume_from_checkpoint == "hub" and (
+        not output.push_to_hub or output.hub_strategy not in ("checkpoint", "all_checkpoints")
+    ):
+        yield "resume_from_checkpoint: hub needs push_to_hub and hub_strategy checkpoint or all_checkpoints"
+    if not output.push_to_hub:
+        return
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if output.hf_merged and not config.model.use_lora:
+        yield "hf_merged: needs use_lora; a model without adapters is uploaded as it is"
+    if output.hf_entity is not None and "/" in (output.hf_repo_id or ""):
+        yield f"hf_entity: {output.hf_entity} contradicts hf_repo_id {output.hf_repo_id}, which names one; give it once"
+    if output.hub_strategy in ("checkpoint", "all_checkpoints") and output.checkpointing_steps is None:
+        yield f"hub_strategy: {output.hub_strategy} needs checkpointing_steps"
+    if output.hf_repo_id is not None:
+        try:
+            validate_repo_id(output.hf_repo_id)
+        except HFValidationError as error:
+            yield f"hf_repo_id: {' '.join(str(error).split())}"
 
 
 def _loss_problems(config: RunConfig) -> Iterator[str]:

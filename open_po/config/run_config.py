@@ -50,6 +50,11 @@ class RunConfig:
         """Every field's value by name."""
         return {name: getattr(getattr(self, field.section), name) for name, field in FIELDS.items()}
 
+    @property
+    def title(self) -> str:
+        """The run's name and its loss, for plots."""
+        return f"{self.output.exp_name}: {' + '.join(self.loss.names)}"
+
     def to_yaml(self) -> str:
         """The fields that have a value, as YAML that parses to this configuration."""
         return yaml.safe_dump({k: v for k, v in self.flat().items() if v is not None}, sort_keys=False)

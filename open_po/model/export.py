@@ -31,19 +31,31 @@ def export_model(scorer: Scorer, dtype: torch.dtype, tokenizer: PreTrainedTokeni
     those on top of merged ones: what they belong to is no model that their file could name. Raises OSError on the rank
     that writes, when all have come to the end.
     """
-    adapter = _adapter_weights(scorer) if scorer.has_adapters and not scorer.holds_adapters else None
+    adapter = _adapter_weights(scorer) if scorer.saves_adapters else None
     weights = exported_weights(scorer, dtype)
     try:
         if folder is not None:
             if adapter is not None:
-                cast(Any, scorer.model).save_pretrained(folder / "adapter", state_dict=adapter)
-                (folder / "adapter" / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
+                _write_adapter(scorer, adapter, folder)
             _write_all_but_weights(scorer, dtype, folder)
             tokenizer.save_pretrained(folder)
             _write_weights(weights, folder)
     finally:
         for _ in weights:  # the others go through all of them, whatever became of the disk
             pass
+
+
+def export_adapter(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> None:
+    """As `export_model`, of the adapters and the tokenizer alone."""
+    adapter = _adapter_weights(scorer)
+    if folder is not None:
+        _write_adapter(scorer, adapter, folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _write_adapter(scorer: Scorer, weights: dict[str, Tensor], folder: Path) -> None:
+    cast(Any, scorer.model).save_pretrained(folder / "adapter", state_dict=weights)
+    (folder / "adapter" / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
 
 
 def _adapter_weights(scorer: Scorer) -> dict[str, Tensor]:

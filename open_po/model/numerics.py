@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 
-from open_po.config import ModelConfig, RunConfig
+from open_po.config import ModelConfig, OutputConfig, RunConfig
 from open_po.errors import UserError
 from open_po.model.attention import ATTENTION_VERSION
 from open_po.model.logprobs import LOGPROB_VERSION
@@ -56,6 +56,12 @@ def frozen_numerics(config: ModelConfig, device: torch.device) -> Numerics:
     if use_liger and device.type != "cuda" and not _triton_interprets():
         raise UserError(f"use_liger_kernel: Liger's kernels need CUDA, this device is {device.type}; leave it out")
     return Numerics(compute_dtype=compute, weights_dtype=compute, use_liger=use_liger)
+
+
+def saved_dtype(output: OutputConfig, numerics: Numerics) -> torch.dtype:
+    """The precision that a model is saved in."""
+    wanted = output.save_dtype
+    return numerics.compute_dtype if wanted == "auto" else cast(torch.dtype, getattr(torch, wanted))
 
 
 def reference_numerics(config: RunConfig, device: torch.device) -> Numerics:

@@ -62,6 +62,11 @@ class Scorer(nn.Module):
         return cast(PreTrainedModel, inner)
 
     @property
+    def saves_adapters(self) -> bool:
+        """Whether its adapters are saved by themselves too; those on top of merged ones belong to no model's files."""
+        return self.has_adapters and not self.holds_adapters
+
+    @property
     def has_adapters(self) -> bool:
         return hasattr(self.model, "disable_adapter")
 

@@ -7,7 +7,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from open_po.errors import UserError
@@ -52,6 +52,15 @@ def _disk_fault(error: BaseException | None) -> str | None:
             return "the disk is full, or refuses"
         error = error.__cause__ or error.__context__  # torch.save
     return None
+
+
+@contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Do something while no other process does what it has the same lock file for; waits for it to end."""
+    with open(path, "w") as file:
+        with suppress(OSError):  # where the file system has no locks, nothing is kept out
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def lock_folder(path: Path, who: str) -> int | None:

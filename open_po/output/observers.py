@@ -18,6 +18,13 @@ class RunObserver:
     def checkpoint_written(self, checkpoint: Path) -> None:
         """A checkpoint, whole and on disk."""
 
+    def needs(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint that is old enough to be removed must stay a little longer."""
+        return False
+
+    def preempted(self) -> None:
+        """The run stops early, as it was asked to; its last checkpoint has been told of."""
+
     def training_ended(self) -> None:
         """The last step is done: no more metrics or checkpoints will come. The model is not saved yet."""
 
@@ -38,6 +45,13 @@ class Observers(RunObserver):
     def checkpoint_written(self, checkpoint: Path) -> None:
         for observer in self._observers:
             observer.checkpoint_written(checkpoint)
+
+    def needs(self, checkpoint: Path) -> bool:
+        return any(observer.needs(checkpoint) for observer in self._observers)
+
+    def preempted(self) -> None:
+        for observer in self._observers:
+            observer.preempted()
 
     def training_ended(self) -> None:
         for observer in self._observers:

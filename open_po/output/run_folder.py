@@ -17,6 +17,8 @@ from open_po.errors import UserError, user_line
 from open_po.output.files import disk_faults, lock_folder, write_atomically
 from open_po.output.summary import RunSummary, Status
 
+_FROM_THE_NEWEST = ("auto", "hub")  # values of resume_from_checkpoint that name no folder
+
 
 def changed_fields(
     theirs: Mapping[str, Any], config: RunConfig, *, free: Collection[str] = (), more: Collection[str] = ()
@@ -33,11 +35,15 @@ def changed_fields(
 class RunFolder:
     """`output_dir` and the paths in it."""
 
+    # What stands beside the model and is no part of it, hidden files apart
+    private = frozenset({"checkpoints", "wandb", "tensorboard", "mlruns", "trackio", "progress.json"})
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.curves = path / "training_curves.png"
+        self.samples = path / "samples.jsonl"
         self.summary = path / "run_summary.json"
         self.checkpoints = path / "checkpoints"
         self._held: int | None = None  # the folder, open and locked
@@ -48,12 +54,12 @@ class RunFolder:
         Raises UserError, before anything is changed, if it holds something else.
         """
         wanted = config.output.resume_from_checkpoint
-        if wanted not in (None, "auto") and not Path(wanted).is_dir():
+        if wanted not in (None, *_FROM_THE_NEWEST) and not Path(wanted).is_dir():
             raise UserError(f"resume_from_checkpoint {wanted}: is no folder")
         try:
             if self.path.exists():
                 self._refuse_other_run(config)
-                if config.output.resume_from_checkpoint == "auto" and self.is_complete():
+                if config.output.resume_from_checkpoint in _FROM_THE_NEWEST and self.is_complete():
                     return False
             self.path.mkdir(parents=True, exist_ok=True)
             self._held = lock_folder(self.path, f"output_dir {self.path}: another run")
@@ -72,7 +78,7 @@ class RunFolder:
             )
 
     def _refuse_other_run(self, config: RunConfig) -> None:
-        held = {item.name for item in self.path.iterdir() if not item.match(f".{self.config.name}.*.partial")}
+        held = {item.name for item in self.path.iterdir() if not item.name.startswith(".")}
         failed_early = held <= {self.config.name, self.summary.name} and self._status() == Status.FAILED
         if not held or failed_early:  # a run that failed before it made anything does not stand in the way
             return
@@ -84,7 +90,7 @@ class RunFolder:
                 "--resume_from_checkpoint auto"
             )
         wanted = config.output.resume_from_checkpoint
-        if wanted != "auto" and self.checkpoints.resolve() not in Path(wanted).resolve().parents:
+        if wanted not in _FROM_THE_NEWEST and self.checkpoints.resolve() not in Path(wanted).resolve().parents:
             raise UserError(
                 f"output_dir {self.path}: holds another run than resume_from_checkpoint {wanted}; choose another folder"
             )
@@ -121,18 +127,9 @@ class RunFolder:
         """Replace run_summary.json."""
         summary.write(self.summary)
 
-    def record_upload(self, repository: str) -> None:
-        """Note in run_summary.json where the model has been uploaded to."""
-        RunSummary.update(self.summary, uploaded_to=repository)
-
     def is_complete(self) -> bool:
         """Whether the run in the folder has come to its end."""
         return self._status() == Status.COMPLETED
-
-    def is_uploaded(self) -> bool:
-        """Whether the run's model has been uploaded."""
-        summary = self.read_summary()
-        return summary is not None and summary.uploaded_to is not None
 
     def _status(self) -> Status | None:
         summary = self.read_summary()

@@ -95,14 +95,12 @@ class RunSummary:
     status: Status
     error: str | None = None
     result: RunResult | None = None
-    uploaded_to: str | None = None  # Hub repository
 
     def write(self, path: Path) -> None:
         """Replace the file. Raises OSError."""
         content: dict[str, Any] = {"status": self.status}
         content |= {} if self.result is None else asdict(self.result)
-        optional = {"error": self.error, "uploaded_to": self.uploaded_to}
-        content |= {name: value for name, value in optional.items() if value is not None}
+        content |= {} if self.error is None else {"error": self.error}
         _write(path, content)
 
     @staticmethod
@@ -131,9 +129,7 @@ class RunSummary:
                 "run": _part(RunFacts, content["run"]),
             }
             result = _part(RunResult, content | own)
-        return RunSummary(
-            status=status, error=content.get("error"), result=result, uploaded_to=content.get("uploaded_to")
-        )
+        return RunSummary(status=status, error=content.get("error"), result=result)
 
 
 def _content(path: Path) -> dict[str, Any]:

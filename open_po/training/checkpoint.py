@@ -25,7 +25,7 @@ from open_po.losses import LossMix, PairLogps
 from open_po.output.files import disk_faults
 from open_po.output.run_folder import changed_fields
 from open_po.packing import PackingStats
-from open_po.training.checkpoint_folders import prune, remove, sync_all
+from open_po.training.checkpoint_folders import remove, sync_all
 
 T = TypeVar("T")
 Arguments = ParamSpec("Arguments")
@@ -150,25 +150,24 @@ def _damaged(folder: Path, error: Exception) -> UserError:
 class UnfinishedCheckpoint:
     """A checkpoint that is being written, under a name that nobody takes for a whole one."""
 
-    def __init__(self, target: Path, temporary: Path, runtime: Runtime, keep: int) -> None:
-        self.target, self._temporary, self._runtime, self._keep = target, temporary, runtime, keep
+    def __init__(self, target: Path, temporary: Path, runtime: Runtime) -> None:
+        self.target, self.temporary, self._runtime = target, temporary, runtime
         self.saving = Saving()
 
     def finish(self) -> Path:
-        """Wait until all of it is on disk, give it its name and remove old ones; all ranks call this.
+        """Wait until all of it is on disk and give it its name; all ranks call this.
 
         Raises UserError if the disk refuses.
         """
         with self.removed_on_error():
             self.refusing(self.saving.wait)
             self._runtime.on_main(self.refusing, self._complete)
-        self._runtime.on_main(prune, self.target.parent, self._keep)
         return self.target
 
     def _complete(self) -> None:
-        sync_all(self._temporary)
+        sync_all(self.temporary)
         remove(self.target)
-        self._temporary.rename(self.target)
+        self.temporary.rename(self.target)
         sync_all(self.target.parent, recursive=False)
 
     def refusing(self, write: Callable[Arguments, T], *args: Arguments.args, **named: Arguments.kwargs) -> T:
@@ -182,7 +181,7 @@ class UnfinishedCheckpoint:
             yield
         except BaseException:
             if self._runtime.is_main:
-                shutil.rmtree(self._temporary, ignore_errors=True)
+                shutil.rmtree(self.temporary, ignore_errors=True)
             raise
 
 
@@ -205,10 +204,13 @@ class TrainingState:
     progress: TrainingProgress
     window: Window = field(default_factory=Window)
 
-    def begin_save(self, folder: Path, config: RunConfig, runtime: Runtime) -> UnfinishedCheckpoint:
+    def begin_save(
+        self, folder: Path, config: RunConfig, runtime: Runtime, write_more: Callable[[Path], object] | None
+    ) -> UnfinishedCheckpoint:
         """Begin to write `folder/step_N`, of the state that there is now; all ranks call this.
 
-        Without `async_checkpointing` only its name is then left to do. Raises UserError if the disk refuses; older
+        `write_more` writes what goes with it into the folder that it is told; all ranks call that too. Without
+        `async_checkpointing` only the checkpoint's name is then left to do. Raises UserError if the disk refuses; older
         checkpoints are then still there.
         """
         target = folder / f"step_{self.progress.step:06d}"
@@ -224,7 +226,7 @@ class TrainingState:
             "global_batch": self.global_batch,
         }
         training = {"schedule": copy.deepcopy(self.schedule.state_dict()), "ranks": ranks}
-        unfinished = UnfinishedCheckpoint(target, temporary, runtime, config.output.keep_last_n_checkpoints)
+        unfinished = UnfinishedCheckpoint(target, temporary, runtime)
         begin = self.engine.begin_save if config.output.async_checkpointing else self.engine.save
         with unfinished.removed_on_error():
             runtime.on_main(unfinished.refusing, _begin, temporary, state, training)
@@ -232,6 +234,8 @@ class TrainingState:
                 unfinished.saving = unfinished.refusing(begin, temporary) or Saving()
             else:
                 unfinished.saving = runtime.on_every_rank(unfinished.refusing, begin, temporary) or Saving()
+            if write_more is not None:
+                runtime.on_every_rank(unfinished.refusing, write_more, temporary)
         return unfinished
 
     def _window(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -13,10 +14,11 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return next(reversed(_checkpoints(folder)), None)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints."""
+def prune(folder: Path, keep: int, needed: Callable[[Path], bool] = lambda checkpoint: False) -> None:
+    """Remove all but the `keep` newest checkpoints and those that are still `needed`."""
     for checkpoint in _checkpoints(folder)[:-keep]:
-        remove(checkpoint)
+        if not needed(checkpoint):
+            remove(checkpoint)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,17 +15,20 @@ from open_po.config import RunConfig
 from open_po.data import PairDataset
 from open_po.data.run_data import Data, prepare_data
 from open_po.distributed.runtime import Runtime
+from open_po.errors import Preempted
 from open_po.evaluation.preferences import HeldOut
+from open_po.hub.background import HubUploader
+from open_po.hub.fetch import fetch_checkpoint
+from open_po.hub.publication import is_published
 from open_po.losses import LossMix, PairLogps
 from open_po.model.divided import HollowModel
 from open_po.model.export import export_model
 from open_po.model.memory import peak_memory_bytes
-from open_po.model.numerics import Numerics, policy_numerics
+from open_po.model.numerics import Numerics, policy_numerics, saved_dtype
 from open_po.model.prepare import Policy, is_divided, load_policy
 from open_po.model.scorer import Scorer
 from open_po.model_files import agreed_identity, policy_source
 from open_po.output.curves import plot_curves
-from open_po.output.hub import HubUploader
 from open_po.output.metrics import STEP, Metrics, evaluations, read_metrics
 from open_po.output.observers import Observers, RunObserver
 from open_po.output.run_folder import RunFolder
@@ -34,6 +38,8 @@ from open_po.output.trackers import JsonlTracker, WandbTracker
 from open_po.packing import Planner
 from open_po.reference import FilledStore, ensure_reference, log_probs_of, open_cache, separate_reference
 from open_po.training.checkpoint import TrainingProgress
+from open_po.training.checkpoint_folders import latest_checkpoint
+from open_po.training.model_of_step import ModelOfStep
 from open_po.training.optimizer import make_optimizer
 from open_po.training.start import start_or_resume
 from open_po.training.trainer import Trainer
@@ -53,7 +59,7 @@ def run(config: RunConfig, runtime: Runtime) -> None:
                 hub = _open_hub(folder, config, runtime)  # before training, so that a bad token is found early
                 observers = _train(folder, config, numerics, runtime, hub)
         else:
-            due = config.output.push_to_hub and not runtime.from_main(folder.is_uploaded)
+            due = config.output.push_to_hub and not runtime.from_main(partial(is_published, folder))
             runtime.say(f"The run in {folder.path} is complete{'' if due else '; nothing to do'}.")
             observers = Observers(_open_hub(folder, config, runtime) if due else [])
         runtime.on_main(_tell_completed, observers, folder)
@@ -62,10 +68,13 @@ def run(config: RunConfig, runtime: Runtime) -> None:
 
 
 def _open_hub(folder: RunFolder, config: RunConfig, runtime: Runtime) -> list[HubUploader]:
-    """The uploader, on rank 0, if the run is to be uploaded."""
+    """The uploader, on rank 0, if the run is to be uploaded; with `resume_from_checkpoint` hub it fetches first."""
     if not config.output.push_to_hub:
         return []
-    uploader = runtime.on_main(HubUploader, folder, config.output, runtime.say)
+    uploader = runtime.on_main(HubUploader, folder, config.output, runtime.console)
+    if config.output.resume_from_checkpoint == "hub":
+        newest = latest_checkpoint(folder.checkpoints)
+        runtime.on_main(lambda: fetch_checkpoint(folder, cast(HubUploader, uploader).branch, newest, runtime.say))
     return [] if uploader is None else [uploader]
 
 
@@ -98,7 +107,11 @@ def _train(
         runtime.say(f"Reference packing: {packing_line(reference.totals.packing)}")
     trainer = make_trainer(config, runtime, data, policy, identity, reference, folder, observers)
     with runtime.stop.deferred():
-        trainer.train()
+        try:
+            trainer.train()
+        except Preempted:
+            trainer.observers.preempted()
+            raise
         runtime.on_main(trainer.observers.training_ended)
         finish(config, runtime, trainer, data, reference)
     return trainer.observers
@@ -135,7 +148,17 @@ def make_trainer(
         pad=data.pad,
         folder=folder,
         observers=Observers([*trackers, *observers]),
+        write_model=_model_of_step(config, runtime, data, scorer, folder),
     )
+
+
+def _model_of_step(
+    config: RunConfig, runtime: Runtime, data: Data, scorer: Scorer, folder: RunFolder
+) -> ModelOfStep | None:
+    """What writes the model beside each checkpoint, if that is to be uploaded."""
+    if not config.output.push_to_hub or config.output.hub_strategy == "end":
+        return None
+    return ModelOfStep(config=config, folder=folder, scorer=scorer, tokenizer=data.tokenizer, writes=runtime.is_main)
 
 
 def _held_out(
@@ -181,8 +204,7 @@ def _make_trackers(
 
 def finish(config: RunConfig, runtime: Runtime, trainer: Trainer, data: Data, reference: FilledStore | None) -> None:
     """Write the model, the curves and the summary, and print the summary's table; all ranks call this."""
-    wanted = config.output.save_dtype
-    dtype = trainer.scorer.numerics.compute_dtype if wanted == "auto" else getattr(torch, wanted)
+    dtype = saved_dtype(config.output, trainer.scorer.numerics)
     peak = peak_memory_bytes()  # of training, not of the copies that an export makes
     runtime.on_every_rank(_save_model, trainer, data.tokenizer, dtype, runtime.is_main)
     runtime.on_main(_write_results, config, runtime, trainer, data, reference, peak)
@@ -204,7 +226,7 @@ def _write_results(
 ) -> None:
     folder = trainer.folder
     records = read_metrics(folder.metrics)
-    plot_curves(records, folder.curves, f"{config.output.exp_name}: {' + '.join(config.loss.names)}")
+    plot_curves(records, folder.curves, config.title)
     result = _result(trainer, data, reference, evaluations(records), peak)
     folder.write_summary(RunSummary(status=Status.COMPLETED, result=result))
     runtime.console.print(result_table(result, folder.path))

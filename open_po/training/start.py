@@ -59,7 +59,7 @@ def start_or_resume(
     if saved is not None:
         state.restore(saved, runtime)
         # A run killed between writing its last checkpoint and pruning would keep one too many.
-        if config.output.resume_from_checkpoint == "auto":
+        if config.output.resume_from_checkpoint in ("auto", "hub"):
             runtime.on_main(prune, folder.checkpoints, config.output.keep_last_n_checkpoints)
         runtime.say(f"Resuming from {saved.folder}")
         if saved.global_batch != batch:
@@ -75,7 +75,7 @@ def _saved_state(config: RunConfig, runtime: Runtime, identity: dict[str, str], 
     wanted = config.output.resume_from_checkpoint
     if wanted is None:
         return None
-    found = latest_checkpoint(folder.checkpoints) if wanted == "auto" else Path(wanted)
+    found = latest_checkpoint(folder.checkpoints) if wanted in ("auto", "hub") else Path(wanted)
     checkpoint = runtime.from_main(lambda: found)
     if checkpoint is None:
         runtime.say(f"No checkpoint in {folder.checkpoints} yet: starting from the beginning.")

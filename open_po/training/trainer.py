@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -41,6 +42,7 @@ from open_po.output.run_folder import RunFolder
 from open_po.packing import PackedBatch, Planner, Sampler
 from open_po.reference import select_pairs
 from open_po.training.checkpoint import RandomState, TrainingState, UnfinishedCheckpoint, Window
+from open_po.training.checkpoint_folders import prune
 from open_po.training.coupled_loss import GlobalLoss, global_loss
 
 
@@ -73,7 +75,9 @@ class Trainer:
         pad: int,
         folder: RunFolder,
         observers: RunObserver,
+        write_model: Callable[[Path], object] | None = None,
     ) -> None:
+        """`write_model` writes the model as of a step into the folder of its checkpoint; all ranks call it."""
         # What is trained
         self.scorer, self.engine, self.state = scorer, state.engine, state
         # On what
@@ -84,6 +88,7 @@ class Trainer:
         self._newest_checkpoint: Path | None = None
         # And around it
         self.config, self.runtime, self.folder, self.observers = config, runtime, folder, observers
+        self._write_model = write_model
 
     def train(self) -> None:
         """Run to the last step, with the evaluations and checkpoints that fall due.
@@ -113,7 +118,7 @@ class Trainer:
 
     def _save(self, *, wait: bool) -> None:
         self._finish_checkpoint()  # one at a time
-        self._checkpoint = self.state.begin_save(self.folder.checkpoints, self.config, self.runtime)
+        self._checkpoint = self.state.begin_save(self.folder.checkpoints, self.config, self.runtime, self._write_model)
         if wait:
             self._finish_checkpoint()
 
@@ -122,6 +127,8 @@ class Trainer:
             unfinished, self._checkpoint = self._checkpoint, None
             self._newest_checkpoint = unfinished.finish()
             self.observers.checkpoint_written(self._newest_checkpoint)
+            keep = self.config.output.keep_last_n_checkpoints
+            self.runtime.on_main(prune, self.folder.checkpoints, keep, self.observers.needs)
 
     def train_step(self) -> tuple[StepSize, Metrics]:
         """One optimizer step; returns its size and the metrics written after it, if any were due."""

@@ -1,0 +1,225 @@
+"""Uploads while training goes on: processes of their own, one at a time, that the run looks after between steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+
+from open_po.config import OutputConfig
+from open_po.errors import NotUploadedError
+from open_po.hub.publication import FINAL, MODEL_FOLDER, Publication
+from open_po.hub.repository import Branch
+from open_po.hub.retrying import AT_START, AT_THE_END, IN_TRAINING, persistently
+from open_po.output.metrics import Metrics
+from open_po.output.observers import RunObserver
+from open_po.output.progress import Progress
+from open_po.output.run_folder import RunFolder
+from open_po.output.summary import RunSummary
+
+_EVENTS = ".hub.events"
+_POLL_SECONDS = 0.1
+_MB = 10**6
+# A file that takes longer is not on its way any more: the client's upload in Rust has no limit of its own.
+_SLOWEST_BYTES_A_SECOND, _SLACK_SECONDS = 50_000, 600.0
+_PACKAGES = Path(__file__).parents[2]  # where this package was imported from
+
+
+class HubUploader(RunObserver):
+    """Publishes a run's checkpoints as `hub_strategy` says, and its model at the end.
+
+    Of checkpoints that come faster than they can be uploaded the newest goes next, unless all are kept.
+    """
+
+    def __init__(self, folder: RunFolder, output: OutputConfig, console: Console) -> None:
+        """Makes the repository and commits the configuration, so that what is not allowed is found before training.
+
+        Raises UserError.
+        """
+        self._folder, self._console = folder, console
+        self.branch = branch = Branch.of(output, patience=AT_START, say=console.print)
+        before = Publication.read(folder)
+        self._publication = Publication(
+            folder=folder,
+            branch=branch,
+            with_state=output.hub_strategy in ("checkpoint", "all_checkpoints"),
+            keeps_all=output.hub_strategy == "all_checkpoints",
+            merged=output.hf_merged,
+            published={} if before is None or before.branch != branch else before.published,
+        )
+        self._publication.write()
+        persistently(
+            f"push_to_hub: the first upload to {branch}",
+            lambda: branch.publish({folder.config.name: folder.config}, "Training begins", stale=lambda there: False),
+            patience=AT_START,
+            say=console.print,
+        )
+        self._waiting: list[str] = []
+        self._upload: _Upload | None = None
+
+    def metrics_written(self, metrics: Metrics) -> None:
+        self._look()
+
+    def checkpoint_written(self, checkpoint: Path) -> None:
+        if (checkpoint / MODEL_FOLDER).is_dir():
+            self._waiting = [*(self._waiting if self._publication.keeps_all else []), checkpoint.name]
+        self._look()
+
+    def needs(self, checkpoint: Path) -> bool:
+        under_way = [] if self._upload is None else [self._upload.name]
+        return checkpoint.name in [*self._waiting, *under_way]
+
+    def preempted(self) -> None:
+        """Finish what is waiting: the machine may be gone soon, and a second signal ends it."""
+        while self._upload is not None or self._waiting:
+            self._look()
+            self._wait()
+
+    def completed(self, summary: RunSummary) -> None:
+        self._waiting = []
+        self._wait()
+        for name in self._noted().due():
+            self._upload = _Upload(self._folder, name, AT_THE_END)
+            self._wait()
+        if self._noted().due():
+            raise NotUploadedError(
+                f"the upload to {self.branch} is not complete; what is there is kept, and this finishes "
+                f"it: python -m open_po upload {self._folder.path}"
+            )
+        self._console.print(f"Uploaded to the Hub: {self.branch}", soft_wrap=True)
+
+    def _noted(self) -> Publication:
+        """What uploads have noted."""
+        noted = Publication.read(self._folder)
+        assert noted is not None, "it was written at the start"
+        return noted
+
+    def _look(self) -> None:
+        """Tell how an upload ended, and begin the next."""
+        if self._upload is not None and self._upload.poll():
+            self._end()
+        if self._upload is None and self._waiting:
+            self._upload = _Upload(self._folder, self._waiting.pop(0), IN_TRAINING)
+
+    def _wait(self) -> None:
+        """Wait for the upload that is under way, if any, and tell of it."""
+        upload = self._upload
+        if upload is None:
+            return
+        upload.poll()
+        with UploadBar(self._console, upload.name, upload.total) as bar:
+            while not upload.poll():
+                bar.show(upload.sent, upload.total)
+                for line in upload.news():
+                    self._console.print(line, soft_wrap=True, markup=False)
+                time.sleep(_POLL_SECONDS)
+            bar.show(upload.sent, upload.total)
+        self._end()
+
+    def _end(self) -> None:
+        assert self._upload is not None
+        if self._upload.failed:
+            for line in self._upload.news()[-1:]:
+                self._console.print(line.removeprefix("error: "), soft_wrap=True, markup=False)
+        self._upload = None
+
+
+class UploadBar:
+    """The bar of an upload, in megabytes."""
+
+    def __init__(self, console: Console, name: str, total: int) -> None:
+        label = "Upload" if name == FINAL else f"Upload of {name}"
+        self._progress = Progress(console, label, total=max(1, round(total / _MB)), unit="MB")
+        self._shown = 0
+
+    def __enter__(self) -> UploadBar:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.__exit__(*error)
+
+    def show(self, sent: int, total: int) -> None:
+        """`sent` of `total` bytes have arrived."""
+        megabytes = self._progress.total if sent >= total > 0 else sent // _MB
+        if megabytes > self._shown:
+            self._progress.advance(megabytes - self._shown)
+            self._shown = megabytes
+
+
+class EventLog:
+    """What an upload in a process of its own says of itself: JSON, a line each."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def total(self, count: int) -> None:
+        """So many bytes are to be there in the end."""
+        self._write(total=count, sent=0)
+
+    def sent(self, count: int) -> None:
+        """So many bytes are there, in all."""
+        self._write(sent=count)
+
+    def say(self, line: str) -> None:
+        """A line for the user."""
+        self._write(say=line)
+
+    def _write(self, **event: Any) -> None:
+        print(json.dumps(event), file=self._file, flush=True)
+
+
+class _Upload:
+    """An upload in a process of its own, which `python -m open_po upload` does."""
+
+    def __init__(self, folder: RunFolder, name: str, patience: float) -> None:
+        self.name = name
+        self.total = self.sent = 0
+        self._lines: list[str] = []
+        self._told = 0
+        self._log = folder.path / _EVENTS
+        self._moved = time.monotonic()
+        words = [sys.executable, "-m", "open_po", "upload", str(folder.path), "--only", name]
+        path = os.pathsep.join([str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])])
+        with open(self._log, "w") as log:
+            self._process = subprocess.Popen(
+                [*words, "--patience", str(patience)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C is the run's; and what is on its way may arrive after the run's end
+            )
+
+    @property
+    def failed(self) -> bool:
+        return self._process.returncode != 0
+
+    def poll(self) -> bool:
+        """Take in what it has said; whether it has ended."""
+        ended = self._process.poll() is not None
+        sent, self._lines = self.sent, []
+        for line in self._log.read_text(errors="replace").splitlines():
+            try:
+                event = json.loads(line)
+                self.total, self.sent = event.get("total", self.total), event.get("sent", self.sent)
+                self._lines += [event["say"]] if "say" in event else []
+            except (ValueError, AttributeError):  # not an event: the error line, or what the client has to say
+                self._lines.append(line)
+        now = time.monotonic()
+        if self.sent != sent:
+            self._moved = now
+        elif not ended and now - self._moved > _SLACK_SECONDS + self.total / _SLOWEST_BYTES_A_SECOND:
+            self._process.kill()
+        return ended
+
+    def news(self) -> list[str]:
+        """The lines for the user since it was last asked."""
+        news, self._told = self._lines[self._told :], len(self._lines)
+        return news

@@ -1,0 +1,239 @@
+"""What a Hub may do to an upload: each fault at each request, and the same model arrives, once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from itertools import repeat
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+from open_po.__main__ import main
+from open_po.hub import background, retrying
+from open_po.training.trainer import Trainer
+from tests import cli, tiny
+from tests.hub.test_upload import FIELDS, assert_whole
+from tests.hub_server import BROKEN, CUT, LOST, REQUESTS, STALL, TOKEN, Fault, Hub
+
+PASSING: list[Fault] = [500, 503, 429, BROKEN, LOST, CUT, STALL]
+UPLOADING = [name for name in REQUESTS if name not in ("tree", "resolve", "validate")]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that is complete and was not to be uploaded."""
+    folder = tmp_path_factory.mktemp("finished")
+    model, data = tiny.make_model_folder(folder / "model"), tiny.write_jsonl(folder / "pairs.jsonl", tiny.text_rows(8))
+    return cli.train(model, data, folder / "run", max_train_steps=1, reference_cache_dir=folder / "reference")
+
+
+@pytest.fixture
+def output(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that says nothing is given up sooner."""
+    monkeypatch.setattr(retrying, "SILENCE_SECONDS", 0.3)
+
+
+def upload(output: Path, *more: str) -> int:
+    return main(["upload", str(output), "--hf_repo_id", "a-model", "--hf_repo_revision", "a-run", *more])
+
+
+@pytest.mark.parametrize("fault", PASSING, ids=str)
+def test_an_upload_gets_through_and_sends_nothing_twice(
+    fault: Fault, hub: Hub, output: Path, waits: list[float], impatient: None, capsys: Capture
+) -> None:
+    """Each request of the protocol meets the fault once."""
+    for name in UPLOADING:
+        hub.faults[name] = iter([fault])
+    assert upload(output) == 0
+    shown = capsys.readouterr()
+    assert "Uploaded to the Hub: someone/a-model, branch a-run" in shown.out
+    assert TOKEN not in shown.out + shown.err
+    assert all(next(faults, None) is None for faults in hub.faults.values()), "a fault never came"
+    assert waits
+    assert_whole(hub, output)
+    assert len(hub.repositories["someone/a-model"]["a-run"]) == 2
+    # An answer that is lost after the last byte has the client itself send that file once more.
+    again = (output / "model.safetensors").stat().st_size if fault == LOST else 0
+    assert hub.put_bytes == sum(len(content) for content in hub.objects.values()) + again > 10_000
+
+
+@pytest.mark.parametrize(
+    ("request_name", "status"), [*((name, 403) for name in UPLOADING), ("whoami", 401), ("commit", 404)]
+)
+def test_what_is_refused_is_told_and_the_same_command_completes_it(
+    request_name: str, status: int, hub: Hub, output: Path, waits: list[float], capsys: Capture
+) -> None:
+    hub.faults[request_name] = repeat(status)
+    before = {name: (output / name).read_bytes() for name in cli.files(output)}
+    assert upload(output) == 1
+    shown = capsys.readouterr()
+    line = cli.only_error(shown.err)
+    assert str(status) in line or "Invalid user token" in line
+    assert TOKEN not in shown.out + shown.err
+    assert before.items() <= {name: (output / name).read_bytes() for name in cli.files(output)}.items()
+    hub.faults.clear()
+    assert upload(output) == 0
+    assert_whole(hub, output)
+    sent = hub.put_bytes
+    assert upload(output) == 0
+    assert (hub.put_bytes, len(hub.repositories["someone/a-model"]["a-run"])) == (sent, 2)
+
+
+def test_a_server_that_stays_down_is_given_up(hub: Hub, output: Path, capsys: Capture) -> None:
+    hub.faults["info"] = repeat(503)
+    assert upload(output, "--patience", "0") == 1
+    line = cli.only_error(capsys.readouterr().err)
+    assert "upload of final to someone/a-model, branch a-run failed" in line
+    assert "503" in line
+
+
+def test_what_the_server_asks_to_wait_is_waited(hub: Hub, output: Path, waits: list[float]) -> None:
+    hub.faults["info"] = iter([429])
+    hub.retry_after = 17
+    assert upload(output) == 0
+    assert 17 in waits
+
+
+def test_a_folder_that_holds_no_run_is_refused(hub: Hub, tmp_path: Path, capsys: Capture) -> None:
+    assert upload(tmp_path) == 1
+    assert "holds no run" in cli.only_error(capsys.readouterr().err)
+
+
+def test_a_run_that_was_not_to_be_uploaded_needs_a_name(hub: Hub, output: Path, capsys: Capture) -> None:
+    assert main(["upload", str(output)]) == 1
+    assert "--hf_repo_id" in cli.only_error(capsys.readouterr().err)
+
+
+# ------------------------------------------------------------------------------------------------------ before training
+
+
+@pytest.mark.parametrize("request_name", ["whoami", "create_repo", "create_branch", "commit"])
+def test_what_is_not_allowed_is_found_before_training(
+    request_name: str, hub: Hub, llama: Path, pairs_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    hub.faults[request_name] = repeat(403)
+    words = cli.arguments(llama, pairs_file, tmp_path / "run", **FIELDS)
+    line = cli.failure(capsys, words)
+    assert "push_to_hub" in line
+    assert "403" in line
+    assert TOKEN not in line
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "reference").exists()
+    assert cli.summary(tmp_path / "run")["status"] == "failed"
+    hub.faults.clear()
+    if request_name == "commit":  # the folder is free again
+        assert cli.main([*words, "--hub_strategy", "end", "--max_train_steps", "1"]) == 0
+
+
+def test_a_token_that_may_only_read_is_found_before_training(
+    hub: Hub, llama: Path, pairs_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    hub.role = "read"
+    line = cli.failure(capsys, cli.arguments(llama, pairs_file, tmp_path / "run", **FIELDS))
+    assert "may only read" in line
+    assert not hub.repositories
+
+
+@pytest.mark.parametrize("offline", [True, False], ids=["offline", "refused"])
+def test_a_hub_that_cannot_be_reached_stops_the_run_before_training(
+    offline: bool,
+    hub: Hub,
+    llama: Path,
+    pairs_file: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(background, "AT_START", 0.0)
+    line = cli.failure(capsys, cli.arguments(llama, pairs_file, tmp_path / "run", **FIELDS))
+    assert "push_to_hub" in line
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", PASSING, ids=str)
+def test_a_run_ends_with_the_same_weights_whatever_the_hub_does(
+    fault: Fault, hub: Hub, llama: Path, pairs_file: Path, tmp_path: Path, impatient: None
+) -> None:
+    """The fault meets every request of the protocol in turn, those before training and those of each upload."""
+    plain = cli.train(llama, pairs_file, tmp_path / "plain", max_train_steps=4, checkpointing_steps=2)
+    for name in UPLOADING:
+        hub.faults[name] = _every_other(fault, 2)
+    fields = FIELDS | {"max_train_steps": 4, "checkpointing_steps": 2, "hub_strategy": "all_checkpoints"}
+    output = cli.train(llama, pairs_file, tmp_path / "run", **fields)
+    assert cli.equal(cli.weights(output), cli.weights(plain))
+    assert_whole(hub, output)
+    assert hub.branch("a-run-step_000002").files["model.safetensors"]
+    assert len(hub.repositories["someone/a-model"]["a-run"]) == 5
+    assert hub.put_bytes == sum(len(content) for content in hub.objects.values())
+
+
+def _every_other(fault: Fault, times: int) -> Iterator[Fault | None]:  # type: ignore[type-arg]
+    for _ in range(times):
+        yield fault
+        yield None
+
+
+def test_an_upload_that_fails_leaves_the_model_and_the_command_that_finishes_it(
+    hub: Hub, llama: Path, pairs_file: Path, tmp_path: Path, capfd: Capture
+) -> None:
+    words = cli.arguments(llama, pairs_file, tmp_path / "run", **FIELDS)
+    capfd.readouterr()
+
+    def revoked() -> Iterator[int | None]:
+        yield None  # the commit before training
+        yield from repeat(403)
+
+    hub.faults["commit"] = revoked()  # type: ignore[assignment]
+    assert cli.main(words) == 76
+    line = cli.only_error(capfd.readouterr().err)
+    command = f"python -m open_po upload {tmp_path / 'run'}"
+    assert line.endswith(command)
+    assert cli.summary(tmp_path / "run")["status"] == "completed"
+    hub.faults.clear()
+    assert main(command.split()[3:]) == 0
+    assert_whole(hub, tmp_path / "run")
+    assert "complete; nothing to do" in _said(capfd, [*words, "--resume_from_checkpoint", "auto"])
+
+
+def _said(capfd: Capture, words: list[str]) -> str:
+    capfd.readouterr()
+    assert cli.main(words) == 0
+    return capfd.readouterr().out
+
+
+def test_a_run_that_is_asked_to_stop_publishes_its_last_checkpoint(
+    hub: Hub, llama: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    fields = FIELDS | {"hub_strategy": "checkpoint", "max_train_steps": 6, "checkpointing_steps": 5}
+    words = cli.arguments(llama, pairs_file, tmp_path / "run", **fields)
+
+    def stop_in_step_3() -> None:
+        backward = Trainer._backward
+
+        def signalled(self: Trainer, *positional: object) -> object:
+            if self.state.progress.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return backward(self, *positional)  # type: ignore[arg-type]
+
+        Trainer._backward = signalled  # type: ignore[method-assign, assignment]
+
+    assert cli.forked(words, stop_in_step_3) == 75
+    assert hub.branch("a-run").title == "The model after step 3"
+    assert "last-checkpoint/trainer_state.json" in hub.branch("a-run").files
