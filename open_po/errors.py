@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import torch
-
 
 class UserError(Exception):
     """Something outside the code is wrong: the message names the value, where it stands and the fix.
@@ -74,5 +72,7 @@ def user_line(error: BaseException) -> str | None:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or this machine, had no memory left for a tensor."""
+    import torch  # which takes seconds: a mistake that is told before anything runs does without
+
     said = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)

@@ -1,12 +1,13 @@
-"""Every loss by name: its formula, its parameters and defaults; and losses of a user's own."""
+"""Every loss by name: its parameters and defaults; and losses of a user's own.
+
+A loss's formula is the function of its name in `formulas.py`.
+"""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from difflib import get_close_matches
 
-from open_po.losses import formulas
 from open_po.losses.mix import Loss
 from open_po.losses.spec import Choice, LossSpec, Number, Parameter, Value
 from open_po.losses.types import Counts, LossOutput, PairLogps
@@ -31,30 +32,26 @@ _DIVERGENCE: dict[str, Parameter] = {
 _SPECS = (
     LossSpec(
         name="dpo",
-        fn=formulas.dpo,
         parameters={**_beta(), **_SMOOTHING, "reference_free": Choice((False, True)), **_DIVERGENCE},
         reference_free_if={"reference_free": True},
     ),
-    LossSpec(name="dpo_norm", fn=formulas.dpo_norm, parameters={**_beta(5.0), **_SMOOTHING}),
+    LossSpec(name="dpo_norm", parameters={**_beta(5.0), **_SMOOTHING}),
     LossSpec(
         name="dpo_gamma",
-        fn=formulas.dpo_gamma,
         parameters={**_beta(), "gamma": _number(0.5, low=0.0), **_SMOOTHING, **_DIVERGENCE},
     ),
-    LossSpec(name="slic_dpo", fn=formulas.hinge, parameters={**_beta(), **_DELTA, **_DIVERGENCE}),
-    LossSpec(name="hinge", fn=formulas.hinge, parameters={**_beta(), **_DELTA, **_DIVERGENCE}),
-    LossSpec(name="ipo", fn=formulas.ipo, parameters={**_beta(), "convention": Choice(("mean", "sum"))}),
+    LossSpec(name="slic_dpo", formula="hinge", parameters={**_beta(), **_DELTA, **_DIVERGENCE}),
+    LossSpec(name="hinge", parameters={**_beta(), **_DELTA, **_DIVERGENCE}),
+    LossSpec(name="ipo", parameters={**_beta(), "convention": Choice(("mean", "sum"))}),
     LossSpec(
         name="simpo",
-        fn=formulas.simpo,
         parameters={**_beta(2.0), "gamma": _number(0.5, low=0.0), **_SMOOTHING},
         takes_reference=False,
     ),
-    LossSpec(name="cpo", fn=formulas.cpo, parameters={**_beta(), **_SMOOTHING, **_SFT}, takes_reference=False),
-    LossSpec(name="slic", fn=formulas.slic, parameters={**_beta(), **_DELTA, **_SFT}, takes_reference=False),
+    LossSpec(name="cpo", parameters={**_beta(), **_SMOOTHING, **_SFT}, takes_reference=False),
+    LossSpec(name="slic", parameters={**_beta(), **_DELTA, **_SFT}, takes_reference=False),
     LossSpec(
         name="orpo",
-        fn=formulas.orpo,
         parameters={
             **_beta(),
             "nll": Choice(("token_mean_completion", "token_mean_prompt_and_completion", "sequence_mean")),
@@ -64,57 +61,50 @@ _SPECS = (
     ),
     LossSpec(
         name="kto_pair",
-        fn=formulas.kto_pair,
         parameters={**_beta(), "convention": Choice(("kl_detached", "kl_in_graph"))},
         batch_coupled=True,
     ),
     LossSpec(
         name="wpo",
-        fn=formulas.wpo,
         parameters={**_beta(), "convention": Choice(("aligned", "mean_logp")), "weight_clamp": Choice((False, True))},
         extras_if={("convention", "aligned"): "log_sum_sq"},
     ),
     LossSpec(
         name="sft",
-        fn=formulas.sft,
         parameters={"convention": Choice(("token_mean", "sequence_sum"))},
         takes_reference=False,
         needs_rejected=False,
     ),
     LossSpec(
         name="robust",
-        fn=formulas.robust,
         parameters={**_beta(), "label_smoothing": _number(0.0, low=0.0, high=0.5, high_open=True), **_DIVERGENCE},
     ),
     LossSpec(
         name="exo_pair",
-        fn=formulas.exo_pair,
         parameters={
             **_beta(),
             "label_smoothing": _number(1e-3, low=0.0, low_open=True, high=0.5),
             **_DIVERGENCE,
         },
     ),
-    LossSpec(name="nca_pair", fn=formulas.nca_pair, parameters=_beta()),
+    LossSpec(name="nca_pair", parameters=_beta()),
     LossSpec(
         name="bco_pair",
-        fn=formulas.bco_pair,
         parameters={**_beta(), "convention": Choice(("reward_shift", "reward_shift_first_step", "no_shift"))},
         batch_coupled=True,
         uncoupled_if={"convention": "no_shift"},
         running_mean_if={"convention": "reward_shift"},
     ),
-    LossSpec(name="sppo_hard", fn=formulas.sppo_hard, parameters=_beta()),
-    LossSpec(name="aot", fn=formulas.aot, parameters={**_beta(), **_SMOOTHING}, batch_coupled=True),
-    LossSpec(name="aot_unpaired", fn=formulas.aot_unpaired, parameters={**_beta(), **_SMOOTHING}, batch_coupled=True),
-    LossSpec(name="apo_zero", fn=formulas.apo_zero, parameters=_beta()),
-    LossSpec(name="apo_down", fn=formulas.apo_down, parameters=_beta()),
+    LossSpec(name="sppo_hard", parameters=_beta()),
+    LossSpec(name="aot", parameters={**_beta(), **_SMOOTHING}, batch_coupled=True),
+    LossSpec(name="aot_unpaired", parameters={**_beta(), **_SMOOTHING}, batch_coupled=True),
+    LossSpec(name="apo_zero", parameters=_beta()),
+    LossSpec(name="apo_down", parameters=_beta()),
     LossSpec(
         name="discopop",
-        fn=formulas.discopop,
         parameters={**_beta(), "discopop_tau": _number(0.05, low=0.0, low_open=True), **_DIVERGENCE},
     ),
-    LossSpec(name="f_dpo", fn=formulas.f_dpo, parameters={**_beta(), **_DIVERGENCE}),
+    LossSpec(name="f_dpo", parameters={**_beta(), **_DIVERGENCE}),
 )
 LOSSES: dict[str, LossSpec] = {spec.name: spec for spec in _SPECS}
 
@@ -132,20 +122,17 @@ def loss_spec(name: str) -> LossSpec:
 
 def _custom_spec(name: str) -> LossSpec:
     """The spec of a user's function: its keyword arguments are the loss's parameters (docs/add_a_loss.md)."""
-    module, _, function = name.partition(":")
     try:
-        fn = getattr(importlib.import_module(module), function)
+        signature = inspect.signature(LossSpec(name=name, parameters={}).fn)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"loss_type {name}: cannot be imported ({error})") from error
-    arguments = inspect.signature(fn).parameters.values()
     parameters: dict[str, Parameter] = {}
-    for argument in arguments:
+    for argument in signature.parameters.values():
         if argument.kind is argument.KEYWORD_ONLY:
             if not isinstance(argument.default, int | float) or isinstance(argument.default, bool):
                 raise ValueError(f"loss_type {name}: its parameter {argument.name} needs a number as default")
             parameters[argument.name] = _number(float(argument.default))
-    takes_reference = "reference" in inspect.signature(fn).parameters
-    return LossSpec(name=name, fn=fn, parameters=parameters, takes_reference=takes_reference)
+    return LossSpec(name=name, parameters=parameters, takes_reference="reference" in signature.parameters)
 
 
 def preference_loss(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from functools import reduce
+from operator import add, or_
+from typing import TYPE_CHECKING
 
 from open_po.losses.spec import Extra, LossSpec, Value
 from open_po.losses.types import Counts, PairLogps, PairLosses, not_finite
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,7 @@ class MixedLosses:
 
     def value(self, counts: Counts) -> Tensor:
         """This batch's part of the weighted loss of a step that holds `counts`."""
-        values = [weight * part.value(counts) for part, weight in zip(self.parts, self.weights, strict=True)]
-        return torch.stack(values).sum()
+        return reduce(add, (weight * part.value(counts) for part, weight in zip(self.parts, self.weights, strict=True)))
 
     @property
     def chosen_rewards(self) -> Tensor:
@@ -78,7 +80,7 @@ class MixedLosses:
 
     def not_finite(self) -> Tensor:
         """Whether [P] a pair has a loss that is infinite or not a number."""
-        return torch.stack([not_finite(part) for part in self.parts]).any(0)
+        return reduce(or_, map(not_finite, self.parts))
 
 
 @dataclass(frozen=True)

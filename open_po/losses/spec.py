@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal
 
-from open_po.losses.types import PairLosses
+if TYPE_CHECKING:
+    from open_po.losses.types import PairLosses
 
 Value = float | str | bool
 Extra = Literal["log_sum_sq", "prompt"]
@@ -62,8 +64,8 @@ class LossSpec:
     """A loss and what it needs. Callers ask the spec and never compare names."""
 
     name: str
-    fn: Callable[..., PairLosses]  # fn(policy, reference, **parameters), without reference if it takes none
     parameters: Mapping[str, Parameter]
+    formula: str = ""  # the function of formulas.py, if it is not called as the loss is
     takes_reference: bool = True
     needs_rejected: bool = True  # False: the rejected responses need not be scored in training
     batch_coupled: bool = False  # a pair's loss depends on the other pairs of the step
@@ -77,6 +79,19 @@ class LossSpec:
     def is_custom(self) -> bool:
         """Whether it is a user's own function, `module:function`."""
         return ":" in self.name
+
+    @property
+    def fn(self) -> Callable[..., PairLosses]:
+        """The formula, fn(policy, reference, **parameters), without reference if it takes none.
+
+        Found when it is asked for: formulas need torch, and the rest of a spec does not. Raises ImportError or
+        AttributeError if a user's function is not there.
+        """
+        module, _, function = self.name.partition(":")
+        if not self.is_custom:
+            module, function = "open_po.losses.formulas", self.formula or self.name
+        fn: Callable[..., PairLosses] = getattr(import_module(module), function)
+        return fn
 
     def resolve(self, given: Mapping[str, Value]) -> dict[str, Value]:
         """Parameters with defaults filled in. Raises ValueError with one line per problem."""

@@ -1,13 +1,17 @@
-"""What losses take and return. Letters in shapes: P pairs. Log-probs are in nats."""
+"""What losses take and return. Letters in shapes: P pairs. Log-probs are in nats.
+
+Tensors come with their methods: torch itself is imported by the formulas, so that a configuration is read without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # What a sum of numerators is divided by, counted over a whole optimizer step.
 Divisor = Literal["pairs", "chosen_tokens", "prompt_and_chosen_tokens"]
@@ -31,8 +35,8 @@ class PairLogps:
 
     def select(self, indices: Sequence[int], device: torch.device) -> PairLogps:
         """The pairs `indices`, in that order, on `device`."""
-        index = torch.tensor(list(indices))
-        tensors = {name: value[index].to(device) for name, value in vars(self).items() if value is not None}
+        rows = list(indices)
+        tensors = {name: value[rows].to(device) for name, value in vars(self).items() if value is not None}
         return PairLogps(**tensors)
 
 
