@@ -6,13 +6,15 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from open_po.config import RunConfig
 from open_po.errors import ConfigError, Preempted, UserError, user_line
 
 if TYPE_CHECKING:
     from open_po.distributed.runtime import Runtime
+
+Job: TypeAlias = "Callable[[RunConfig, Runtime], None]"
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -33,13 +35,17 @@ def refused(error: ConfigError) -> int:
     return error.exit_code
 
 
-def run_command(read: Callable[[], RunConfig], job: Callable[[RunConfig, Runtime], None]) -> int:
-    """Do `job` with the configuration that `read` gives, on all ranks; returns the exit code."""
+def run_command(read: Callable[[], RunConfig], load: Callable[[], Job]) -> int:
+    """Do the job that `load` imports with the configuration that `read` gives, on all ranks; returns the exit code.
+
+    A job's imports take seconds, so a mistake in the configuration is told before them.
+    """
     try:
         config = read()
     except ConfigError as error:
         return refused(error)
-    from open_po.distributed.runtime import Runtime  # which loads what a launcher, and a mistake, can do without
+    job = load()
+    from open_po.distributed.runtime import Runtime
 
     try:
         runtime = Runtime.start(config.train.seed, config)

@@ -15,19 +15,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import torch
 
 import open_po
 from open_po.commands.command_line import CommandParser, refused
-from open_po.commands.node_run import NodeRun
-from open_po.commands.place import is_rank, read_place
-from open_po.commands.plan import plan
+from open_po.commands.place import is_rank
 from open_po.config import RunConfig, load_config
-from open_po.distributed.parallelism import LauncherWish, choose_parallelism
-from open_po.distributed.rendezvous import Limits
 from open_po.errors import ConfigError, UserError
 
 
@@ -55,23 +49,14 @@ def guarded(action: Callable[[], int]) -> int:
 def _launch(words: Sequence[str], options: argparse.Namespace) -> int:
     config = load_config(words)
     _check_options(options.restarts, options.pairs, options.dry_run, config)
-    if options.dry_run:
-        place = read_place(os.environ, torch.cuda.device_count(), dry=True)
-        print(plan(config, words, place, options.pairs, options.restarts))
-        return 0
     command = rank_command(words)
-    if is_rank(os.environ):
+    if is_rank(os.environ) and not options.dry_run:
         os.execv(command[0], command)
-    place = read_place(os.environ, torch.cuda.device_count())
-    choose_parallelism(config, LauncherWish(), place.ranks)  # each rank would refuse the same
-    node = NodeRun(
-        place=place,
-        command=command,
-        config=config,
-        restarts=options.restarts,
-        limits=Limits(rendezvous=_rendezvous_seconds(os.environ)),
-    )
-    return node.run()
+    from open_po.commands import launch_node
+
+    if options.dry_run:
+        return launch_node.tell(config, words, options.pairs, options.restarts)
+    return launch_node.start(config, command, options.restarts)
 
 
 def rank_command(words: Sequence[str]) -> list[str]:
@@ -94,14 +79,3 @@ def _check_options(restarts: int, pairs: int | None, dry: bool, config: RunConfi
         problems.append(f"--pairs {pairs}: belongs to --dry-run; max_train_samples takes fewer rows")
     if problems:
         raise ConfigError(problems)
-
-
-def _rendezvous_seconds(environment: Mapping[str, str]) -> float:
-    text = environment.get("RENDEZVOUS_SECONDS") or "600"
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise UserError(f"RENDEZVOUS_SECONDS {text}: must be a number of seconds above 0")
-    return seconds

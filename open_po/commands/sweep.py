@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -59,11 +58,11 @@ def main(words: Sequence[str]) -> int:
     try:
         devices = arguments.devices.split(",") if arguments.devices else [None]
         jobs = len(devices) if arguments.jobs is None else arguments.jobs
-        if arguments.devices and not torch.cuda.is_available():
-            raise ConfigError([f"--devices {arguments.devices}: there is no GPU here; leave it out"])
         if jobs < 1:
             raise ConfigError([f"--jobs: must be above 0, got {jobs}"])
         sweep = Sweep.read([*configs, *rest], arguments.grid, console)
+        if arguments.devices and not _has_gpu():
+            raise ConfigError([f"--devices {arguments.devices}: there is no GPU here; leave it out"])
         return sweep.run(Slots.of(devices, jobs))
     except ConfigError as error:
         return refused(error)
@@ -275,6 +274,12 @@ class Sweep:
 
     def _say(self, line: str) -> None:
         self.console.print(line, soft_wrap=True, markup=False)
+
+
+def _has_gpu() -> bool:
+    import torch  # which takes seconds, for this question alone
+
+    return torch.cuda.is_available()
 
 
 def _rank(row: Mapping[str, Any]) -> tuple[float, float]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from open_po.commands.command_line import run_command
+from open_po.commands.command_line import Job, run_command
 from open_po.config import help_text, load_config
-from open_po.training.run import run
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -14,4 +13,10 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(help_text())
         return 0
-    return run_command(lambda: load_config(arguments), run)
+    return run_command(lambda: load_config(arguments), _job)
+
+
+def _job() -> Job:
+    from open_po.training.run import run
+
+    return run

@@ -1,4 +1,4 @@
-"""The tables that a person looks at when a run is over."""
+"""The tables that a person looks at."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from rich.table import Table
 
 from open_po.output.metrics import CHOSEN_LOGPS, LOSS, REWARD_ACCURACY, REWARD_MARGIN
 from open_po.output.summary import RunResult, Status
+
+
+def make_table(title: str, *columns: str, header: bool = False) -> Table:
+    """A table whose columns fold what is too long."""
+    table = Table(title=title, title_justify="left", show_header=header)
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
 
 
 def packing_line(shares: dict[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +10,7 @@ from pathlib import Path
 from open_po import quickstart
 from open_po.commands.command_line import CommandParser, refused
 from open_po.config import load_config
-from open_po.distributed.runtime import Runtime
 from open_po.errors import ConfigError, UserError
-from open_po.quickstart.build import build
-from open_po.quickstart.report import measure, tell
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,6 +30,14 @@ def main(arguments: Sequence[str]) -> int:
             load_config(options.then)
     except ConfigError as error:
         return refused(error)
+    return _do(options)
+
+
+def _do(options: argparse.Namespace) -> int:
+    from open_po.distributed.runtime import Runtime
+    from open_po.quickstart.build import build
+    from open_po.quickstart.report import measure, tell
+
     runtime = Runtime.start(seed=0)
     try:
         if options.command == "build":
