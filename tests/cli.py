@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from safetensors.torch import load_file
 
 from open_po.commands.train import main
 
+import_module("open_po.training.run")  # by a run, but then each fork would for itself
 REPOSITORY = Path(__file__).parent.parent
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
