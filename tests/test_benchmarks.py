@@ -432,3 +432,27 @@ def test_the_cost_of_the_reference_cache_is_measured(tmp_path: Path) -> None:
     text = out.read_text()
     assert re.search(r"Opening 40,000 responses in 3 files \(1 MB\), 2 times: 0\.\d+ ", text)
     assert re.search(r"A pass over 6 pairs \(\d packs?\), 2 rounds in turns: forward passes alone \d", text)
+
+
+@pytest.mark.slow
+def test_a_start_is_measured_by_phase(tmp_path: Path) -> None:
+    out = tmp_path / "startup.md"
+    script = BENCHMARKS / "startup.py"
+    done = subprocess.run(
+        [sys.executable, script, "--pairs", "32", "--rounds", "1", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        env=cli.environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in out.read_text().splitlines() if line.startswith("| ")]
+    medians = {name: [float(cell.split()[0]) for cell in cells] for name, *cells in rows if "(" in cells[0]}
+    parts, total = list(medians)[:11], medians["to the end of the first step"]
+    assert parts[-1] == "the rest"
+    for column, whole in enumerate(total):
+        assert sum(medians[name][column] for name in parts) == pytest.approx(whole, abs=0.01 * len(parts))
+    for phase in ("imports", "loading the policy", "reference log-probs", "first step"):
+        assert medians[phase][0] > 0, phase
+    assert medians["imports"][1] > 1, "the processor's seconds"
+    assert medians["reference log-probs"][3] < medians["reference log-probs"][1], "they are there the second time"
+    assert max(medians[what][1] for what in list(medians)[12:]) < 0.7

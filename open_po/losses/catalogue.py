@@ -1,6 +1,7 @@
 """Every loss by name: its parameters and defaults; and losses of a user's own.
 
-A loss's formula is the function of its name in `formulas.py`.
+A loss's formula is the function of its name in `formulas.py`, which is imported when a loss is first computed: a
+configuration is checked without torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What losses take and return. Letters in shapes: P pairs. Log-probs are in nats.
 
-Tensors come with their methods: torch itself is imported by the formulas, so that a configuration is read without it.
+Tensors bring their methods along, so this and the mixes import no torch; the formulas do.
 """
 
 from __future__ import annotations
