@@ -171,7 +171,8 @@ def measure_runs(pairs: int, rounds: int, threads: int) -> dict[str, Times]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_pairs([(p, [*a, 1], [*b, 1]) for p, a, b in ids], folder)
-        subprocess.run(build_command(shape, folder / "model", 0), check=True, env=environment(folder))
+        build = build_command(shape, folder / "model", 0)
+        subprocess.run(build, check=True, capture_output=True, env=environment(folder))
         words = ["--model_name_or_path", str(folder / "model"), "--mixer_list", str(folder / "pairs.jsonl"), "1.0"]
         for number in range(rounds + 1):  # the first reads files that no other has read, and does not count
             own = folder / str(number)
@@ -266,7 +267,9 @@ def main() -> None:
         from machine import machine
 
         about = f"Made by `python benchmarks/startup.py`. {machine('cpu', arguments.threads, 'datasets')}."
-        about += f" In the minute before, {busy:.1f} processes on average wanted one of its cores."
+        about += (
+            f" Other work kept it busy: {busy:.1f} processes wanted a core in the minute before." if busy > 1 else ""
+        )
         arguments.out.write_text(f"{about}\n\n{text}\n")
 
 
