@@ -267,9 +267,8 @@ def main() -> None:
         from machine import machine
 
         about = f"Made by `python benchmarks/startup.py`. {machine('cpu', arguments.threads, 'datasets')}."
-        about += (
-            f" Other work kept it busy: {busy:.1f} processes wanted a core in the minute before." if busy > 1 else ""
-        )
+        if busy > 1:
+            about += f" Other work kept it busy: {busy:.1f} processes wanted a core in the minute before."
         arguments.out.write_text(f"{about}\n\n{text}\n")
 
 
