@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from open_po.config.run_config import FIELDS, RunConfig
-from open_po.config.sections import DataConfig, ModelConfig, OutputConfig, ReferenceConfig, TrainConfig
+from open_po.config.sections import DataConfig, ModelConfig, OutputConfig, ReferenceConfig, Tracker, TrainConfig
 
 Section = TypeVar("Section", ModelConfig, DataConfig, OutputConfig, ReferenceConfig)
 
@@ -25,6 +26,7 @@ def contradictions(config: RunConfig) -> Iterator[str]:
     yield from _loss_problems(config)
     yield from _lacking(values, "loss", "train", "output")
     yield from _hub_problems(config)
+    yield from _tracker_problems(config.output)
     train = config.train
     if train.weight_decay and train.optimizer != "adamw":
         yield f"weight_decay: is not applied by optimizer {train.optimizer}; set it to 0 or use adamw"
@@ -109,6 +111,25 @@ def _loss_problems(config: RunConfig) -> Iterator[str]:
         yield "reference_cache_level: ld_alpha needs token, got sum"
 
 
+_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio", "mlflow": "mlflow-skinny"}
+
+
+def _trackers(output: OutputConfig) -> list[Tracker]:
+    """Those that a run reports to, each once, whichever of the two fields names them."""
+    old: list[Tracker] = ["wandb"] if output.with_tracking else []
+    return list(dict.fromkeys([*(output.report_to or []), *old]))
+
+
+def _tracker_problems(output: OutputConfig) -> Iterator[str]:
+    trackers = _trackers(output)
+    for name in trackers:
+        if importlib.util.find_spec(name) is None:
+            yield f"report_to: {name} is not installed; pip install {_PACKAGES[name]}, or leave it out"
+    for field, value in (("wandb_project_name", output.wandb_project_name), ("wandb_entity", output.wandb_entity)):
+        if value is not None and "wandb" not in trackers:
+            yield f"{field}: needs wandb among report_to"
+
+
 def resolve(config: RunConfig) -> RunConfig:
     """Defaults that depend on other fields, filled in."""
     given = config.flat()
@@ -123,6 +144,7 @@ def resolve(config: RunConfig) -> RunConfig:
     loss = config.loss.resolved()
     if loss.load_balancing_loss:
         loss = dataclasses.replace(loss, **unset(load_balancing_weight=0.001))
+    output = dataclasses.replace(output, report_to=_trackers(output) or None, with_tracking=False)
     tokens = 2 * train.per_device_train_batch_size * data.max_seq_length
     return dataclasses.replace(
         config,

@@ -232,7 +232,9 @@ def _describe(hint: Any) -> str:
             parts.append("one of " + ", ".join(map(str, typing.get_args(alternative))))
         elif typing.get_origin(alternative) is list:
             (item, *_) = typing.get_args(alternative)
-            parts.append("a list of words" if _accepts(item, str) else f"a list with {_describe(item)} for each loss")
+            choices = typing.get_args(item) if typing.get_origin(item) is Literal else ()
+            words = "a list of words" if _accepts(item, str) else f"a list with {_describe(item)} for each loss"
+            parts.append(f"a list of {', '.join(choices)}" if choices else words)
         elif typing.get_origin(alternative) is dict:
             parts.append("a mapping of names to numbers")
         elif alternative is not type(None):

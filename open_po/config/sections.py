@@ -10,6 +10,7 @@ from open_po.config.field import option
 from open_po.config.mixture import MixturePart, parse_mixture
 
 Sharing = Literal["auto", "on", "off"]
+Tracker = Literal["wandb", "tensorboard", "trackio", "mlflow"]
 Parallel = Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp", "layers", "tp"]
 
 
@@ -190,6 +191,17 @@ class TrainConfig:
         needs="eval_mixer_list, the held-out data",
         shapes_result=False,
     )
+    sample_during_eval: int = option(
+        0,
+        "at each evaluation, answer so many held-out prompts greedily, the same every time: console, samples.jsonl, "
+        "trackers. Where ranks divide the weights, these are gathered for every token: slow for large models",
+        not_negative=True,
+        needs="eval_mixer_list, the held-out data",
+        shapes_result=False,
+    )
+    sample_max_new_tokens: int = option(
+        256, "longest such answer, in tokens", above=0, needs="sample_during_eval", shapes_result=False
+    )
     logging_steps: int = option(1, "write metrics every so many steps", above=0, shapes_result=False)
 
 
@@ -247,11 +259,15 @@ class OutputConfig:
     save_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "precision of the saved model; auto: that of dtype. Checkpoints are always exact", shapes_result=False
     )
-    with_tracking: bool = option(False, "log to Weights & Biases", shapes_result=False)
-    wandb_project_name: str | None = option(
-        None, "W&B project; default open_po", needs="with_tracking", shapes_result=False
+    report_to: list[Tracker] | None = option(
+        None,
+        "trackers that get metrics, samples and the configuration besides metrics.jsonl: wandb, tensorboard, trackio, "
+        "mlflow",
+        shapes_result=False,
     )
-    wandb_entity: str | None = option(None, "W&B team or user", needs="with_tracking", shapes_result=False)
+    with_tracking: bool = option(False, "an older name for report_to wandb", shapes_result=False)
+    wandb_project_name: str | None = option(None, "W&B project; default open_po", shapes_result=False)
+    wandb_entity: str | None = option(None, "W&B team or user", shapes_result=False)
     push_to_hub: bool = option(False, "upload to the Hugging Face Hub, see hub_strategy", shapes_result=False)
     hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = option(
         "every_save",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from open_po.data.tokenizer import pad_token_id
+from open_po.model.generation import Prompts, answer_greedily, answer_ids, end_tokens
 
-@torch.no_grad()
+
 def exact_match(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -19,18 +20,13 @@ def exact_match(
     batch_size: int = 256,
 ) -> float:
     """Share of prompts whose greedy answer is exactly the expected one, white space at the ends aside."""
-    tokenizer.padding_side = "left"
+    ends, pad = end_tokens(model, tokenizer.eos_token_id), pad_token_id(tokenizer)
     right = 0
     for start in range(0, len(prompts), batch_size):
-        batch = tokenizer(list(prompts[start : start + batch_size]), return_tensors="pt", padding=True)
-        generated = model.generate(  # type: ignore[operator]
-            input_ids=batch["input_ids"].to(model.device),
-            attention_mask=batch["attention_mask"].to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        texts = tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        ids = tokenizer(list(prompts[start : start + batch_size]))["input_ids"]
+        batch = Prompts.of(ids, max_new_tokens=max_new_tokens, ends=ends, pad=pad)
+        tokens = answer_greedily(model, batch.to(model.device))
+        texts = tokenizer.batch_decode(answer_ids(tokens, ends), skip_special_tokens=True)
         pairs = zip(texts, answers[start : start + batch_size], strict=True)
         right += sum(text.strip() == answer.strip() for text, answer in pairs)
     return right / len(prompts)

@@ -11,6 +11,7 @@ from torch import Tensor
 from open_po.distributed.gathering import gather_logps
 from open_po.distributed.runtime import Runtime
 from open_po.evaluation.meter import PreferenceMeter
+from open_po.evaluation.samples import AnswerSampler
 from open_po.losses import LossMix, PairLogps
 from open_po.model.scorer import Scorer
 from open_po.output.metrics import HELD_OUT, Metrics
@@ -24,6 +25,7 @@ class HeldOut:
 
     planner: Planner
     reference: PairLogps | None
+    sampler: AnswerSampler | None = None  # of its prompts, if answers are asked for
 
 
 @torch.no_grad()

@@ -75,9 +75,9 @@ class HubUploader(RunObserver):
         under_way = [] if self._upload is None else [self._upload.name]
         return checkpoint.name in [*self._waiting, *under_way]
 
-    def preempted(self) -> None:
-        """Finish what is waiting: the machine may be gone soon, and a second signal ends it."""
-        while self._upload is not None or self._waiting:
+    def stopped(self, error: BaseException) -> None:
+        """Asked to stop, finish what is waiting: the machine may be gone soon. A second signal ends this."""
+        while isinstance(error, Preempted) and (self._upload is not None or self._waiting):
             self._look()
             self._wait()
 

@@ -17,6 +17,7 @@ from open_po.distributed.engine import Placement
 from open_po.errors import StrandedError, UserError, first_line, is_out_of_memory
 from open_po.losses import Extra, PairLogps
 from open_po.model.attention import ATTENTION_NAME, Segments
+from open_po.model.generation import Prompts, answer_greedily, answer_ids
 from open_po.model.last_layer import SegmentsAndLast, compute_scored_tokens_only
 from open_po.model.logprobs import Head, fused_logprobs, log_sum_squares, pair_logps
 from open_po.model.numerics import Numerics
@@ -138,7 +139,23 @@ class Scorer(nn.Module):
         """Log-prob of every scored token of a pack of one row, by the model's own forward and its logits: [N]."""
         return self._run(batch.to(self.device), own=True)["logprobs"]
 
-    def _run(self, batch: PackedBatch, **asked: bool) -> dict[str, Tensor]:
+    def answer(self, prompts: Prompts) -> list[list[int]]:
+        """Greedy answers, their token ids, by the model's own forward and attention.
+
+        Where ranks go in lock step all of them call this with the same prompts.
+        """
+        layout, training = self.layout, self.training
+        self.use_layout("rows")
+        self.eval()
+        try:
+            with torch.no_grad():
+                tokens = self._run(prompts.to(self.device))["answers"]
+        finally:
+            self.use_layout(layout)
+            self.train(training)
+        return answer_ids(tokens, prompts.ends)
+
+    def _run(self, batch: PackedBatch | Prompts, **asked: bool) -> dict[str, Tensor]:
         try:
             found: dict[str, Tensor] = self.placement.module(batch, **asked)
         except RuntimeError as error:
@@ -152,12 +169,21 @@ class Scorer(nn.Module):
             raise
         return found
 
-    def forward(self, batch: PackedBatch, *, log_sum_sq: bool = False, own: bool = False) -> dict[str, Tensor]:
+    def forward(
+        self, batch: PackedBatch | Prompts, *, log_sum_sq: bool = False, own: bool = False
+    ) -> dict[str, Tensor]:
         """What the model says of a pack on its device, by name; engines look for tensors in a dictionary.
 
         `logprobs` [N] of the scored tokens, if asked for `log_sum_sq` [N], and `load_balancing` (scalar), the loss of
-        the experts' load, if the scorer balances experts and gradients are wanted. `own`: see `own_logprobs`.
+        the experts' load, if the scorer balances experts and gradients are wanted. `own`: see `own_logprobs`. Of
+        prompts `answers`, see `answer_greedily`: all of it in one call, in which an engine keeps gathered what is not a
+        layer's.
         """
+        if isinstance(batch, Prompts):
+            if self.row_by_row:
+                forget_longer_rows(self.base)
+            with self.autocast():
+                return {"answers": answer_greedily(self.base, batch, lockstep=self.lockstep)}
         if own:
             with self.autocast():
                 logits = self.base(input_ids=batch.input_ids[None], use_cache=False).logits[0, batch.score_index]
@@ -270,12 +296,16 @@ class Scorer(nn.Module):
                 "tokenizer and model do not belong together"
             )
 
+    @property
+    def positions(self) -> int | None:
+        """The longest row that the model's table of learned positions allows; None if it has none."""
+        config = self.base.config
+        rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+        return None if rotary else getattr(config, "max_position_embeddings", None)
+
     def check_length(self, longest: int) -> None:
         """Raises UserError if a row is longer than the model's table of learned positions."""
-        config = self.base.config
-        positions = getattr(config, "max_position_embeddings", None)
-        rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-        if positions is not None and longest > positions and not rotary:
+        if self.positions is not None and longest > self.positions:
             raise UserError(
-                f"max_seq_length: the longest row has {longest} tokens, the model {positions} positions; lower it"
+                f"max_seq_length: the longest row has {longest} tokens, the model {self.positions} positions; lower it"
             )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from open_po.output.metrics import Metrics
+from open_po.output.samples import Sample
 from open_po.output.summary import RunSummary
 
 
@@ -15,6 +16,9 @@ class RunObserver:
     def metrics_written(self, metrics: Metrics) -> None:
         """One set of figures, `training_step` among them."""
 
+    def samples_written(self, samples: Sequence[Sample]) -> None:
+        """Answers to held-out prompts, all of one step."""
+
     def checkpoint_written(self, checkpoint: Path) -> None:
         """A checkpoint, whole and on disk."""
 
@@ -22,11 +26,11 @@ class RunObserver:
         """Whether a checkpoint that is old enough to be removed must stay a little longer."""
         return False
 
-    def preempted(self) -> None:
-        """The run stops early, as it was asked to; its last checkpoint has been told of."""
-
     def training_ended(self) -> None:
         """The last step is done: no more metrics or checkpoints will come. The model is not saved yet."""
+
+    def stopped(self, error: BaseException) -> None:
+        """The run ends before its time, and `completed` will not be called."""
 
     def completed(self, summary: RunSummary) -> None:
         """The run is over: its model and its summary are written."""
@@ -42,6 +46,10 @@ class Observers(RunObserver):
         for observer in self._observers:
             observer.metrics_written(dict(metrics))
 
+    def samples_written(self, samples: Sequence[Sample]) -> None:
+        for observer in self._observers:
+            observer.samples_written(samples)
+
     def checkpoint_written(self, checkpoint: Path) -> None:
         for observer in self._observers:
             observer.checkpoint_written(checkpoint)
@@ -49,13 +57,13 @@ class Observers(RunObserver):
     def needs(self, checkpoint: Path) -> bool:
         return any(observer.needs(checkpoint) for observer in self._observers)
 
-    def preempted(self) -> None:
-        for observer in self._observers:
-            observer.preempted()
-
     def training_ended(self) -> None:
         for observer in self._observers:
             observer.training_ended()
+
+    def stopped(self, error: BaseException) -> None:
+        for observer in self._observers:
+            observer.stopped(error)
 
     def completed(self, summary: RunSummary) -> None:
         for observer in self._observers:

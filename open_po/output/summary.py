@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from open_po import __version__
 from open_po.output.files import write_atomically
-from open_po.output.metrics import Metrics
+from open_po.output.metrics import HELD_OUT, STEP, Metrics
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "liger-kernel", "peft")
 Part = TypeVar("Part")
@@ -130,6 +130,24 @@ class RunSummary:
             }
             result = _part(RunResult, content | own)
         return RunSummary(status=status, error=content.get("error"), result=result)
+
+
+def final_figures(summary: RunSummary) -> Metrics:
+    """The numbers of a complete run that are worth comparing, for trackers: `final/` before their names."""
+    result = summary.result
+    if result is None:
+        return {}
+    train = result.train
+    figures = {
+        "steps": float(train.steps),
+        "pairs": float(train.pairs),
+        "tokens": float(train.tokens),
+        "train_seconds": train.seconds,
+        "pairs_per_second": train.pairs / train.seconds if train.seconds else 0.0,
+        "peak_memory_gb": result.peak_memory_bytes / 1e9,
+    }
+    figures |= {HELD_OUT + name: value for name, value in (result.eval or {}).items() if name != STEP}
+    return {f"final/{name}": value for name, value in figures.items()}
 
 
 def _content(path: Path) -> dict[str, Any]:

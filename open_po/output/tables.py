@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from open_po.output.metrics import CHOSEN_LOGPS, LOSS, REWARD_ACCURACY, REWARD_MARGIN
+from open_po.output.samples import Sample
 from open_po.output.summary import RunResult, Status
+
+_PROMPT, _ANSWER = 300, 600  # characters of a sample that the console shows; samples.jsonl has all
 
 
 def make_table(title: str, *columns: str, header: bool = False) -> Table:
@@ -54,3 +59,20 @@ def result_table(result: RunResult, folder: Path) -> Table:
     table.add_row("peak memory", f"{result.peak_memory_bytes / 1e9:.2f} GB")
     table.add_row("output", str(folder))
     return table
+
+
+def samples_table(samples: Sequence[Sample]) -> Table:
+    """Answers to held-out prompts beside what the data prefer: of a prompt its end, of an answer its beginning."""
+    table = Table(title=f"Samples, step {samples[0].training_step}", title_justify="left", show_lines=True)
+    for name in ("prompt", "answer", "chosen"):
+        table.add_column(name, overflow="fold", ratio=1)
+    for sample in samples:
+        prompt = sample.prompt if len(sample.prompt) <= _PROMPT else f"... {sample.prompt[-_PROMPT:]}"
+        answers = [text if len(text) <= _ANSWER else f"{text[:_ANSWER]} ..." for text in (sample.answer, sample.chosen)]
+        table.add_row(*(Text(_printable(text.strip())) for text in (prompt, *answers)))
+    return table
+
+
+def _printable(text: str) -> str:
+    """Text that moves no cursor: what a model says may hold control characters."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)

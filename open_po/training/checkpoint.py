@@ -74,7 +74,7 @@ class TrainingProgress:
     response_tokens: int = 0  # scored tokens
     seconds: float = 0.0  # spent in training steps
     packing: PackingStats = field(default_factory=PackingStats)  # of this rank's packs
-    wandb_run_id: str | None = None
+    tracker_ids: dict[str, str] = field(default_factory=dict)  # of this run in its trackers, by the tracker's name
     running_means: list[RunningMean] = field(default_factory=list)  # one for each part of the loss
 
 
@@ -106,7 +106,10 @@ class SavedState:
         """The small part of a checkpoint. Raises UserError if it is damaged."""
         try:
             state = json.loads((folder / _STATE).read_text())
-            progress = TrainingProgress(**state.pop("progress"))
+            content = state.pop("progress")
+            if old := content.pop("wandb_run_id", None):  # as versions before trackers other than W&B wrote it
+                content["tracker_ids"] = {"wandb": old}
+            progress = TrainingProgress(**content)
             progress.packing = PackingStats(**_object(progress.packing))
             progress.running_means = [RunningMean(**_object(mean)) for mean in progress.running_means]
             return SavedState(folder=folder, progress=progress, **state)

@@ -15,8 +15,8 @@ from open_po.config import RunConfig
 from open_po.data import PairDataset
 from open_po.data.run_data import Data, prepare_data
 from open_po.distributed.runtime import Runtime
-from open_po.errors import Preempted
 from open_po.evaluation.preferences import HeldOut
+from open_po.evaluation.samples import AnswerSampler
 from open_po.hub.background import HubUploader
 from open_po.hub.fetch import fetch_checkpoint
 from open_po.hub.publication import is_published
@@ -34,10 +34,9 @@ from open_po.output.observers import Observers, RunObserver
 from open_po.output.run_folder import RunFolder
 from open_po.output.summary import DataTotals, RunFacts, RunResult, RunSummary, Status, TrainTotals, versions
 from open_po.output.tables import packing_line, result_table
-from open_po.output.trackers import JsonlTracker, WandbTracker
+from open_po.output.trackers import make_trackers
 from open_po.packing import Planner
 from open_po.reference import FilledStore, ensure_reference, log_probs_of, open_cache, separate_reference
-from open_po.training.checkpoint import TrainingProgress
 from open_po.training.checkpoint_folders import latest_checkpoint
 from open_po.training.model_of_step import ModelOfStep
 from open_po.training.optimizer import make_optimizer
@@ -106,14 +105,14 @@ def _train(
     if reference is not None and reference.totals.packing is not None:
         runtime.say(f"Reference packing: {packing_line(reference.totals.packing)}")
     trainer = make_trainer(config, runtime, data, policy, identity, reference, folder, observers)
-    with runtime.stop.deferred():
-        try:
+    try:
+        with runtime.stop.deferred():
             trainer.train()
-        except Preempted:
-            trainer.observers.preempted()
-            raise
-        runtime.on_main(trainer.observers.training_ended)
-        finish(config, runtime, trainer, data, reference)
+            runtime.on_main(trainer.observers.training_ended)
+            finish(config, runtime, trainer, data, reference)
+    except BaseException as error:
+        trainer.observers.stopped(error)
+        raise
     return trainer.observers
 
 
@@ -133,7 +132,9 @@ def make_trainer(
     """
     scorer, loss = policy.scorer, config.loss.mix()
     start = start_or_resume(config, runtime, data.train, policy.engine, identity, folder)
-    trackers = runtime.on_main(_make_trackers, config, start.state.progress, folder, start.resumed) or []
+    progress = start.state.progress
+    resumed = progress.step if start.resumed else None
+    trackers = runtime.on_main(make_trackers, config, folder, resumed, progress.tracker_ids, runtime.say) or []
     return Trainer(
         config=config,
         runtime=runtime,
@@ -170,6 +171,7 @@ def _held_out(
     return HeldOut(
         planner=_planner(data.held_out, scorer, loss, config),  # both responses, whatever the loss needs
         reference=_reference_logps(reference, data.held_out, loss.ld_alpha, runtime),
+        sampler=AnswerSampler(data.held_out, data.tokenizer, config.train) if config.train.sample_during_eval else None,
     )
 
 
@@ -189,17 +191,6 @@ def _reference_logps(
     reference: FilledStore | None, dataset: PairDataset, ld_alpha: float, runtime: Runtime
 ) -> PairLogps | None:
     return None if reference is None else runtime.on_every_rank(reference.store.logps_of, dataset, ld_alpha)
-
-
-def _make_trackers(
-    config: RunConfig, progress: TrainingProgress, folder: RunFolder, resumed: bool
-) -> list[RunObserver]:
-    trackers: list[RunObserver] = [JsonlTracker(folder.metrics, progress.step if resumed else -1)]
-    if config.output.with_tracking:
-        wandb = WandbTracker(config, folder.path, progress.wandb_run_id)
-        progress.wandb_run_id = wandb.run.id
-        trackers.append(wandb)
-    return trackers
 
 
 def finish(config: RunConfig, runtime: Runtime, trainer: Trainer, data: Data, reference: FilledStore | None) -> None:

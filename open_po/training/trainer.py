@@ -39,6 +39,7 @@ from open_po.output.metrics import (
 from open_po.output.observers import RunObserver
 from open_po.output.progress import Progress
 from open_po.output.run_folder import RunFolder
+from open_po.output.tables import samples_table
 from open_po.packing import PackedBatch, Planner, Sampler
 from open_po.reference import select_pairs
 from open_po.training.checkpoint import RandomState, TrainingState, UnfinishedCheckpoint, Window
@@ -299,6 +300,11 @@ class Trainer:
         metrics = evaluate(self.scorer, self.held_out, self.loss, self.running_means(), self.runtime, pad=self.pad)
         self.observers.metrics_written({STEP: self.state.progress.step, **metrics})
         self.runtime.say(f"Held out, step {self.state.progress.step}: {_note(metrics, HELD_OUT)}")
+        if self.held_out.sampler is not None:
+            samples = self.held_out.sampler.sample(self.scorer, self.state.progress.step, self.runtime)
+            self.observers.samples_written(samples)
+            if self.runtime.is_main:
+                self.runtime.console.print(samples_table(samples))
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -1,0 +1,109 @@
+"""MLflow."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from open_po import __version__
+from open_po.errors import Preempted
+from open_po.output.metrics import STEP, Metrics
+from open_po.output.samples import Sample
+from open_po.output.summary import RunSummary, final_figures
+from open_po.output.trackers.tracker import PROJECT, Beginning, Tracker
+
+_FOLDER = "mlruns"
+_BATCH = 100  # parameters of one request
+_LONGEST = 6000  # characters of a parameter
+
+
+class MlflowTracker(Tracker):
+    """MLflow, where MLFLOW_TRACKING_URI says, else in files in `mlruns/` of the run's folder.
+
+    A run that goes on asks once which points are there: what a killed run sent after its checkpoint is not sent twice,
+    and what it could not send is.
+    """
+
+    advice = "see MLFLOW_TRACKING_URI; without it files are written"
+
+    def __init__(self, beginning: Beginning) -> None:
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+
+        self._metric = Metric
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if uri is None:
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 prefers SQL, mlflow-skinny has none
+            uri = (beginning.folder / _FOLDER).resolve().as_uri()
+        self._client = MlflowClient(tracking_uri=uri)
+        self._there: set[tuple[str, int]] = set()
+        found = self._known(beginning.run_id)
+        self._id = self.run_id = str(found.info.run_id if found is not None else self._new_run(beginning, Param))
+        if found is not None:
+            self._client.update_run(self._id, status="RUNNING")
+            for name in found.data.metrics:
+                self._there |= {(name, point.step) for point in self._client.get_metric_history(self._id, name)}
+        for record in beginning.history:
+            self.metrics_written(record)
+
+    def _known(self, run_id: str | None) -> Any:
+        """The run that goes on; None if there is none here, as where a checkpoint came from another store."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return None if run_id is None else self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+
+    def _new_run(self, beginning: Beginning, param: Any) -> str:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        experiment = self._client.get_experiment_by_name(name)
+        number = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
+        config = beginning.config
+        tags = {"open_po": __version__, "loss_type": " + ".join(config.loss.names)}
+        run = self._client.create_run(number, run_name=config.output.exp_name, tags=tags)
+        params = [param(key, str(value)[:_LONGEST]) for key, value in config.flat().items() if value is not None]
+        for start in range(0, len(params), _BATCH):
+            self._client.log_batch(run.info.run_id, params=params[start : start + _BATCH])
+        return str(run.info.run_id)
+
+    def metrics_written(self, metrics: Metrics) -> None:
+        self._log(metrics, int(metrics[STEP]))
+
+    def _log(self, metrics: Metrics, step: int) -> None:
+        now = int(time.time() * 1000)
+        points = {_name(name): value for name, value in metrics.items()}
+        new = [
+            self._metric(name, value, now, step) for name, value in points.items() if (name, step) not in self._there
+        ]
+        if new:
+            self._client.log_batch(self._id, metrics=new)
+
+    def samples_written(self, samples: Sequence[Sample]) -> None:
+        step = samples[0].training_step
+        text = json.dumps([asdict(sample) for sample in samples], indent=2)
+        self._client.log_text(self._id, text, f"samples/step_{step:06d}.json")
+
+    def stopped(self, error: BaseException) -> None:
+        killed = isinstance(error, KeyboardInterrupt)
+        self._client.set_tag(self._id, "error", "preempted" if isinstance(error, Preempted) else str(error)[:500])
+        self._client.set_terminated(self._id, "KILLED" if killed else "FAILED")
+
+    def completed(self, summary: RunSummary) -> None:
+        figures = final_figures(summary)
+        self._log(figures, int(figures["final/steps"]))
+        for name, version in summary.result.versions.items() if summary.result is not None else ():
+            self._client.set_tag(self._id, f"version.{name}", version)
+        self._client.set_terminated(self._id)
+
+
+def _name(name: str) -> str:
+    """A metric's name in MLflow: a part of a mix is `loss.NAME`. In a store of files `loss` cannot be a folder too."""
+    return re.sub(r"(^|/)loss/", r"\1loss.", name)
