@@ -33,7 +33,7 @@ class AnswerSampler:
         self._prompts = [pair.prompt_ids for pair in pairs]
         parts = zip(*((pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs), strict=True)
         self._texts: list[list[str]] = [  # prompts as they are seen, chosen and rejected answers as they are read
-            tokenizer.batch_decode(part, skip_special_tokens=number > 0) for number, part in enumerate(parts)
+            tokenizer.batch_decode(list(part), skip_special_tokens=number > 0) for number, part in enumerate(parts)
         ]
         special = set(tokenizer.all_special_ids)
         self._turn_ends = {token for pair in pairs for token in pair.chosen_ids[-_ENDING:] if token in special}
