@@ -6,7 +6,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +21,7 @@ from open_po.output.trackers.tracker import PROJECT, Beginning, Tracker
 _FOLDER = "mlruns"
 _BATCH = 100  # parameters of one request
 _LONGEST = 6000  # characters of a parameter
+_FIRST_REQUEST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 
 
 class MlflowTracker(Tracker):
@@ -42,8 +44,10 @@ class MlflowTracker(Tracker):
             uri = (beginning.folder / _FOLDER).resolve().as_uri()
         self._client = MlflowClient(tracking_uri=uri)
         self._there: set[tuple[str, int]] = set()
-        found = self._known(beginning.run_id)
-        self._id = self.run_id = str(found.info.run_id if found is not None else self._new_run(beginning, Param))
+        with _impatient():
+            found = self._known(beginning.run_id)
+            experiment = self._experiment() if found is None else ""
+        self._id = self.run_id = found.info.run_id if found is not None else self._new_run(experiment, beginning, Param)
         if found is not None:
             self._client.update_run(self._id, status="RUNNING")
             for name in found.data.metrics:
@@ -62,13 +66,15 @@ class MlflowTracker(Tracker):
                 raise
             return None
 
-    def _new_run(self, beginning: Beginning, param: Any) -> str:
+    def _experiment(self) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        experiment = self._client.get_experiment_by_name(name)
-        number = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
+        found = self._client.get_experiment_by_name(name)
+        return str(self._client.create_experiment(name) if found is None else found.experiment_id)
+
+    def _new_run(self, experiment: str, beginning: Beginning, param: Any) -> str:
         config = beginning.config
         tags = {"open_po": __version__, "loss_type": " + ".join(config.loss.names)}
-        run = self._client.create_run(number, run_name=config.output.exp_name, tags=tags)
+        run = self._client.create_run(experiment, run_name=config.output.exp_name, tags=tags)
         params = [param(key, str(value)[:_LONGEST]) for key, value in config.flat().items() if value is not None]
         for start in range(0, len(params), _BATCH):
             self._client.log_batch(run.info.run_id, params=params[start : start + _BATCH])
@@ -102,6 +108,21 @@ class MlflowTracker(Tracker):
         for name, version in summary.result.versions.items() if summary.result is not None else ():
             self._client.set_tag(self._id, f"version.{name}", version)
         self._client.set_terminated(self._id)
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """A first request that is told soon if nobody answers, where MLflow by itself tries for some minutes.
+
+    Later ones may take these: a server that is restarted meanwhile misses nothing.
+    """
+    mine = {name: value for name, value in _FIRST_REQUEST.items() if name not in os.environ}
+    os.environ.update(mine)
+    try:
+        yield
+    finally:
+        for name in mine:
+            del os.environ[name]
 
 
 def _name(name: str) -> str:
