@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -118,10 +119,10 @@ def test_a_value_means_the_same_in_yaml_and_on_the_command_line(
 
 
 def test_flags_without_a_value_are_true_and_end_at_the_next_flag() -> None:
-    config = parse("--use_lora", "--gradient_checkpointing", "--seed", "3", "--with_tracking")
+    config = parse("--use_lora", "--gradient_checkpointing", "--seed", "3", "--push_to_hub")
     assert config.model.use_lora
     assert config.model.gradient_checkpointing
-    assert config.output.with_tracking
+    assert config.output.push_to_hub
     assert config.train.seed == 3
 
 
@@ -358,7 +359,7 @@ def test_wrong_types_on_the_command_line(flags: list[str], message: str) -> None
         ("--max_grad_norm nan", "max_grad_norm: must not be negative, got nan"),
         ("--seed -1", "seed: must not be negative, got -1"),
         ("--seed 4294967296", "seed: must be below 4294967296, got 4294967296"),
-        ("--wandb_entity me", "wandb_entity: needs with_tracking"),
+        ("--wandb_entity me", "wandb_entity: needs wandb among report_to"),
         ("--hf_private false", "hf_private: needs push_to_hub"),
     ],
 )
@@ -485,6 +486,21 @@ def test_a_mix_gives_each_part_its_own_parameters(write: Callable[..., str]) -> 
     assert parse(*flags.split(), "--label_smoothing", "0.1").loss == config.loss
 
 
+def test_trackers_by_their_new_name_and_the_old(write: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse().output.report_to is None
+    assert parse("--with_tracking").output.report_to == ["wandb"]
+    assert parse("--with_tracking", "--report_to", "mlflow", "wandb").output.report_to == ["mlflow", "wandb"]
+    assert parse("--report_to", "wandb", "wandb", "--wandb_entity", "me").output.report_to == ["wandb"]
+    old = parse("--with_tracking", "--wandb_project_name", "p")
+    assert load_config([write(old.to_yaml())]) == old == parse("--report_to", "wandb", "--wandb_project_name", "p")
+    (problem,) = problems(*REQUIRED, "--report_to", "comet")
+    assert problem == "report_to: expects a list of wandb, tensorboard, trackio, mlflow, got ['comet']"
+    for name, package in (("mlflow", "mlflow-skinny"), ("trackio", "trackio")):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it was not installed
+        (problem,) = problems(*REQUIRED, "--report_to", name, "tensorboard")
+        assert problem == f"report_to: {name} is not installed; pip install {package}, or leave it out"
+
+
 def test_defaults_that_depend_on_other_fields() -> None:
     config = parse("--per_device_train_batch_size", "3", "--max_seq_length", "100", "--exp_name", "x")
     assert config.train.max_tokens_per_batch == 600
@@ -581,7 +597,10 @@ NOT_SHAPING = {
     "keep_last_n_checkpoints",
     "resume_from_checkpoint",
     "save_dtype",
+    "report_to",
     "with_tracking",
+    "sample_during_eval",
+    "sample_max_new_tokens",
     "wandb_project_name",
     "wandb_entity",
     "push_to_hub",
@@ -664,6 +683,7 @@ def test_every_field_is_read_outside_the_configuration() -> None:
     parameters = {f.name for f in dataclasses.fields(LossConfig)}
     resolved = {"dataset_mixer"}  # becomes mixer_list, see test_dataset_mixer_is_mixer_list_in_another_form
     assert {"mixture", "held_out_mixture"} <= reads  # what the next four become, parsed
+    resolved |= {"with_tracking"}  # becomes report_to
     resolved |= {"mixer_list", "mixer_list_splits", "eval_mixer_list", "eval_mixer_list_splits"}
     assert set(FIELDS) - reads - parameters - resolved == set()
 

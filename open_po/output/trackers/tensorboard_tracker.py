@@ -17,8 +17,8 @@ _FOLDER = "tensorboard"
 class TensorboardTracker(Tracker):
     """An event file for each start of the run, in `tensorboard/` of its folder.
 
-    Each record is on disk when the next comes. Of a run that goes on, readers pass over what a killed one wrote after
-    its checkpoint.
+    Each record is on disk when the next comes. Of a run that goes on, readers pass over the figures that a killed one
+    wrote after its checkpoint; texts of samples they show twice.
     """
 
     def __init__(self, beginning: Beginning) -> None:
@@ -28,10 +28,12 @@ class TensorboardTracker(Tracker):
         self._config = beginning.config
         self._hparams: Any = hparams
         folder = beginning.folder / _FOLDER
-        before = any(folder.glob("events.*"))
-        last = -1 if beginning.resumed_step is None else beginning.resumed_step  # -1: killed before a checkpoint
-        self._writer = SummaryWriter(str(folder), purge_step=last + 1 if before else None)
-        if before and last >= 0:
+        before, last = list(folder.glob("events.*")), beginning.resumed_step
+        if last is None:
+            for path in before:  # of a run that was killed before its first checkpoint, and begins again
+                path.unlink()
+        self._writer = SummaryWriter(str(folder), purge_step=last + 1 if before and last is not None else None)
+        if before and last is not None:
             self._writer.flush()
             return
         self._writer.add_text("config", _block(beginning.config.to_yaml()), 0)
