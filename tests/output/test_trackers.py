@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,11 +26,12 @@ from open_po.config import load_config
 from open_po.output.summary import RunSummary, Status
 from open_po.output.trackers import guarded, make
 from open_po.output.trackers.tracker import Beginning, Tracker
+from open_po.output.trackers.wandb_files import last_step
 from open_po.output.trackers.wandb_tracker import WandbTracker
 from open_po.training.checkpoint import SavedState
 from open_po.training.trainer import Trainer
 from tests import cli
-from tests.output.test_tracking import wandb_history, wandb_records
+from tests.output.test_tracking import wandb_history, wandb_records, whole_records
 
 Points = dict[str, list[tuple[int, float]]]  # by metric: step and value
 RUN = {"checkpointing_steps": 2, "eval_steps": 3, "sample_during_eval": 2, "sample_max_new_tokens": 6}
@@ -198,6 +200,39 @@ def test_a_killed_run_goes_on_without_a_gap_or_a_repeat(
     assert runs[0].info.status == "FINISHED"
     state = json.loads((output / "checkpoints" / "step_000006" / "trainer_state.json").read_text())
     assert state["progress"]["tracker_ids"] == {"mlflow": runs[0].info.run_id}
+
+
+def test_the_last_step_of_wandbs_files(tmp_path: Path) -> None:
+    """More than one of a log's blocks of them, and cut where a killed process was writing."""
+    with wandb.init(dir=tmp_path, mode="offline", id="abc") as run:
+        for step in range(900):
+            run.log({"some_loss": step / 7, "some_other_figure": step}, step=step)
+    (path,) = tmp_path.glob("wandb/offline-run-*-abc/*.wandb")
+    wandb_records(tmp_path)  # waits for W&B's own process
+    assert len(path.read_bytes()) > 2 * 32768
+    assert last_step(tmp_path, "abc") == 899
+    path.write_bytes(path.read_bytes()[:40000])
+    rows = list(wandb_history(whole_records(path.read_bytes())))
+    assert last_step(tmp_path, "abc") == rows[-1]["_step"] < 899
+    assert last_step(tmp_path, "other") == -1
+
+
+@pytest.mark.slow
+def test_wandb_offline_has_each_step_once_after_a_kill(llama: Path, pairs_file: Path, tmp_path: Path) -> None:
+    """In processes of their own, as its library keeps a process of its own for each."""
+    fields = {"report_to": "wandb", "checkpointing_steps": 2, "resume_from_checkpoint": "auto"}
+    words = cli.arguments(llama, pairs_file, tmp_path / "run", **fields)
+    trap = "from tests.output.test_trackers import kill_at; kill_at(5)()"
+    for code, prepare in ((-signal.SIGKILL, trap), (0, "pass")):
+        script = f"{prepare}; from open_po.commands.train import main; raise SystemExit(main({words!r}))"
+        found, _, stderr = cli.finished(cli.start([sys.executable, "-c", script]), timeout=120)
+        assert found == code, stderr
+    rows = []
+    for path in sorted((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")):
+        rows += [row for row in wandb_history(whole_records(path.read_bytes())) if "train_loss" in row]
+    assert len({path.name for path in (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")}) == 1
+    expected = written(tmp_path / "run")["train_loss"]
+    assert [(int(row["_step"]), row["train_loss"]) for row in rows] == expected
 
 
 @pytest.mark.slow

@@ -10,12 +10,14 @@ from open_po.output.metrics import STEP, Metrics
 from open_po.output.samples import Sample
 from open_po.output.summary import RunSummary, final_figures
 from open_po.output.trackers.tracker import PROJECT, Beginning, Tracker
+from open_po.output.trackers.wandb_files import last_step
 
 
 class WandbTracker(Tracker):
     """Weights & Biases, in the project and mode that its own environment variables say unless the run does.
 
-    It takes no step twice: what a killed run sent after its checkpoint stays, and is passed over when it comes again.
+    It gets no step twice: what a killed run gave it after its checkpoint stays, and is passed over when it comes again.
+    Offline each start has a folder of its own, under one id, and they go on where the one before ends.
     """
 
     advice = "log in with `wandb login`, or set WANDB_MODE=offline"
@@ -35,11 +37,11 @@ class WandbTracker(Tracker):
         )
         self.run_id = self._run.id
         self._table = wandb.Table
-        # What a killed run had not sent yet. Offline nothing is known of what was sent: each start has its own file.
-        self._next = self._run.step if self._run.resumed else 0
-        if self._run.resumed:
-            for record in beginning.history:
-                self.metrics_written(record)
+        # Its process may not have had the time to keep, or send, what a killed run gave it.
+        kept = last_step(beginning.folder, beginning.run_id) if beginning.run_id else -1
+        self._next = self._run.step if self._run.resumed else kept + 1
+        for record in beginning.history:
+            self.metrics_written(record)
 
     def metrics_written(self, metrics: Metrics) -> None:
         if metrics[STEP] >= self._next:
