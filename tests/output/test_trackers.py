@@ -225,12 +225,16 @@ def test_wandb_offline_has_each_step_once_after_a_kill(llama: Path, pairs_file: 
     trap = "from tests.output.test_trackers import kill_at; kill_at(5)()"
     for code, prepare in ((-signal.SIGKILL, trap), (0, "pass")):
         script = f"{prepare}; from open_po.commands.train import main; raise SystemExit(main({words!r}))"
-        found, _, stderr = cli.finished(cli.start([sys.executable, "-c", script]), timeout=120)
-        assert found == code, stderr
-    rows = []
-    for path in sorted((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")):
-        rows += [row for row in wandb_history(whole_records(path.read_bytes())) if "train_loss" in row]
-    assert len({path.name for path in (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")}) == 1
+        exit_code, _, stderr = cli.finished(cli.start([sys.executable, "-c", script]), timeout=120)
+        assert exit_code == code, stderr
+    paths = sorted((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"))
+    assert (len(paths), len({path.name for path in paths})) == (2, 1), "of one id"
+    deadline = time.monotonic() + 30
+    while last_step(tmp_path / "run", paths[0].stem.removeprefix("run-")) < 6:  # W&B's own process is at it
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    found = [row for path in paths for row in wandb_history(whole_records(path.read_bytes()))]
+    rows = [row for row in found if "train_loss" in row]
     expected = written(tmp_path / "run")["train_loss"]
     assert [(int(row["_step"]), row["train_loss"]) for row in rows] == expected
 
