@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from open_po.config import OutputConfig
-from open_po.errors import NotUploadedError
+from open_po.errors import NotUploadedError, Preempted
 from open_po.hub.publication import FINAL, MODEL_FOLDER, Publication
 from open_po.hub.repository import Branch
 from open_po.hub.retrying import AT_START, AT_THE_END, IN_TRAINING, persistently

@@ -42,7 +42,6 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
-        self.samples = path / "samples.jsonl"
         self.curves = path / "training_curves.png"
         self.samples = path / "samples.jsonl"
         self.summary = path / "run_summary.json"
