@@ -56,12 +56,12 @@ class ModelSource:
 
 @functools.cache  # a branch may move, but not during a run
 def _downloaded(name: str, revision: str | None) -> Path:
-    """The snapshot folder of a Hub model, with the files that transformers would load and no others."""
+    """The snapshot folder of a Hub model, with its card and the files that transformers would load, no others."""
     try:
         for weights in ((*_ADAPTER, *_SAFE), _OTHER):
             # A Hub pattern's * also matches `/`: these take neither sub-folders nor variants such as
             # model.fp16.safetensors.
-            patterns = ["config.json", "generation_config.json", "*.py", *weights]
+            patterns = ["config.json", "generation_config.json", "README.md", "*.py", *weights]
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
             found = _weights(folder, weights)
             if not all(path.exists() for path in found):  # an index names other files than usual

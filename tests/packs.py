@@ -47,6 +47,7 @@ def dataset_of(items: Sequence[PreferencePair]) -> PairDataset:
         prompt_numbers=np.array([number(0, tuple(prompt)) for prompt in prompts]),
         response_numbers=np.array([[number(1, key) for key in pair] for pair in zip(*keys, strict=True)]),
         highest_id=300,
+        by_source={"rows": len(items)},
         left_out={},
         truncated_prompts=0,
         truncated_responses=0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from open_po.commands.command_line import Job, run_command
 from open_po.config import help_text, load_config
@@ -13,10 +14,10 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(help_text())
         return 0
-    return run_command(lambda: load_config(arguments), _job)
+    return run_command(lambda: load_config(arguments), partial(_job, arguments))
 
 
-def _job() -> Job:
+def _job(arguments: Sequence[str]) -> Job:
     from open_po.training.run import run
 
-    return run
+    return partial(run, words=arguments)

@@ -30,6 +30,7 @@ from open_po.data.tokenization import (
     tokenizer_digest,
 )
 from open_po.errors import UserError
+from open_po.output.summary import DataTotals
 
 # Part of the name under which tokenised rows are kept: raise it when the same row gives other ids than before.
 _TOKENISATION_VERSION = 3
@@ -53,6 +54,7 @@ class PairDataset:
     prompt_numbers: NDArray[np.int64]  # [P]
     response_numbers: NDArray[np.int64]  # [P, 2], chosen and rejected
     highest_id: int  # of all tokens
+    by_source: Mapping[str, int]  # pairs from each data set, by its name in the mixture
     left_out: Mapping[str, Sequence[str]]  # origins of the rows that cannot train, by reason
     truncated_prompts: int
     truncated_responses: int
@@ -86,6 +88,16 @@ class PairDataset:
     def _row_lengths(self) -> NDArray[np.int64]:
         longer: NDArray[np.int64] = self.prompt_lengths + np.maximum(self.chosen_lengths, self.rejected_lengths)
         return longer
+
+    def totals(self) -> DataTotals:
+        """What became of the rows, in numbers."""
+        return DataTotals(
+            pairs=len(self),
+            by_source=dict(self.by_source),
+            left_out={reason: len(origins) for reason, origins in self.left_out.items()},
+            truncated_prompts=self.truncated_prompts,
+            truncated_responses=self.truncated_responses,
+        )
 
     def describe(self) -> list[str]:
         """Lines for the console: how many pairs, how long, and every row that was left out, by reason."""
@@ -141,10 +153,21 @@ def load_pairs(
         prompt_numbers=_numbers(trainable["prompt_key"][:]),
         response_numbers=_numbers([*chosen_keys, *rejected_keys]).reshape(2, -1).T,
         highest_id=max(trainable["highest_id"][:]),
+        by_source=_by_source(mixture, parts, kept),
         left_out=left_out,
         truncated_prompts=int(cut[:, 0].sum()),
         truncated_responses=int(cut[:, 1].sum()),
     )
+
+
+def _by_source(mixture: Sequence[MixturePart], parts: Sequence[SourceRows], kept: Sequence[int]) -> dict[str, int]:
+    """How many of the rows `kept` each data set of a mixture gave; one that gave none counts too."""
+    counts = dict.fromkeys((part.name for part in mixture), 0)
+    ends = np.cumsum([len(part.row_numbers) for part in parts])
+    owners = np.searchsorted(ends, np.asarray(kept), side="right")
+    for part, count in zip(parts, np.bincount(owners, minlength=len(parts)).tolist(), strict=True):
+        counts[part.source] += count
+    return counts
 
 
 def _numbers(keys: Sequence[bytes]) -> NDArray[np.int64]:

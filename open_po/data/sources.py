@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +38,7 @@ _READING_VERSION = 1  # part of the name under which they are kept: raise it whe
 class SourceRows:
     """The rows of one dataset that a mixture takes."""
 
+    source: str  # its name in the mixture
     name: str  # for messages
     rows: Dataset  # `row_fields` reads one
     row_numbers: Sequence[int]  # of each row, from 1: in the file, or in the split of a Hub dataset
@@ -47,9 +48,7 @@ class SourceRows:
         if count == len(self.rows):
             return self
         drawn = sorted(_order(len(self.rows))[:count])
-        return SourceRows(
-            name=self.name, rows=self.rows.select(drawn), row_numbers=[self.row_numbers[i] for i in drawn]
-        )
+        return replace(self, rows=self.rows.select(drawn), row_numbers=[self.row_numbers[i] for i in drawn])
 
 
 def load_mixture(mixture: Sequence[MixturePart], max_rows: int | None = None) -> list[SourceRows]:
@@ -73,6 +72,12 @@ def row_fields(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return cast(Mapping[str, Any], json.loads(row[_JSON_ROW])) if _JSON_ROW in row else row
 
 
+def is_data_file(name: str) -> bool:
+    """Whether a data set's name is that of a file here, of any type, or can only be one."""
+    path = Path(name).expanduser()
+    return path.suffix.lower() in _FILE_TYPES or path.is_file()
+
+
 def _thin(parts: list[SourceRows], count: int) -> list[SourceRows]:
     """`count` rows drawn from all parts together."""
     owners = [index for index, part in enumerate(parts) for _ in part.row_numbers]
@@ -91,16 +96,17 @@ def _order(length: int) -> list[int]:
 
 def _load(name: str, split: str) -> SourceRows:
     """All rows of a split. Raises UserError if there are none or they cannot be read."""
-    path = Path(name).expanduser()
-    is_file = path.suffix.lower() in _FILE_TYPES or path.is_file()
+    path, is_file = Path(name).expanduser(), is_data_file(name)
     try:
         if is_file:
             rows = _load_file(path)
             indices = _slice(split, len(rows))
-            part = SourceRows(name=name, rows=rows.select(indices), row_numbers=[index + 1 for index in indices])
+            numbers: Sequence[int] = [index + 1 for index in indices]
+            part = SourceRows(source=name, name=name, rows=rows.select(indices), row_numbers=numbers)
         else:
             rows = datasets.load_dataset(name, split=split)
-            part = SourceRows(name=f"{name} ({split})", rows=rows, row_numbers=range(1, len(rows) + 1))
+            numbers = range(1, len(rows) + 1)
+            part = SourceRows(source=name, name=f"{name} ({split})", rows=rows, row_numbers=numbers)
     except Exception as error:  # datasets wraps parser, file and network errors in types of its own
         reason = _root_cause(error)
         if not is_file:

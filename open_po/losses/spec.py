@@ -65,7 +65,11 @@ class LossSpec:
 
     name: str
     parameters: Mapping[str, Parameter]
-    formula: str = ""  # the function of formulas.py, if it is not called as the loss is
+    function: str = ""  # the function of formulas.py, if it is not called as the loss is
+    # For people, in Markdown, as docs/losses.md has them; letters are those of NOTATION.
+    formula: str = ""  # of a pair's loss; of a user's own function, what it says of itself
+    rewards: str = "`beta a`, `beta d`"  # of the chosen and the rejected response
+    paper: str = ""
     takes_reference: bool = True
     needs_rejected: bool = True  # False: the rejected responses need not be scored in training
     batch_coupled: bool = False  # a pair's loss depends on the other pairs of the step
@@ -82,14 +86,14 @@ class LossSpec:
 
     @property
     def fn(self) -> Callable[..., PairLosses]:
-        """The formula, fn(policy, reference, **parameters), without reference if it takes none.
+        """What computes it, fn(policy, reference, **parameters), without reference if it takes none.
 
         Found when it is asked for: formulas need torch, and the rest of a spec does not. Raises ImportError or
         AttributeError if a user's function is not there.
         """
         module, _, function = self.name.partition(":")
         if not self.is_custom:
-            module, function = "open_po.losses.formulas", self.formula or self.name
+            module, function = "open_po.losses.formulas", self.function or self.name
         fn: Callable[..., PairLosses] = getattr(import_module(module), function)
         return fn
 

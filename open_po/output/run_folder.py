@@ -18,6 +18,7 @@ from open_po.output.files import disk_faults, lock_folder, write_atomically
 from open_po.output.summary import RunSummary, Status
 
 _FROM_THE_NEWEST = ("auto", "hub")  # values of resume_from_checkpoint that name no folder
+CURVES = "training_curves.png"
 
 
 def changed_fields(
@@ -42,7 +43,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
-        self.curves = path / "training_curves.png"
+        self.curves = path / CURVES
         self.samples = path / "samples.jsonl"
         self.summary = path / "run_summary.json"
         self.checkpoints = path / "checkpoints"

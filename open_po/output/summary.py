@@ -55,9 +55,10 @@ class TrainTotals:
 
 @dataclass(frozen=True, kw_only=True)
 class DataTotals:
-    """What became of the rows of the training data."""
+    """What became of the rows of a data set."""
 
     pairs: int
+    by_source: dict[str, int]  # pairs from each data set, by its name in the mixture
     left_out: dict[str, int]  # rows by reason
     truncated_prompts: int
     truncated_responses: int

@@ -28,15 +28,17 @@ from open_po.model.numerics import Numerics, policy_numerics, saved_dtype
 from open_po.model.prepare import Policy, is_divided, load_policy
 from open_po.model.scorer import Scorer
 from open_po.model_files import agreed_identity, policy_source
-from open_po.output.curves import plot_curves
+from open_po.output.card import write_card
+from open_po.output.files import disk_faults
 from open_po.output.metrics import STEP, Metrics, evaluations, read_metrics
 from open_po.output.observers import Observers, RunObserver
 from open_po.output.run_folder import RunFolder
-from open_po.output.summary import DataTotals, RunFacts, RunResult, RunSummary, Status, TrainTotals, versions
+from open_po.output.summary import RunFacts, RunResult, RunSummary, Status, TrainTotals, versions
 from open_po.output.tables import packing_line, result_table
 from open_po.output.trackers import make_trackers
 from open_po.packing import Planner
 from open_po.reference import FilledStore, ensure_reference, log_probs_of, open_cache, separate_reference
+from open_po.training.card_facts import card_facts
 from open_po.training.checkpoint_folders import latest_checkpoint
 from open_po.training.model_of_step import ModelOfStep
 from open_po.training.optimizer import make_optimizer
@@ -44,8 +46,8 @@ from open_po.training.start import start_or_resume
 from open_po.training.trainer import Trainer
 
 
-def run(config: RunConfig, runtime: Runtime) -> None:
-    """The whole job. Raises UserError for whatever a user can cause."""
+def run(config: RunConfig, runtime: Runtime, words: Sequence[str] = ()) -> None:
+    """The whole job; `words` are those of the command line. Raises UserError for whatever a user can cause."""
     folder = RunFolder(Path(config.output.output_dir))
     numerics = runtime.from_main(policy_numerics, config.model, runtime.device)
     if runtime.parallelism.is_free:
@@ -56,7 +58,7 @@ def run(config: RunConfig, runtime: Runtime) -> None:
         if mine:
             with folder.recording_failure(runtime.is_main):
                 hub = _open_hub(folder, config, runtime)  # before training, so that a bad token is found early
-                observers = _train(folder, config, numerics, runtime, hub)
+                observers = _train(folder, config, numerics, runtime, hub, words)
         else:
             due = config.output.push_to_hub and not runtime.from_main(partial(is_published, folder))
             runtime.say(f"The run in {folder.path} is complete{'' if due else '; nothing to do'}.")
@@ -84,7 +86,12 @@ def _tell_completed(observers: RunObserver, folder: RunFolder) -> None:
 
 
 def _train(
-    folder: RunFolder, config: RunConfig, numerics: Numerics, runtime: Runtime, observers: Sequence[RunObserver]
+    folder: RunFolder,
+    config: RunConfig,
+    numerics: Numerics,
+    runtime: Runtime,
+    observers: Sequence[RunObserver],
+    words: Sequence[str],
 ) -> RunObserver:
     """Everything from the data to the saved model; returns all observers of the run."""
     needs_reference = config.loss.mix().needs_reference
@@ -109,7 +116,7 @@ def _train(
         with runtime.stop.deferred():
             trainer.train()
             runtime.on_main(trainer.observers.training_ended)
-            finish(config, runtime, trainer, data, reference)
+            finish(config, runtime, trainer, data, reference, words)
     except BaseException as error:
         trainer.observers.stopped(error)
         raise
@@ -193,12 +200,19 @@ def _reference_logps(
     return None if reference is None else runtime.on_every_rank(reference.store.logps_of, dataset, ld_alpha)
 
 
-def finish(config: RunConfig, runtime: Runtime, trainer: Trainer, data: Data, reference: FilledStore | None) -> None:
-    """Write the model, the curves and the summary, and print the summary's table; all ranks call this."""
+def finish(
+    config: RunConfig,
+    runtime: Runtime,
+    trainer: Trainer,
+    data: Data,
+    reference: FilledStore | None,
+    words: Sequence[str],
+) -> None:
+    """Write the model, its card, the curves and the summary, and print the summary's table; all ranks call this."""
     dtype = saved_dtype(config.output, trainer.scorer.numerics)
     peak = peak_memory_bytes()  # of training, not of the copies that an export makes
     runtime.on_every_rank(_save_model, trainer, data.tokenizer, dtype, runtime.is_main)
-    runtime.on_main(_write_results, config, runtime, trainer, data, reference, peak)
+    runtime.on_main(_write_results, runtime, trainer, data, reference, words, peak)
 
 
 def _save_model(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, mine: bool) -> None:
@@ -208,17 +222,18 @@ def _save_model(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, dtype: tor
 
 
 def _write_results(
-    config: RunConfig,
     runtime: Runtime,
     trainer: Trainer,
     data: Data,
     reference: FilledStore | None,
+    words: Sequence[str],
     peak: int,
 ) -> None:
     folder = trainer.folder
     records = read_metrics(folder.metrics)
-    plot_curves(records, folder.curves, config.title)
     result = _result(trainer, data, reference, evaluations(records), peak)
+    with disk_faults(f"{folder.path}: the model's card", "the model is written"):
+        write_card(folder.path, card_facts(trainer, data, reference, result, words), records)
     folder.write_summary(RunSummary(status=Status.COMPLETED, result=result))
     runtime.console.print(result_table(result, folder.path))
 
@@ -240,12 +255,7 @@ def _result(
         ),
         eval=held_out[-1] if held_out else None,
         eval_before=next((record for record in held_out if record[STEP] == 0), None),
-        data=DataTotals(
-            pairs=len(train),
-            left_out={reason: len(origins) for reason, origins in train.left_out.items()},
-            truncated_prompts=train.truncated_prompts,
-            truncated_responses=train.truncated_responses,
-        ),
+        data=train.totals(),
         run=RunFacts(
             model_name_or_path=trainer.config.model.model_name_or_path,
             loss_type=trainer.config.loss.names,

@@ -30,7 +30,9 @@ RESULT = RunResult(
     ),
     eval={"loss": 0.5, "training_step": 7},
     eval_before={"loss": 0.7, "training_step": 0},
-    data=DataTotals(pairs=14, left_out={"empty response": 1}, truncated_prompts=2, truncated_responses=3),
+    data=DataTotals(
+        pairs=14, by_source={"a": 14}, left_out={"empty response": 1}, truncated_prompts=2, truncated_responses=3
+    ),
     run=RunFacts(model_name_or_path="m", loss_type=["dpo"], processes=2, device="cpu"),
     numerics={"compute_dtype": "float32"},
     peak_memory_bytes=9,
