@@ -15,6 +15,7 @@ from open_po.output import markdown
 from open_po.output.card_facts import CardFacts, Place
 from open_po.output.metrics import (
     CHOSEN_LOGPS,
+    HELD_OUT,
     LOSS,
     REJECTED_LOGPS,
     REWARD_ACCURACY,
@@ -58,7 +59,8 @@ def card_text(facts: CardFacts, records: Sequence[Metrics], place: Place) -> str
 
 def _introduction(facts: CardFacts) -> str:
     train = facts.result.train
-    data = "preference pairs" if facts.config.loss.mix().needs_rejected else "the chosen responses of preference pairs"
+    data = f"{facts.result.data.pairs:,} preference pairs"
+    data = data if facts.config.loss.mix().needs_rejected else f"the chosen responses of {data}"
     whole = f"[{markdown.plain(facts.base.name)}]({HUB}{facts.base.hub_name})"
     base = whole if facts.base.name == facts.base.hub_name else markdown.code(facts.base.name)
     said = f"{base}, trained on {data} with {' + '.join(map(markdown.code, facts.config.loss.names))} by open_po"
@@ -79,12 +81,13 @@ def _figures(facts: CardFacts, records: Sequence[Metrics]) -> str:
     """Training's last figures beside the first and the last of the held-out data."""
     columns: dict[str, Metrics] = {}
     if training := _training(records):
-        columns[f"training, step {training[STEP]:,}"] = {**training, LOSS: training[TRAIN_LOSS]}
+        columns[f"training, step {int(training[STEP]):,}"] = {**training, LOSS: training[TRAIN_LOSS]}
     held_out = evaluations(records)
     for record in [*held_out[:1], *held_out[1:][-1:]]:
-        columns[f"held out, step {record[STEP]:,}"] = record
-    parts = {name: f"loss of {markdown.code(name[5:])}" for record in columns.values() for name in record}
-    names = _FIGURES | {name: said for name, said in parts.items() if name.startswith("loss/")}
+        columns[f"held out, step {int(record[STEP]):,}"] = record
+    parts = dict.fromkeys(name for record in columns.values() for name in record if name.startswith(f"{LOSS}/"))
+    of_parts = {name: f"loss of {markdown.code(name.removeprefix(f'{LOSS}/'))}" for name in parts}
+    names = {LOSS: _FIGURES[LOSS], **of_parts, **_FIGURES}
     rows = [
         [said, *(_figure(name, record) for record in columns.values())]
         for name, said in names.items()
@@ -179,7 +182,7 @@ def _amount(amount: int | float) -> str:
 def _losses_of_rows(totals: DataTotals) -> Iterator[str]:
     """What became of rows that are not trained on as they are."""
     for reason, count in totals.left_out.items():
-        yield f"{count:,} rows left out, {markdown.plain(reason)}"
+        yield f"rows left out: {count:,}, {markdown.plain(reason)}"
     if totals.truncated_prompts or totals.truncated_responses:
         yield f"cut to length: {totals.truncated_prompts:,} prompts, responses of {totals.truncated_responses:,} pairs"
 
@@ -254,7 +257,7 @@ def _run(facts: CardFacts) -> str:
     ]
     words = shlex.join(["python", "dpo_tune_cache.py", *command_without_folders(facts.command, facts.config)])
     started = "" if processes == 1 else f", by {processes} processes of a launcher,"
-    return f"{markdown.table(['', ''], rows)}\n\nStarted{started} as\n\n{markdown.block(words, 'bash')}"
+    return f"{markdown.table(['what', 'value'], rows)}\n\nStarted{started} as\n\n{markdown.block(words, 'bash')}"
 
 
 def _reference(facts: CardFacts) -> str:
@@ -279,8 +282,8 @@ def _duration(seconds: float) -> str:
 
 def _details(facts: CardFacts, records: Sequence[Metrics]) -> Iterator[str]:
     """What few will read: every figure of the last step, versions, and the whole configuration."""
-    held_out = evaluations(records)[-1:]
-    for what, record in (("training", _training(records)), ("held-out data", held_out[0] if held_out else {})):
+    held_out = next((record for record in reversed(records) if HELD_OUT + LOSS in record), {})
+    for what, record in (("training", _training(records)), ("held-out data", held_out)):
         if record:
             rows = [[markdown.code(name), repr(value)] for name, value in record.items()]
             yield markdown.folded(f"All last figures of {what}", markdown.table(["name", "value"], rows, right=1))

@@ -30,10 +30,10 @@ from open_po.model.scorer import Scorer
 from open_po.model_files import agreed_identity, policy_source
 from open_po.output.card import write_card
 from open_po.output.files import disk_faults
-from open_po.output.metrics import STEP, Metrics, evaluations, read_metrics
+from open_po.output.metrics import evaluations, read_metrics
 from open_po.output.observers import Observers, RunObserver
 from open_po.output.run_folder import RunFolder
-from open_po.output.summary import RunFacts, RunResult, RunSummary, Status, TrainTotals, versions
+from open_po.output.summary import RunSummary, Status
 from open_po.output.tables import packing_line, result_table
 from open_po.output.trackers import make_trackers
 from open_po.packing import Planner
@@ -42,6 +42,7 @@ from open_po.training.card_facts import card_facts
 from open_po.training.checkpoint_folders import latest_checkpoint
 from open_po.training.model_of_step import ModelOfStep
 from open_po.training.optimizer import make_optimizer
+from open_po.training.result import run_result
 from open_po.training.start import start_or_resume
 from open_po.training.trainer import Trainer
 
@@ -231,38 +232,8 @@ def _write_results(
 ) -> None:
     folder = trainer.folder
     records = read_metrics(folder.metrics)
-    result = _result(trainer, data, reference, evaluations(records), peak)
+    result = run_result(trainer, data, reference, evaluations(records), peak)
     with disk_faults(f"{folder.path}: the model's card", "the model is written"):
         write_card(folder.path, card_facts(trainer, data, reference, result, words), records)
     folder.write_summary(RunSummary(status=Status.COMPLETED, result=result))
     runtime.console.print(result_table(result, folder.path))
-
-
-def _result(
-    trainer: Trainer, data: Data, reference: FilledStore | None, held_out: list[Metrics], peak: int
-) -> RunResult:
-    done, train = trainer.state.progress, data.train
-    return RunResult(
-        reference=None if reference is None else reference.totals,
-        train=TrainTotals(
-            seconds=done.seconds,
-            steps=done.step,
-            pairs=done.pairs,
-            tokens=done.tokens,
-            response_tokens=done.response_tokens,
-            layout=trainer.scorer.layout,
-            packing=done.packing.summary(),
-        ),
-        eval=held_out[-1] if held_out else None,
-        eval_before=next((record for record in held_out if record[STEP] == 0), None),
-        data=train.totals(),
-        run=RunFacts(
-            model_name_or_path=trainer.config.model.model_name_or_path,
-            loss_type=trainer.config.loss.names,
-            processes=trainer.runtime.world_size,
-            device=str(trainer.runtime.device),
-        ),
-        numerics=trainer.scorer.numerics.key(),
-        peak_memory_bytes=peak,
-        versions=versions(),
-    )
