@@ -63,6 +63,8 @@ def _introduction(facts: CardFacts) -> str:
     data = data if facts.config.loss.mix().needs_rejected else f"the chosen responses of {data}"
     whole = f"[{markdown.plain(facts.base.name)}]({HUB}{facts.base.hub_name})"
     base = whole if facts.base.name == facts.base.hub_name else markdown.code(facts.base.name)
+    if facts.base.name == facts.base.hub_name and facts.config.model.model_revision is not None:
+        base += f" (revision {markdown.code(facts.config.model.model_revision)})"
     said = f"{base}, trained on {data} with {' + '.join(map(markdown.code, facts.config.loss.names))} by open_po"
     if facts.config.model.use_lora:
         said += ", as LoRA adapters" + ("" if facts.is_final else " so far")
@@ -115,7 +117,7 @@ def _figure(name: str, record: Metrics) -> str:
 
 def _loading(facts: CardFacts, place: Place) -> str:
     where = json.dumps(facts.repository or facts.folder, ensure_ascii=False)
-    more = f", revision={json.dumps(facts.revision)}" if facts.repository and facts.revision else ""
+    more = _revision(facts.revision if facts.repository else None)
     trust = ", trust_remote_code=True" if facts.config.model.trust_remote_code else ""
     model = [f"model = AutoModelForCausalLM.from_pretrained(name{more}{trust})"]
     imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
@@ -123,9 +125,9 @@ def _loading(facts: CardFacts, place: Place) -> str:
     if place.is_adapter:
         imports.insert(0, "from peft import PeftModel")
         inside = "" if place.subfolder is None else f', subfolder="{place.subfolder}"'
-        base = json.dumps(facts.base.name, ensure_ascii=False)
+        base, of_base = json.dumps(facts.base.name, ensure_ascii=False), _revision(facts.config.model.model_revision)
         model = [
-            f"base = AutoModelForCausalLM.from_pretrained({base}{trust})",
+            f"base = AutoModelForCausalLM.from_pretrained({base}{of_base}{trust})",
             f"model = PeftModel.from_pretrained(base, name{inside}{more})",
         ]
     lines = [*imports, "", f"name = {where}", f"tokenizer = AutoTokenizer.from_pretrained(name{more}{trust})", *model]
@@ -143,6 +145,10 @@ def _loading(facts: CardFacts, place: Place) -> str:
         "print(tokenizer.decode(answer[0], skip_special_tokens=True))",
     ]
     return markdown.block("\n".join(lines), "python")
+
+
+def _revision(name: str | None) -> str:
+    return "" if name is None else f", revision={json.dumps(name, ensure_ascii=False)}"
 
 
 # ------------------------------------------------------------------------------------------------------- data and loss
@@ -270,7 +276,11 @@ def _reference(facts: CardFacts) -> str:
 
 def _reference_time(facts: CardFacts) -> str:
     reference = facts.result.reference
-    return "" if reference is None else f", {_duration(reference.seconds)} for reference log-probs"
+    if reference is None:
+        return ""
+    if not reference.pairs_computed:
+        return "; reference log-probs were in the cache"
+    return f", {_duration(reference.seconds)} for reference log-probs"
 
 
 def _duration(seconds: float) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from open_po.config import parse_mixture
+from open_po.config import MixturePart, parse_mixture
 from open_po.data import PairDataset, PreferencePair, dataset, load_pairs
 from open_po.data.chat_templates import chat_template
 from open_po.data.formats import parse_row
@@ -75,6 +75,25 @@ def test_pairs_are_their_rows_tokenised(
     assert pairs.truncated_prompts == sum(prompt for _, prompt, _ in expected)
     assert pairs.truncated_responses == sum(response for _, _, response in expected)
     assert (pairs.truncated_prompts > 0) == (truncation is not FREE)
+
+
+@pytest.mark.parametrize("max_rows", [None, 9, 1])
+def test_pairs_are_counted_by_the_data_set_that_they_came_from(
+    max_rows: int | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """As their origins say, also of two parts of one file, and of rows left out."""
+    names = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    for number, name in enumerate(names):
+        tiny.write_jsonl(Path(name), [*tiny.text_rows(10, seed=number), row("q", "same", "same")])
+    mixture = [MixturePart(names[0], 1.0, "train[:50%]"), MixturePart(names[1], 1.0), MixturePart(names[2], 3)]
+    mixture.append(MixturePart(names[0], 1.0, "train[50%:]"))
+    pairs = load_pairs(mixture, tokenizer, FREE, max_rows=max_rows)
+    expected = {name: sum(origin.startswith(name) for origin in pairs.origins) for name in names}
+    assert pairs.by_source == pairs.totals().by_source == expected
+    assert list(pairs.by_source) == names
+    assert sum(expected.values()) == len(pairs)
+    if max_rows is None:
+        assert (expected[names[0]], expected[names[1]]) == (10, 10)
 
 
 def test_lengths_and_keys_belong_to_the_ids(tokenizer: PreTrainedTokenizerFast, write: Callable[..., str]) -> None:

@@ -341,9 +341,13 @@ def test_what_the_card_says_of_loading_works(
 
 def test_adapters_alone_get_a_card_of_adapters(adapted: Run, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    card = adapted.card(tmp_path, repository="me/adapters")
+    words = ["--model_name_or_path", "org/base", "--model_revision", "v1", "--mixer_list", "org/one", "1.0"]
+    base = BaseModel(name="org/base", hub_name="org/base", license={})
+    card = adapted.card(tmp_path, repository="me/adapters", config=load_config(words), base=base)
     assert card.data.library_name == "peft"
-    assert "subfolder" not in blocks(card.text, "python")
+    assert card.data.base_model == "org/base"
+    assert 'from_pretrained("org/base", revision="v1")' in blocks(card.text, "python")
+    assert "PeftModel.from_pretrained(base, name)" in blocks(card.text, "python")
     assert "(training_curves.png)" in card.text
 
 

@@ -496,6 +496,7 @@ def test_weight_files_that_an_index_names_are_downloaded(
 ) -> None:
     repository = oddly_named(llama, tmp_path / "repository")
     (repository / "model.fp16.safetensors").write_bytes(b"another variant")
+    (repository / "README.md").write_text("its card, for the licence")
 
     def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         snapshot = tmp_path / "snapshot"
@@ -511,6 +512,7 @@ def test_weight_files_that_an_index_names_are_downloaded(
         "model_00001-of-00002.safetensors",
         "model_00002-of-00002.safetensors",
     }
+    assert (folder / "README.md").is_file()
 
 
 @pytest.mark.parametrize("base", [None, "", "."])
