@@ -77,7 +77,7 @@ def test_pairs_are_their_rows_tokenised(
     assert (pairs.truncated_prompts > 0) == (truncation is not FREE)
 
 
-@pytest.mark.parametrize("max_rows", [None, 9, 1])
+@pytest.mark.parametrize("max_rows", [None, 9, 3])
 def test_pairs_are_counted_by_the_data_set_that_they_came_from(
     max_rows: int | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
