@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["open_po", "open_po.*"]),
     py_modules=["dpo_tune_cache"],  # which `python -m open_po sweep` runs
-    package_data={"open_po": ["py.typed"]},
+    package_data={"open_po": ["py.typed", "report/page.*"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
@@ -24,8 +24,10 @@ setup(
         "deepspeed>=0.19",
         "liger-kernel>=0.8.5",
         "peft>=0.21",
+        "jinja2",
         "matplotlib",
         "numpy",
+        "plotly>=6",
         "psutil",
         "pyarrow",
         "pyyaml",

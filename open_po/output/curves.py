@@ -85,6 +85,12 @@ def plot_settings(results: Sequence[tuple[str, Mapping[str, Any]]], path: Path, 
     write_atomically(path, lambda temporary: canvas.print_figure(temporary, dpi=110, format="png"))
 
 
+def smoothing_window(points: int) -> int | None:
+    """Over how many of its points a noisy curve is averaged; None if it is too short for that."""
+    window = points // 20
+    return window if window >= 3 else None
+
+
 def _series(records: Sequence[Metrics], name: str) -> list[tuple[float, float]]:
     return [(record[STEP], record[name]) for record in records if name in record]
 
@@ -94,8 +100,8 @@ def _draw(axes: Any, points: Sequence[tuple[float, float]], colour: str, label: 
     if not points:
         return
     steps, values = zip(*points, strict=True)
-    window = len(values) // 20
-    if window < 3:
+    window = smoothing_window(len(values))
+    if window is None:
         axes.plot(steps, values, "s" if len(values) == 1 else "-", color=colour, label=label)
         return
     means = [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]

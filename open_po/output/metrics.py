@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+
+from open_po.output.files import read_json_lines
 
 Metrics = dict[str, float]
 
@@ -30,14 +31,7 @@ HELD_OUT = "eval/"  # what the names of held-out figures begin with
 
 def read_metrics(path: Path) -> list[Metrics]:
     """The records of a metrics.jsonl; a line cut off by a crash is passed over."""
-    records: list[Metrics] = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return records
+    return read_json_lines(path)
 
 
 def evaluations(records: Sequence[Metrics]) -> list[Metrics]:

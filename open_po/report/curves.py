@@ -1,0 +1,162 @@
+"""The curves of runs as plotly figures, a figure for each metric and a colour and dash for each run.
+
+Figures are plain dictionaries, as plotly.js takes them; what depends on the page's theme (colours) is set there.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from open_po.output.curves import smoothing_window
+from open_po.output.metrics import (
+    CHOSEN_LOGPS,
+    CHOSEN_REWARDS,
+    EPOCH,
+    GRAD_NORM,
+    LEARNING_RATE,
+    LOSS,
+    PAIRS_PER_SECOND,
+    PEAK_MEMORY_GB,
+    REJECTED_LOGPS,
+    REJECTED_REWARDS,
+    REWARD_ACCURACY,
+    REWARD_MARGIN,
+    STEP,
+    TOKENS_PER_SECOND,
+    TRAIN_LOSS,
+)
+from open_po.report.runs import ReportedRun
+from open_po.report.series import Series, is_number
+
+Trace = dict[str, Any]
+
+COLOURS = 8  # that page.css has, --run-0 and so on
+# Of a run's lines, by how many runs have had its colour before: in pixels, as SVG and plotly.js both take them.
+DASHES = ("solid", "8px,3px", "2px,3px", "8px,3px,2px,3px", "16px,4px", "16px,3px,2px,3px", "4px,8px")
+# Of a page, spread over its traces: about 15 characters each, so that it stays below 10 MB with plotly.js's 5.
+_POINTS = 180_000
+_MOST, _FEWEST = 1500, 60  # points of a trace
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A metric and how it is shown."""
+
+    metric: str
+    title: str
+    axis: str  # the unit, or what is counted
+    form: str = ".4~g"  # of d3, for the hover
+    ticks: str = ""  # of d3, for the axis; empty: plotly's choice
+    noisy: bool = True  # else the curve of training is shown as it is
+
+
+PANELS = (
+    Panel(LOSS, "Loss", "loss"),
+    Panel(REWARD_ACCURACY, "Reward accuracy", "share of pairs", ".1%", ".0%"),
+    Panel(REWARD_MARGIN, "Reward margin", "chosen minus rejected reward"),
+    Panel(CHOSEN_LOGPS, "Log-prob of chosen responses", "nats per response"),
+    Panel(REJECTED_LOGPS, "Log-prob of rejected responses", "nats per response"),
+    Panel(CHOSEN_REWARDS, "Reward of chosen responses", "reward"),
+    Panel(REJECTED_REWARDS, "Reward of rejected responses", "reward"),
+    Panel(GRAD_NORM, "Gradient norm", "norm before clipping"),
+    Panel(LEARNING_RATE, "Learning rate", "learning rate", noisy=False),
+    Panel(PAIRS_PER_SECOND, "Throughput in pairs", "pairs per second"),
+    Panel(TOKENS_PER_SECOND, "Throughput in tokens", "tokens per second"),
+    Panel(PEAK_MEMORY_GB, "Peak memory", "GB", noisy=False),
+)
+
+
+def style_of(number: int) -> tuple[int, str]:
+    """The colour and the dash of a run, by its number in the report."""
+    return number % COLOURS, DASHES[number // COLOURS % len(DASHES)]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The figures, and what was left out of them."""
+
+    figures: dict[str, dict[str, Any]]  # by metric
+    most: int  # points of a trace
+    thinned: list[tuple[str, int]]  # runs with longer curves, and how many values theirs have
+    not_finite: int  # values that are no number
+
+
+def curves_of(runs: Sequence[ReportedRun]) -> Curves:
+    """A figure for each metric that any run has."""
+    panels = [panel for panel in _panels(runs) if any(_series(run, panel.metric) for run in runs)]
+    most = max(_FEWEST, min(_MOST, _POINTS // max(1, 3 * len(panels) * len(runs))))
+    figures = {}
+    for panel in panels:
+        traces = [trace for number, run in enumerate(runs) for trace in _traces(number, run, panel, most)]
+        figures[panel.metric] = {"title": panel.title, "data": traces, "layout": _layout(panel)}
+    longest = [(run.label, max(len(run.train), len(run.held_out))) for run in runs]
+    return Curves(
+        figures=figures,
+        most=most,
+        thinned=[(label, length) for label, length in longest if length > most],
+        not_finite=sum(_not_finite(run.records) for run in runs),
+    )
+
+
+def _panels(runs: Sequence[ReportedRun]) -> list[Panel]:
+    """The panels of every run, then one for each other metric that there is, a mix's parts for example."""
+    shown = {panel.metric for panel in PANELS} | {STEP, EPOCH, TRAIN_LOSS}
+    rest = {name for run in runs for record in [*run.train, *run.held_out] for name in record} - shown
+    return [*PANELS, *(Panel(name, name, name) for name in sorted(rest))]
+
+
+def _series(run: ReportedRun, metric: str) -> list[Series]:
+    """A run's values of a metric in training and held out, as far as there are any."""
+    train = Series.of(run.train, TRAIN_LOSS if metric == LOSS else metric)
+    return [series for series in (train, Series.of(run.held_out, metric)) if series.steps]
+
+
+def _traces(number: int, run: ReportedRun, panel: Panel, most: int) -> Iterable[Trace]:
+    train = Series.of(run.train, TRAIN_LOSS if panel.metric == LOSS else panel.metric)
+    held_out = Series.of(run.held_out, panel.metric)
+    window = smoothing_window(len(train.steps)) if panel.noisy else None
+    if window is not None:
+        yield _trace(number, run, panel, "raw", train.thinned(most), "training, logged value")
+        mean = train.mean(window, most)
+        yield _trace(number, run, panel, "mean", mean, f"training, mean of {window:,} logged values")
+    elif train.steps:
+        yield _trace(number, run, panel, "line", train.thinned(most), "training")
+    if held_out.steps:
+        yield _trace(number, run, panel, "held_out", held_out.thinned(most), "held out")
+
+
+def _trace(number: int, run: ReportedRun, panel: Panel, kind: str, series: Series, what: str) -> Trace:
+    _, dash = style_of(number)
+    alone = len(series.steps) == 1  # a line needs two
+    trace: Trace = {
+        "type": "scatter",
+        "mode": "lines+markers" if kind == "held_out" or alone else "lines",
+        "name": html.escape(run.label),  # plotly reads some HTML in it
+        "x": series.steps,
+        "y": [float(f"{value:.6g}") for value in series.values],
+        "line": {"width": {"raw": 0.8, "held_out": 1.2}.get(kind, 2), "dash": "solid" if kind == "raw" else dash},
+        "opacity": 0.3 if kind == "raw" else 1,
+        "hovertemplate": f"<b>%{{fullData.name}}</b><br>{what}<br>step %{{x:,}}: %{{y:{panel.form}}}<extra></extra>",
+        "meta": {"run": number, "kind": kind},
+    }
+    if kind == "held_out":
+        trace["marker"] = {"size": 8, "symbol": "circle-open", "line": {"width": 2}}
+    return trace
+
+
+def _layout(panel: Panel) -> dict[str, Any]:
+    ticks = {"tickformat": panel.ticks} if panel.ticks else {}
+    return {
+        "xaxis": {"title": {"text": "optimizer step"}},
+        "yaxis": {"title": {"text": html.escape(panel.axis)}, "automargin": True, **ticks},
+        "showlegend": False,  # the page has one for all figures
+        "hovermode": "closest",
+        "margin": {"l": 60, "r": 12, "t": 8, "b": 44},
+    }
+
+
+def _not_finite(records: Sequence[dict[str, float]]) -> int:
+    return sum(isinstance(value, float) and not is_number(value) for record in records for value in record.values())

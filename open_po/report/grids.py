@@ -1,0 +1,109 @@
+"""The grid of a sweep as plotly figures: a line, a heat map or parallel coordinates, by how many fields were swept."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+from open_po.output.metrics import REWARD_ACCURACY, REWARD_MARGIN
+from open_po.report.runs import ReportedRun, ReportedSweep
+from open_po.report.series import is_number
+from open_po.report.settings import shown
+
+Figure = dict[str, Any]
+
+_FIGURES = ((REWARD_ACCURACY, "accuracy", ".1%"), (REWARD_MARGIN, "margin", ".4~g"))
+_SCALE = "Cividis"  # the same order of brightness for every kind of eye
+
+
+def grid_figures(sweep: ReportedSweep) -> list[Figure]:
+    """The last held-out accuracy and margin of each setting; none if no run has them, or nothing differs."""
+    runs = [run for run in sweep.runs if is_number(run.final_held_out.get(REWARD_ACCURACY))]
+    if not runs or not sweep.fields:
+        return []
+    draw = {1: _line, 2: _heat_map}.get(len(sweep.fields), _parallel)
+    return [draw(runs, sweep.fields, *figure) for figure in _FIGURES]
+
+
+def _line(runs: Sequence[ReportedRun], fields: Sequence[str], metric: str, what: str, form: str) -> Figure:
+    (field,) = fields
+    values = _values(runs, field)
+    found = {repr(run.config.get(field)): run.final_held_out.get(metric) for run in runs}
+    numeric = all(is_number(value) for value in values)
+    trace = {
+        "type": "scatter",
+        "mode": "lines+markers" if numeric else "markers",
+        "x": _texts(values),
+        "y": [found[repr(value)] for value in values],
+        "marker": {"size": 10},
+        "hovertemplate": f"{html.escape(field)}=%{{x}}<br>held-out {what} %{{y:{form}}}<extra></extra>",
+        "meta": {"run": 0, "kind": "line"},
+    }
+    axis = {"title": {"text": f"held-out reward {what}"}, "automargin": True, "tickformat": form}
+    return _figure(what, trace, {"xaxis": _category(field), "yaxis": axis})
+
+
+def _heat_map(runs: Sequence[ReportedRun], fields: Sequence[str], metric: str, what: str, form: str) -> Figure:
+    down, across = sorted(fields, key=lambda field: len(_values(runs, field)))
+    rows, columns = _values(runs, down), _values(runs, across)
+    found = {tuple(repr(run.config.get(field)) for field in (down, across)): run.final_held_out for run in runs}
+    cells = [[found.get((repr(row), repr(column)), {}).get(metric) for column in columns] for row in rows]
+    trace = {
+        "type": "heatmap",
+        "x": _texts(columns),
+        "y": _texts(rows),
+        "z": cells,
+        "texttemplate": f"%{{z:{form}}}",
+        "hoverongaps": False,
+        "hovertemplate": f"{html.escape(down)}=%{{y}}<br>{html.escape(across)}=%{{x}}<br>held-out {what} "
+        f"%{{z:{form}}}<extra></extra>",
+        "colorscale": _SCALE,
+        "colorbar": {"tickformat": form, "thickness": 12},
+        "xgap": 2,
+        "ygap": 2,
+    }
+    return _figure(what, trace, {"xaxis": _category(across), "yaxis": {**_category(down), "automargin": True}})
+
+
+def _parallel(runs: Sequence[ReportedRun], fields: Sequence[str], metric: str, what: str, form: str) -> Figure:
+    held_out = [run for run in runs if is_number(run.final_held_out.get(metric))]
+    dimensions: list[dict[str, Any]] = []
+    for field in fields:
+        values = _values(held_out, field)
+        places = [repr(value) for value in values]
+        dimensions.append(
+            {
+                "label": html.escape(field),
+                "values": [places.index(repr(run.config.get(field))) for run in held_out],
+                "tickvals": list(range(len(values))),
+                "ticktext": _texts(values),
+                "range": [-0.2, max(len(values) - 0.8, 0.2)],
+            }
+        )
+    results = [run.final_held_out[metric] for run in held_out]
+    dimensions.append({"label": f"held-out {what}", "values": results, "tickformat": form})
+    bar = {"tickformat": form, "thickness": 12}
+    line = {"color": results, "colorscale": _SCALE, "showscale": True, "colorbar": bar}
+    trace = {"type": "parcoords", "dimensions": dimensions, "line": line}
+    return _figure(what, trace, {"margin": {"l": 60, "r": 20, "t": 48, "b": 24}})
+
+
+def _figure(what: str, trace: dict[str, Any], layout: dict[str, Any]) -> Figure:
+    base = {"showlegend": False, "margin": {"l": 60, "r": 12, "t": 8, "b": 44}, "hovermode": "closest"}
+    return {"title": f"Held-out reward {what}", "data": [trace], "layout": base | layout}
+
+
+def _category(field: str) -> dict[str, Any]:
+    return {"title": {"text": html.escape(field)}, "type": "category"}
+
+
+def _values(runs: Sequence[ReportedRun], field: str) -> list[Any]:
+    """A field's distinct values, numbers by size and before what is none."""
+    distinct = {repr(run.config.get(field)): run.config.get(field) for run in runs}.values()
+    numbers = sorted(value for value in distinct if is_number(value))
+    return [*numbers, *sorted((value for value in distinct if not is_number(value)), key=shown)]
+
+
+def _texts(values: Sequence[Any]) -> list[str]:
+    return [html.escape(shown(value)) for value in values]

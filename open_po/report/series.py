@@ -1,0 +1,57 @@
+"""A metric over the steps, with no more points than a page can show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeGuard
+
+import numpy as np
+
+from open_po.output.metrics import STEP, Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """A metric at the steps at which it was written."""
+
+    steps: list[int]
+    values: list[float]
+
+    @staticmethod
+    def of(records: Sequence[Metrics], name: str) -> Series:
+        """The finite values of a metric; what is no number is left out."""
+        points = [(int(record[STEP]), record[name]) for record in records if is_number(record.get(name))]
+        return Series(steps=[step for step, _ in points], values=[value for _, value in points])
+
+    def thinned(self, most: int) -> Series:
+        """At most `most` points: the first, the last, and of every stretch between them the lowest and the highest."""
+        kept = _extremes(self.values, most)
+        return Series(steps=[self.steps[at] for at in kept], values=[self.values[at] for at in kept])
+
+    def mean(self, window: int, most: int) -> Series:
+        """At `most` evenly spaced points, the mean of the last `window` values up to each, none of them left out."""
+        values = np.asarray(self.values)
+        at = np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int))
+        means = [float(values[max(0, end + 1 - window) : end + 1].mean()) for end in at]
+        return Series(steps=[self.steps[end] for end in at], values=means)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a record's value can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _extremes(values: Sequence[float], most: int) -> list[int]:
+    """Which points `thinned` keeps, in order."""
+    if len(values) <= most:
+        return list(range(len(values)))
+    array = np.asarray(values)
+    edges = np.linspace(1, len(values) - 1, max(1, (most - 2) // 2) + 1).round().astype(int)
+    kept = {0, len(values) - 1}
+    for start, end in pairwise(edges):
+        stretch = array[start:end]
+        kept |= {int(start + stretch.argmin()), int(start + stretch.argmax())}
+    return sorted(kept)
