@@ -6,7 +6,7 @@ Figures are plain dictionaries, as plotly.js takes them; what depends on the pag
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from open_po.output.metrics import (
     TRAIN_LOSS,
 )
 from open_po.report.runs import ReportedRun
-from open_po.report.series import Series, is_number
+from open_po.report.series import Series, all_series, is_number
 
 Trace = dict[str, Any]
 
@@ -62,7 +62,7 @@ PANELS = (
     Panel(CHOSEN_REWARDS, "Reward of chosen responses", "reward"),
     Panel(REJECTED_REWARDS, "Reward of rejected responses", "reward"),
     Panel(GRAD_NORM, "Gradient norm", "norm before clipping"),
-    Panel(LEARNING_RATE, "Learning rate", "learning rate", noisy=False),
+    Panel(LEARNING_RATE, "Learning rate", "learning rate", ticks=".3~e", noisy=False),
     Panel(PAIRS_PER_SECOND, "Throughput in pairs", "pairs per second"),
     Panel(TOKENS_PER_SECOND, "Throughput in tokens", "tokens per second"),
     Panel(PEAK_MEMORY_GB, "Peak memory", "GB", noisy=False),
@@ -86,11 +86,15 @@ class Curves:
 
 def curves_of(runs: Sequence[ReportedRun]) -> Curves:
     """A figure for each metric that any run has."""
-    panels = [panel for panel in _panels(runs) if any(_series(run, panel.metric) for run in runs)]
+    measured = [_Measured(run) for run in runs]
+    names = {name for run in measured for name in (*run.train, *run.held_out)} - {STEP, EPOCH}
+    panels = [panel for panel in PANELS if panel.metric in names]
+    panels += [Panel(name, name, name) for name in sorted(names - {panel.metric for panel in PANELS})]
     most = max(_FEWEST, min(_MOST, _POINTS // max(1, 3 * len(panels) * len(runs))))
     figures = {}
     for panel in panels:
-        traces = [trace for number, run in enumerate(runs) for trace in _traces(number, run, panel, most)]
+        drawing = _Drawing(panel=panel, most=most, crowded=len(runs) > COLOURS)
+        traces = [trace for number, run in enumerate(measured) for trace in drawing.traces(number, run)]
         figures[panel.metric] = {"title": panel.title, "data": traces, "layout": _layout(panel)}
     longest = [(run.label, max(len(run.train), len(run.held_out))) for run in runs]
     return Curves(
@@ -101,60 +105,67 @@ def curves_of(runs: Sequence[ReportedRun]) -> Curves:
     )
 
 
-def _panels(runs: Sequence[ReportedRun]) -> list[Panel]:
-    """The panels of every run, then one for each other metric that there is, a mix's parts for example."""
-    shown = {panel.metric for panel in PANELS} | {STEP, EPOCH, TRAIN_LOSS}
-    rest = {name for run in runs for record in [*run.train, *run.held_out] for name in record} - shown
-    return [*PANELS, *(Panel(name, name, name) for name in sorted(rest))]
+class _Measured:
+    """A run's metrics in training and held out, a mix's parts and what else there is among them."""
+
+    def __init__(self, run: ReportedRun) -> None:
+        self.label = run.label
+        self.train = all_series(run.train)
+        self.held_out = all_series(run.held_out)
+        if TRAIN_LOSS in self.train:
+            self.train[LOSS] = self.train.pop(TRAIN_LOSS)
 
 
-def _series(run: ReportedRun, metric: str) -> list[Series]:
-    """A run's values of a metric in training and held out, as far as there are any."""
-    train = Series.of(run.train, TRAIN_LOSS if metric == LOSS else metric)
-    return [series for series in (train, Series.of(run.held_out, metric)) if series.steps]
+@dataclass(frozen=True)
+class _Drawing:
+    """How the traces of a figure are made."""
 
+    panel: Panel
+    most: int  # points of a trace
+    crowded: bool  # many runs: lines are thin
 
-def _traces(number: int, run: ReportedRun, panel: Panel, most: int) -> Iterable[Trace]:
-    train = Series.of(run.train, TRAIN_LOSS if panel.metric == LOSS else panel.metric)
-    held_out = Series.of(run.held_out, panel.metric)
-    window = smoothing_window(len(train.steps)) if panel.noisy else None
-    if window is not None:
-        yield _trace(number, run, panel, "raw", train.thinned(most), "training, logged value")
-        mean = train.mean(window, most)
-        yield _trace(number, run, panel, "mean", mean, f"training, mean of {window:,} logged values")
-    elif train.steps:
-        yield _trace(number, run, panel, "line", train.thinned(most), "training")
-    if held_out.steps:
-        yield _trace(number, run, panel, "held_out", held_out.thinned(most), "held out")
+    def traces(self, number: int, run: _Measured) -> Iterator[Trace]:
+        """A run's traces: of training its mean and behind it what was logged, if it is long enough, and held out."""
+        train, held_out = run.train.get(self.panel.metric), run.held_out.get(self.panel.metric)
+        if train is not None:
+            window = smoothing_window(len(train.steps)) if self.panel.noisy else None
+            logged = train.thinned(self.most)
+            if window is None:
+                yield self._trace(number, run, "line", logged, "training")
+            else:
+                mean = train.mean(window, self.most)
+                yield self._trace(number, run, "raw", logged, "training, logged value")
+                yield self._trace(number, run, "mean", mean, f"training, mean of {window:,} logged values")
+        if held_out is not None:
+            yield self._trace(number, run, "held_out", held_out.thinned(self.most), "held out")
 
-
-def _trace(number: int, run: ReportedRun, panel: Panel, kind: str, series: Series, what: str) -> Trace:
-    _, dash = style_of(number)
-    alone = len(series.steps) == 1  # a line needs two
-    trace: Trace = {
-        "type": "scatter",
-        "mode": "lines+markers" if kind == "held_out" or alone else "lines",
-        "name": html.escape(run.label),  # plotly reads some HTML in it
-        "x": series.steps,
-        "y": [float(f"{value:.6g}") for value in series.values],
-        "line": {"width": {"raw": 0.8, "held_out": 1.2}.get(kind, 2), "dash": "solid" if kind == "raw" else dash},
-        "opacity": 0.3 if kind == "raw" else 1,
-        "hovertemplate": f"<b>%{{fullData.name}}</b><br>{what}<br>step %{{x:,}}: %{{y:{panel.form}}}<extra></extra>",
-        "meta": {"run": number, "kind": kind},
-    }
-    if kind == "held_out":
-        trace["marker"] = {"size": 8, "symbol": "circle-open", "line": {"width": 2}}
-    return trace
+    def _trace(self, number: int, run: _Measured, kind: str, series: Series, what: str) -> Trace:
+        alone = len(series.steps) == 1  # a line needs two
+        width = {"raw": 0.8, "held_out": 1.2}.get(kind, 1.3 if self.crowded else 2)
+        size = 4 if self.crowded or len(series.steps) > 30 else 8
+        return {
+            "type": "scatter",
+            "mode": "lines+markers" if kind == "held_out" or alone else "lines",
+            "name": html.escape(run.label),  # plotly reads some HTML in it
+            "x": series.steps,
+            "y": [float(f"{value:.6g}") for value in series.values],
+            "line": {"width": width, "dash": "solid" if kind == "raw" else style_of(number)[1]},
+            "marker": {"size": size, "symbol": "circle-open", "line": {"width": 2}} if kind == "held_out" else {},
+            "opacity": 0.3 if kind == "raw" else 1,
+            "hovertemplate": f"<b>%{{fullData.name}}</b><br>{what}<br>step %{{x:,}}: %{{y:{self.panel.form}}}"
+            "<extra></extra>",
+            "meta": {"run": number, "kind": kind},
+        }
 
 
 def _layout(panel: Panel) -> dict[str, Any]:
     ticks = {"tickformat": panel.ticks} if panel.ticks else {}
     return {
         "xaxis": {"title": {"text": "optimizer step"}},
-        "yaxis": {"title": {"text": html.escape(panel.axis)}, "automargin": True, **ticks},
+        "yaxis": {"title": {"text": html.escape(panel.axis), "standoff": 10}, "automargin": True, **ticks},
         "showlegend": False,  # the page has one for all figures
         "hovermode": "closest",
-        "margin": {"l": 60, "r": 12, "t": 8, "b": 44},
+        "margin": {"l": 20, "r": 12, "t": 26, "b": 44},
     }
 
 

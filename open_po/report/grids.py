@@ -40,7 +40,7 @@ def _line(runs: Sequence[ReportedRun], fields: Sequence[str], metric: str, what:
         "hovertemplate": f"{html.escape(field)}=%{{x}}<br>held-out {what} %{{y:{form}}}<extra></extra>",
         "meta": {"run": 0, "kind": "line"},
     }
-    axis = {"title": {"text": f"held-out reward {what}"}, "automargin": True, "tickformat": form}
+    axis = {"title": {"text": f"held-out reward {what}", "standoff": 10}, "automargin": True, "tickformat": form}
     return _figure(what, trace, {"xaxis": _category(field), "yaxis": axis})
 
 
@@ -59,11 +59,11 @@ def _heat_map(runs: Sequence[ReportedRun], fields: Sequence[str], metric: str, w
         "hovertemplate": f"{html.escape(down)}=%{{y}}<br>{html.escape(across)}=%{{x}}<br>held-out {what} "
         f"%{{z:{form}}}<extra></extra>",
         "colorscale": _SCALE,
-        "colorbar": {"tickformat": form, "thickness": 12},
+        "showscale": False,  # the cells say it
         "xgap": 2,
         "ygap": 2,
     }
-    return _figure(what, trace, {"xaxis": _category(across), "yaxis": {**_category(down), "automargin": True}})
+    return _figure(what, trace, {"xaxis": _category(across), "yaxis": _category(down)})
 
 
 def _parallel(runs: Sequence[ReportedRun], fields: Sequence[str], metric: str, what: str, form: str) -> Figure:
@@ -90,12 +90,12 @@ def _parallel(runs: Sequence[ReportedRun], fields: Sequence[str], metric: str, w
 
 
 def _figure(what: str, trace: dict[str, Any], layout: dict[str, Any]) -> Figure:
-    base = {"showlegend": False, "margin": {"l": 60, "r": 12, "t": 8, "b": 44}, "hovermode": "closest"}
+    base = {"showlegend": False, "margin": {"l": 20, "r": 12, "t": 26, "b": 44}, "hovermode": "closest"}
     return {"title": f"Held-out reward {what}", "data": [trace], "layout": base | layout}
 
 
 def _category(field: str) -> dict[str, Any]:
-    return {"title": {"text": html.escape(field)}, "type": "category"}
+    return {"title": {"text": html.escape(field), "standoff": 10}, "type": "category", "automargin": True}
 
 
 def _values(runs: Sequence[ReportedRun], field: str) -> list[Any]:

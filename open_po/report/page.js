@@ -3,7 +3,7 @@
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const plots = [...document.querySelectorAll(".plot")];
   const hidden = new Set();
-  const raw = document.getElementById("raw");
+  const kinds = new Set(); // that are drawn
   const drawn = [];
 
   // ---------------------------------------------------------------- the theme: what the style sheet says at the moment
@@ -36,23 +36,28 @@
     const own = colour(`run-${trace.meta.run % 8}`);
     return {
       ...trace,
-      visible: !hidden.has(trace.meta.run) && (trace.meta.kind !== "raw" || raw.checked),
+      visible: !hidden.has(trace.meta.run) && kinds.has(trace.meta.kind),
       line: { ...trace.line, color: own },
       marker: { ...trace.marker, color: own },
     };
   }
 
   // ------------------------------------------------------------------------------------------------------------ drawing
-  const options = {
+  const options = (figure) => ({
     responsive: true,
     displaylogo: false,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    displayModeBar: "hover",
+    modeBarButtons: [[...(figure.layout.xaxis ? ["zoom2d", "pan2d", "resetScale2d"] : []), "toImage"]],
     toImageButtonOptions: { scale: 2 },
-  };
+  });
 
   function draw(plot) {
     const figure = figures[Number(plot.dataset.figure)];
-    return Plotly.react(plot, figure.data.map(painted), themed({ ...figure.layout, ...zoom(plot) }), options);
+    // On paper of the size it has there: a plot that finds out its size by itself does so too late.
+    const paper = document.body.classList.contains("printing");
+    const size = paper ? { width: plot.clientWidth, height: plot.clientHeight } : { autosize: true };
+    const layout = themed({ ...figure.layout, ...size, ...zoom(plot) });
+    return Plotly.react(plot, figure.data.map(painted), layout, options(figure));
   }
 
   // What a reader has zoomed into stays.
@@ -86,6 +91,12 @@
 
   // --------------------------------------------------------------------------------------------- which runs are drawn
   const boxes = [...document.querySelectorAll("input[data-run]")];
+  const kindBoxes = [...document.querySelectorAll("input[data-kind]")];
+
+  function chooseKinds() {
+    kinds.clear();
+    kindBoxes.filter((box) => box.checked).forEach((box) => box.dataset.kind.split(" ").forEach((kind) => kinds.add(kind)));
+  }
 
   function show(wanted) {
     boxes.forEach((box) => {
@@ -101,7 +112,10 @@
   }
 
   boxes.forEach((box) => box.addEventListener("change", choose));
-  raw.addEventListener("change", redraw);
+  kindBoxes.forEach((box) => box.addEventListener("change", () => {
+    chooseKinds();
+    redraw();
+  }));
   document.getElementById("all")?.addEventListener("click", () => show(() => true));
   document.getElementById("none")?.addEventListener("click", () => show(() => false));
   document.querySelectorAll("button[data-only]").forEach((button) => {
@@ -151,12 +165,12 @@
     document.body.classList.toggle("printing", now);
     while (drawn.length < plots.length) drawn.push(plots[drawn.length]);
     redraw();
-    drawn.forEach((plot) => Plotly.Plots.resize(plot));
   }
   addEventListener("beforeprint", () => printing(true));
   addEventListener("afterprint", () => printing(false));
 
   const legend = document.getElementById("legend");
   if (innerWidth <= 900 && boxes.length > 12) legend.open = false;
+  chooseKinds();
   drawNext();
 })();

@@ -30,6 +30,7 @@ def render(reported: Reported) -> str:
     runs = reported.runs
     curves = curves_of(runs)
     grids = [(sweep, grid_figures(sweep)) for sweep in reported.sweeps]
+    in_sweeps = {run.folder for sweep in reported.sweeps for run in sweep.runs}  # whose label says the folder
     figures = [*curves.figures.values(), *(figure for _, made in grids for figure in made)]
     scripts = {"plotly": _plotly_js(), "page": (_HERE / "page.js").read_text()}
     environment = Environment(
@@ -44,7 +45,12 @@ def render(reported: Reported) -> str:
         script_hashes=" ".join(f"'sha256-{_hash(script)}'" for script in scripts.values()),
         style=(_HERE / "page.css").read_text(),
         runs=[
-            {"label": run.label, "folder": str(run.folder), "style": style_of(number), "row": row_of(run)}
+            {
+                "label": run.label,
+                "folder": "" if run.folder in in_sweeps else str(run.folder),
+                "style": style_of(number),
+                "row": row_of(run),
+            }
             for number, run in enumerate(runs)
         ],
         columns=COLUMNS,

@@ -20,12 +20,6 @@ class Series:
     steps: list[int]
     values: list[float]
 
-    @staticmethod
-    def of(records: Sequence[Metrics], name: str) -> Series:
-        """The finite values of a metric; what is no number is left out."""
-        points = [(int(record[STEP]), record[name]) for record in records if is_number(record.get(name))]
-        return Series(steps=[step for step, _ in points], values=[value for _, value in points])
-
     def thinned(self, most: int) -> Series:
         """At most `most` points: the first, the last, and of every stretch between them the lowest and the highest."""
         kept = _extremes(self.values, most)
@@ -37,6 +31,18 @@ class Series:
         at = np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int))
         means = [float(values[max(0, end + 1 - window) : end + 1].mean()) for end in at]
         return Series(steps=[self.steps[end] for end in at], values=means)
+
+
+def all_series(records: Sequence[Metrics]) -> dict[str, Series]:
+    """The finite values of every metric; what is no number is left out."""
+    found: dict[str, Series] = {}
+    for record in records:
+        for name, value in record.items():
+            if is_number(value):
+                series = found.setdefault(name, Series(steps=[], values=[]))
+                series.steps.append(int(record[STEP]))
+                series.values.append(value)
+    return found
 
 
 def is_number(value: object) -> TypeGuard[float]:
