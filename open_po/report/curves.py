@@ -6,7 +6,7 @@ Figures are plain dictionaries, as plotly.js takes them; what depends on the pag
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from open_po.output.metrics import (
     TRAIN_LOSS,
 )
 from open_po.report.runs import ReportedRun
-from open_po.report.series import Series, all_series, is_number
+from open_po.report.series import Series, all_series
 
 Trace = dict[str, Any]
 
@@ -101,7 +101,7 @@ def curves_of(runs: Sequence[ReportedRun]) -> Curves:
         figures=figures,
         most=most,
         thinned=[(label, length) for label, length in longest if length > most],
-        not_finite=sum(_not_finite(run.records) for run in runs),
+        not_finite=sum(run.not_finite for run in measured),
     )
 
 
@@ -110,8 +110,11 @@ class _Measured:
 
     def __init__(self, run: ReportedRun) -> None:
         self.label = run.label
-        self.train = all_series(run.train)
-        self.held_out = all_series(run.held_out)
+        written = all_series(run.train), all_series(run.held_out)
+        self.train, self.held_out = (
+            {name: finite for name, series in one.items() if (finite := series.finite()).steps} for one in written
+        )
+        self.not_finite = sum(_length(one) for one in written) - _length(self.train) - _length(self.held_out)
         if TRAIN_LOSS in self.train:
             self.train[LOSS] = self.train.pop(TRAIN_LOSS)
 
@@ -169,5 +172,5 @@ def _layout(panel: Panel) -> dict[str, Any]:
     }
 
 
-def _not_finite(records: Sequence[dict[str, float]]) -> int:
-    return sum(isinstance(value, float) and not is_number(value) for record in records for value in record.values())
+def _length(metrics: Mapping[str, Series]) -> int:
+    return sum(len(series.values) for series in metrics.values())

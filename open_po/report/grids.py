@@ -38,10 +38,10 @@ def _line(runs: Sequence[ReportedRun], fields: Sequence[str], metric: str, what:
         "y": [found[repr(value)] for value in values],
         "marker": {"size": 10},
         "hovertemplate": f"{html.escape(field)}=%{{x}}<br>held-out {what} %{{y:{form}}}<extra></extra>",
-        "meta": {"run": 0, "kind": "line"},
+        "meta": {"run": 0, "kind": "grid"},
     }
     axis = {"title": {"text": f"held-out reward {what}", "standoff": 10}, "automargin": True, "tickformat": form}
-    return _figure(what, trace, {"xaxis": _category(field), "yaxis": axis})
+    return _figure(what, [trace], {"xaxis": _category(field), "yaxis": axis})
 
 
 def _heat_map(runs: Sequence[ReportedRun], fields: Sequence[str], metric: str, what: str, form: str) -> Figure:
@@ -63,35 +63,69 @@ def _heat_map(runs: Sequence[ReportedRun], fields: Sequence[str], metric: str, w
         "xgap": 2,
         "ygap": 2,
     }
-    return _figure(what, trace, {"xaxis": _category(across), "yaxis": _category(down)})
+    return _figure(what, [trace], {"xaxis": _category(across), "yaxis": _category(down)})
 
 
 def _parallel(runs: Sequence[ReportedRun], fields: Sequence[str], metric: str, what: str, form: str) -> Figure:
+    """A line for each run through its settings to its figure; plotly's own kind needs WebGL, which paper has not."""
     held_out = [run for run in runs if is_number(run.final_held_out.get(metric))]
-    dimensions: list[dict[str, Any]] = []
-    for field in fields:
-        values = _values(held_out, field)
-        places = [repr(value) for value in values]
-        dimensions.append(
+    results = [run.final_held_out[metric] for run in held_out]
+    low, high = min(results), max(results)
+    last = f"held-out {what}"
+    marks = {field: _values(held_out, field) for field in fields}
+    traces = []
+    for run, result in sorted(zip(held_out, results, strict=True), key=lambda pair: pair[1]):  # the best on top
+        places = [
+            _share([repr(value) for value in marks[field]].index(repr(run.config.get(field))), marks[field])
+            for field in fields
+        ]
+        goodness = 1.0 if high == low else (result - low) / (high - low)
+        traces.append(
             {
-                "label": html.escape(field),
-                "values": [places.index(repr(run.config.get(field))) for run in held_out],
-                "tickvals": list(range(len(values))),
-                "ticktext": _texts(values),
-                "range": [-0.2, max(len(values) - 0.8, 0.2)],
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": html.escape(run.label),
+                "x": [html.escape(name) for name in (*fields, last)],
+                "y": [*places, goodness],
+                "opacity": round(0.12 + 0.88 * goodness**2, 3),
+                "line": {"width": 1 + 2 * goodness},
+                "marker": {"size": 5},
+                "customdata": [result] * (len(fields) + 1),
+                "hovertemplate": f"<b>%{{fullData.name}}</b><br>{last} %{{customdata:{form}}}<extra></extra>",
+                "meta": {"run": 0, "kind": "grid"},
             }
         )
-    results = [run.final_held_out[metric] for run in held_out]
-    dimensions.append({"label": f"held-out {what}", "values": results, "tickformat": form})
-    bar = {"tickformat": form, "thickness": 12}
-    line = {"color": results, "colorscale": _SCALE, "showscale": True, "colorbar": bar}
-    trace = {"type": "parcoords", "dimensions": dimensions, "line": line}
-    return _figure(what, trace, {"margin": {"l": 60, "r": 20, "t": 48, "b": 24}})
+    labels = [
+        (field, _share(at, marks[field]), shown(value)) for field in fields for at, value in enumerate(marks[field])
+    ]
+    digits = ".1%" if form.endswith("%") else ".4g"
+    labels += [(last, place, format(value, digits)) for place, value in ((0.0, low), (1.0, high))]
+    layout = {
+        "xaxis": {"type": "category", "automargin": True, "range": [-0.2, len(fields) + 0.5]},
+        "yaxis": {"visible": False, "range": [-0.1, 1.1]},
+        "annotations": [
+            {
+                "x": html.escape(name),
+                "y": place,
+                "text": html.escape(text),
+                "showarrow": False,
+                "xanchor": "left",
+                "xshift": 6,
+            }
+            for name, place, text in labels
+        ],
+    }
+    return _figure(what, traces, layout)
 
 
-def _figure(what: str, trace: dict[str, Any], layout: dict[str, Any]) -> Figure:
+def _share(at: int, values: Sequence[Any]) -> float:
+    """The height of a value on its axis, 0 to 1."""
+    return at / (len(values) - 1) if len(values) > 1 else 0.5
+
+
+def _figure(what: str, traces: list[dict[str, Any]], layout: dict[str, Any]) -> Figure:
     base = {"showlegend": False, "margin": {"l": 20, "r": 12, "t": 26, "b": 44}, "hovermode": "closest"}
-    return {"title": f"Held-out reward {what}", "data": [trace], "layout": base | layout}
+    return {"title": f"Held-out reward {what}", "data": traces, "layout": base | layout}
 
 
 def _category(field: str) -> dict[str, Any]:

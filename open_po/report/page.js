@@ -18,6 +18,9 @@
       hoverlabel: { bgcolor: colour("paper"), bordercolor: colour("line"), font: { color: colour("ink") }, align: "left" },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("faint"), activecolor: colour("ink") },
     };
+    if (layout.annotations) {
+      found.annotations = layout.annotations.map((one) => ({ ...one, bgcolor: colour("panel") }));
+    }
     for (const name of ["xaxis", "yaxis"]) {
       if (layout[name]) {
         found[name] = {
@@ -36,7 +39,7 @@
     const own = colour(`run-${trace.meta.run % 8}`);
     return {
       ...trace,
-      visible: !hidden.has(trace.meta.run) && kinds.has(trace.meta.kind),
+      visible: trace.meta.kind === "grid" || (!hidden.has(trace.meta.run) && kinds.has(trace.meta.kind)),
       line: { ...trace.line, color: own },
       marker: { ...trace.marker, color: own },
     };

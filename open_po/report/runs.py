@@ -20,7 +20,7 @@ from open_po.output.run_folder import RunFolder
 from open_po.output.summary import RunSummary
 
 
-@dataclass(frozen=True)  # compared by what they are, kept in sets of none
+@dataclass(frozen=True)
 class ReportedRun:
     """A run's records, settings and summary, as far as they are there."""
 
@@ -141,7 +141,7 @@ def _read_run(path: Path) -> ReportedRun:
         config=config,
         records=[record for record in read_metrics(folder.metrics) if isinstance(record.get(STEP), int)],
         summary=folder.read_summary(),
-        samples=read_json_lines(path / "samples.jsonl"),
+        samples=read_json_lines(folder.samples),
     )
 
 

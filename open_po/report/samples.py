@@ -27,7 +27,7 @@ class Answers:
 
     run: int
     first: Answer
-    last: Answer
+    last: Answer | None  # None: there is one alone
     between: int
 
 
@@ -78,11 +78,11 @@ def _answers(number: int, given: Sequence[Answer], longest: int) -> Answers:
     """A step that was sampled again after a resumption counts once, as it came last."""
     by_step = {answer.step: answer for answer in given}
     steps = sorted(by_step)
-    first, last = (
+    kept = [
         Answer(answer.step, _cut(answer.text, longest), answer.equals)
-        for answer in (by_step[steps[0]], by_step[steps[-1]])
-    )
-    return Answers(number, first, last, max(len(steps) - 2, 0))
+        for answer in (by_step[step] for step in dict.fromkeys((steps[0], steps[-1])))
+    ]
+    return Answers(number, kept[0], kept[1] if len(kept) > 1 else None, max(len(steps) - 2, 0))
 
 
 def _cut(text: str, longest: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeGuard
@@ -20,10 +20,17 @@ class Series:
     steps: list[int]
     values: list[float]
 
+    def finite(self) -> Series:
+        """The values that can be drawn."""
+        kept = np.flatnonzero(np.isfinite(np.asarray(self.values, dtype=float)))
+        return self._at(kept)
+
+    def _at(self, kept: Iterable[int]) -> Series:
+        return Series(steps=[self.steps[at] for at in kept], values=[self.values[at] for at in kept])
+
     def thinned(self, most: int) -> Series:
         """At most `most` points: the first, the last, and of every stretch between them the lowest and the highest."""
-        kept = _extremes(self.values, most)
-        return Series(steps=[self.steps[at] for at in kept], values=[self.values[at] for at in kept])
+        return self._at(_extremes(self.values, most))
 
     def mean(self, window: int, most: int) -> Series:
         """At `most` evenly spaced points, the mean of the last `window` values up to each, none of them left out."""
@@ -34,12 +41,14 @@ class Series:
 
 
 def all_series(records: Sequence[Metrics]) -> dict[str, Series]:
-    """The finite values of every metric; what is no number is left out."""
+    """Every metric of some records, infinities and what is no number among its values."""
     found: dict[str, Series] = {}
     for record in records:
         for name, value in record.items():
-            if is_number(value):
-                series = found.setdefault(name, Series(steps=[], values=[]))
+            if isinstance(value, int | float):
+                series = found.get(name)
+                if series is None:
+                    series = found[name] = Series(steps=[], values=[])
                 series.steps.append(int(record[STEP]))
                 series.values.append(value)
     return found
