@@ -42,6 +42,35 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
             assert text is None or f">{text}</text>" in dom, text
 
 
+def test_runs_are_chosen_and_rows_sorted(tmp_path: Path) -> None:
+    """By clicks that a script makes; the policy, which would not let it run, is taken out."""
+    runs = [make_run(tmp_path / str(at), name=f"run {at}", accuracy=share) for at, share in enumerate((0.7, 0.9, 0.8))]
+    page = tmp_path / "page.html"
+    make_page(page, *runs)
+    clicks = """
+        const after = setInterval(() => {
+          if (!document.body.dataset.drawn) return;
+          clearInterval(after);
+          const heads = [...document.querySelectorAll("#runs thead th")];
+          heads.find((head) => head.textContent === "held-out accuracy").click();
+          document.querySelector("[data-only='1']").click();
+          document.querySelector("[data-kind='held_out']").click();
+        }, 20);
+    """
+    source = page.read_text().replace("Content-Security-Policy", "no-policy")
+    page.write_text(source.replace("</body>", f"<script>{clicks}</script></body>"))
+    dom, console = drawn(page)
+    assert console == []
+    assert [row[0].split(" | ")[0] for row in Page(dom, figures=False).tables["runs"][1:]] == [
+        "run 1",
+        "run 2",
+        "run 0",
+    ]
+    figures = Page(source).figures
+    kept = [trace for figure in figures for trace in figure["data"] if trace["meta"] == {"run": 1, "kind": "line"}]
+    assert dom.count('class="js-line"') == len(kept) == len(figures)
+
+
 def test_what_others_wrote_does_not_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", name=NASTY, summary={"status": "failed", "error": NASTY})
     sample = {"training_step": 0, "prompt": NASTY, "answer": NASTY, "chosen": NASTY, "rejected": "", "origin": NASTY}
