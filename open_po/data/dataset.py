@@ -15,10 +15,12 @@ import datasets
 import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from open_po.config import MixturePart
 from open_po.data.formats import RowError, parse_row
+from open_po.data.rows_bar import rows_bar
 from open_po.data.sources import SourceRows, load_mixture, row_fields
 from open_po.data.tokenization import (
     KEY_DTYPE,
@@ -118,13 +120,15 @@ def load_pairs(
     *,
     max_rows: int | None = None,
     num_workers: int | None = None,
+    console: Console | None = None,
 ) -> PairDataset:
-    """The pairs of a mixture.
+    """The pairs of a mixture; on `console`, if there is one, with a bar for each part.
 
     Raises UserError naming the first rows that cannot be read, or if no row can train.
     """
     parts = load_mixture(mixture, max_rows)
-    tokenised = [_tokenise_part(part, tokenizer, truncation, num_workers) for part in parts]
+    console = console or Console(quiet=True)
+    tokenised = [_tokenise_part(part, tokenizer, truncation, num_workers, console) for part in parts]
     origins = [f"{part.name} row {number}" for part in parts for number in part.row_numbers]
     rows = datasets.concatenate_datasets(tokenised) if len(tokenised) > 1 else tokenised[0]
     _stop_at_errors(rows["error"][:], origins)
@@ -187,21 +191,25 @@ def _stop_at_errors(errors: Sequence[str], origins: Sequence[str]) -> None:
 
 
 def _tokenise_part(
-    part: SourceRows, tokenizer: PreTrainedTokenizerBase, truncation: Truncation, num_workers: int | None
+    part: SourceRows,
+    tokenizer: PreTrainedTokenizerBase,
+    truncation: Truncation,
+    num_workers: int | None,
+    console: Console,
 ) -> Dataset:
     workers = num_workers or len(os.sched_getaffinity(0))
     workers = min(workers, math.ceil(len(part.rows) / _ROWS_PER_WORKER))
     # `datasets` would hash the tokenizer's pickle, which changes between processes: name the result by its content.
     key = [part.rows._fingerprint, tokenizer_digest(tokenizer), str(truncation), str(_TOKENISATION_VERSION)]
-    return part.rows.map(
-        _tokenise_row,
-        fn_kwargs={"tokenizer": tokenizer, "truncation": truncation},
-        remove_columns=part.rows.column_names,
-        features=_FEATURES,
-        num_proc=workers if workers > 1 else None,
-        new_fingerprint=hashlib.sha256("\0".join(key).encode()).hexdigest()[:32],
-        desc=f"Tokenising {part.name}",
-    )
+    with rows_bar(console, f"Tokenising {part.name}"):
+        return part.rows.map(
+            _tokenise_row,
+            fn_kwargs={"tokenizer": tokenizer, "truncation": truncation},
+            remove_columns=part.rows.column_names,
+            features=_FEATURES,
+            num_proc=workers if workers > 1 else None,
+            new_fingerprint=hashlib.sha256("\0".join(key).encode()).hexdigest()[:32],
+        )
 
 
 _FEATURES = datasets.Features(

@@ -51,10 +51,13 @@ def prepare_data(config: RunConfig, runtime: Runtime, *, label: str = "Training 
             truncation,
             max_rows=data.max_train_samples,
             num_workers=workers,
+            console=runtime.console,
         )
         held_out = None
         if data.held_out_mixture:
-            held_out = load_pairs(data.held_out_mixture, tokenizer, truncation, num_workers=workers)
+            held_out = load_pairs(
+                data.held_out_mixture, tokenizer, truncation, num_workers=workers, console=runtime.console
+            )
         return Data(tokenizer=tokenizer, pad=pad_token_id(tokenizer), train=train, held_out=held_out)
 
     loaded = runtime.main_first(load)

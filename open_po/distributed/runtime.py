@@ -19,14 +19,13 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, set_seed
-from rich.console import Console
 from torch.distributed import ProcessGroup
 
 from open_po.config import RunConfig
 from open_po.distributed.parallelism import LauncherWish, Parallelism, choose_parallelism
 from open_po.distributed.stopping import StopRequest
 from open_po.errors import StrandedError, UserError, user_line
-from open_po.output.console import make_console
+from open_po.output.console import Output, make_console
 
 T = TypeVar("T")
 Arguments = ParamSpec("Arguments")
@@ -51,7 +50,7 @@ class Runtime:
     accelerator: Accelerator
     parallelism: Parallelism
     stop: StopRequest
-    console: Console
+    console: Output
     group: ProcessGroup | None = None  # of the ranks that this is about; None: all
 
     @staticmethod
@@ -257,4 +256,4 @@ def _quieten_libraries() -> None:
     huggingface_hub.logging.set_verbosity(logging.ERROR)
     datasets.logging.set_verbosity(logging.CRITICAL)
     if not sys.stderr.isatty() or int(os.environ.get("RANK", "0")) > 0:
-        datasets.disable_progress_bars()
+        datasets.disable_progress_bars()  # of downloads and the like; tokenising has one of ours

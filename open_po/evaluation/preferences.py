@@ -13,8 +13,10 @@ from open_po.distributed.runtime import Runtime
 from open_po.evaluation.meter import PreferenceMeter
 from open_po.evaluation.samples import AnswerSampler
 from open_po.losses import LossMix, PairLogps
+from open_po.model.memory import peak_memory_bytes
 from open_po.model.scorer import Scorer
 from open_po.output.metrics import HELD_OUT, Metrics
+from open_po.output.progress import Progress
 from open_po.packing import Planner
 from open_po.reference import select_pairs
 
@@ -51,7 +53,13 @@ def evaluate(
         return scorer.score(planner.batch(indices, pad), extras=loss.extras, ld_alpha=loss.ld_alpha).logps
 
     packs = planner.packs(order, rank=runtime.replica, world_size=runtime.replicas)
-    scored = [(indices, score(indices)) for indices in packs]
+    scored = []
+    unit, mine = "pairs" if runtime.replicas == 1 else "pairs of the first rank", sum(map(len, packs))
+    console, memory = runtime.console, peak_memory_bytes
+    with Progress(console, "Evaluation", total=mine, unit=unit, memory=memory, last_line=False) as bar:
+        for indices in packs:
+            scored.append((indices, score(indices)))
+            bar.advance(len(indices))
     if scorer.lockstep:
         for indices in planner.smallest(order, planner.rounds(order, runtime.replicas) - len(packs)):
             score(indices)

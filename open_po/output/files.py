@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,15 +15,21 @@ from typing import Any
 
 from open_po.errors import UserError
 
+_LOCK_TRIES, _LOCK_SECONDS = 5, 0.05
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` a file under a temporary name, fsync it and only then give it its own: it is never seen half-written."""
+
+def write_atomically(path: Path, write: Callable[[Path], object], *, sync: bool = True) -> None:
+    """`write` a file under a temporary name, fsync it and only then give it its own: it is never seen half-written.
+
+    Without `sync` that does not hold for a crash of the machine.
+    """
     # Processes of several machines can have the same number.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        if sync:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         error.filename = error.filename or str(path)  # a full disk names no file
@@ -87,9 +94,35 @@ def lock_folder(path: Path, who: str) -> int | None:
     """
     try:
         held = os.open(path, os.O_RDONLY)
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return held
-    except BlockingIOError as error:
-        raise UserError(f"{who} is writing to it; choose another folder") from error
+        for tries_left in reversed(range(_LOCK_TRIES)):
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return held
+            except BlockingIOError as error:
+                if not tries_left:
+                    os.close(held)
+                    raise UserError(f"{who} is writing to it; choose another folder") from error
+            time.sleep(_LOCK_SECONDS)  # somebody may just be looking, see `is_locked`
+    except OSError:
+        pass
+    return None
+
+
+def is_locked(path: Path) -> bool | None:
+    """Whether a process keeps others out of a folder; None if that cannot be known.
+
+    Some file systems show a lock on the machine alone that holds it.
+    """
+    try:
+        looked = os.open(path, os.O_RDONLY)
     except OSError:
         return None
+    try:
+        fcntl.flock(looked, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(looked)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from open_po.output.files import read_json_lines
@@ -27,6 +27,22 @@ TOKENS_PER_SECOND = "perf/tokens_per_second"
 PAIRS_PER_SECOND = "perf/pairs_per_second"
 PEAK_MEMORY_GB = "perf/peak_memory_gb"
 HELD_OUT = "eval/"  # what the names of held-out figures begin with
+
+_SHOWN = {
+    TRAIN_LOSS: "loss {:.4f}",
+    LOSS: "loss {:.4f}",
+    REWARD_ACCURACY: "accuracy {:.3f}",
+    REWARD_MARGIN: "margin {:.3f}",
+    CHOSEN_LOGPS: "chosen {:.2f}",
+    LEARNING_RATE: "lr {:.2e}",
+}
+
+
+def short_figures(metrics: Mapping[str, float]) -> str:
+    """The few numbers of a record that a person watches, those of training or the held-out ones."""
+    own = {name.removeprefix(HELD_OUT): value for name, value in metrics.items()}
+    parts = [form.format(own[name]) for name, form in _SHOWN.items() if name in own]
+    return ", ".join(parts).replace("-0.000,", "0.000,")
 
 
 def read_metrics(path: Path) -> list[Metrics]:

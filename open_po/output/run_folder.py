@@ -46,6 +46,7 @@ class RunFolder:
         self.curves = path / CURVES
         self.samples = path / "samples.jsonl"
         self.summary = path / "run_summary.json"
+        self.board = path / ".progress.json"  # hidden, so that it goes to no Hub with the model
         self.checkpoints = path / "checkpoints"
         self._held: int | None = None  # the folder, open and locked
 

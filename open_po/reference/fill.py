@@ -23,7 +23,7 @@ from open_po.data.tokenization import KEY_DTYPE
 from open_po.distributed.runtime import Runtime
 from open_po.errors import UserError, first_line, is_out_of_memory
 from open_po.model.logprobs import response_sums
-from open_po.model.memory import release_memory
+from open_po.model.memory import peak_memory_bytes, release_memory
 from open_po.model.scorer import Scorer
 from open_po.output.progress import Progress
 from open_po.packing import Layout, PackedBatch, PackingStats, PromptUnit, Response, ResponsePlanner
@@ -165,7 +165,7 @@ class ReferencePass:
             self._announce()
             left = self.planner.plan(self.runtime.world_size)
             label, unit = "Reference log-probs", "distinct responses"
-            progress = Progress(self.runtime.console, label, total=lacking, unit=unit)
+            progress = Progress(self.runtime.console, label, total=lacking, unit=unit, memory=peak_memory_bytes)
             with progress, self.scorer.as_reference():
                 self._fill(left, progress)
         finally:

@@ -58,6 +58,8 @@ def run(config: RunConfig, runtime: Runtime, words: Sequence[str] = ()) -> None:
         runtime.on_every_rank(folder.refuse_unless_shared, runtime.from_main(folder.config.read_text))
         if mine:
             with folder.recording_failure(runtime.is_main):
+                if runtime.is_main:
+                    runtime.console.board.keep_in(folder.board)
                 hub = _open_hub(folder, config, runtime)  # before training, so that a bad token is found early
                 observers = _train(folder, config, numerics, runtime, hub, words)
         else:
@@ -66,6 +68,7 @@ def run(config: RunConfig, runtime: Runtime, words: Sequence[str] = ()) -> None:
             observers = Observers(_open_hub(folder, config, runtime) if due else [])
         runtime.on_main(_tell_completed, observers, folder)
     finally:
+        runtime.console.board.close()
         folder.release()
 
 

@@ -21,20 +21,17 @@ from open_po.losses import Counts, LossMix, PairLogps
 from open_po.model.memory import peak_memory_bytes
 from open_po.model.scorer import Scorer, Scores
 from open_po.output.metrics import (
-    CHOSEN_LOGPS,
     EPOCH,
     GRAD_NORM,
-    HELD_OUT,
     LEARNING_RATE,
     LOSS,
     PAIRS_PER_SECOND,
     PEAK_MEMORY_GB,
-    REWARD_ACCURACY,
-    REWARD_MARGIN,
     STEP,
     TOKENS_PER_SECOND,
     TRAIN_LOSS,
     Metrics,
+    short_figures,
 )
 from open_po.output.observers import RunObserver
 from open_po.output.progress import Progress
@@ -100,11 +97,11 @@ class Trainer:
         progress = self.state.progress
         self._evaluate_if_due()
         self.scorer.train()
-        bar = Progress(self.runtime.console, "Training", total=self.steps, unit="steps", done=progress.step)
-        with bar:
+        console, memory = self.runtime.console, peak_memory_bytes
+        with Progress(console, "Training", total=self.steps, unit="steps", done=progress.step, memory=memory) as bar:
             while progress.step < self.steps:
                 size, metrics = self.train_step()
-                bar.advance(1, tokens=size.tokens, note=_note(metrics))
+                bar.advance(1, tokens=size.tokens, note=short_figures(metrics))
                 if self._stop_reason is not None and progress.step < self.steps:
                     self._save(wait=True)  # and evaluate when the run goes on: there may be seconds left
                     raise Preempted(
@@ -299,7 +296,7 @@ class Trainer:
             return
         metrics = evaluate(self.scorer, self.held_out, self.loss, self.running_means(), self.runtime, pad=self.pad)
         self.observers.metrics_written({STEP: self.state.progress.step, **metrics})
-        self.runtime.say(f"Held out, step {self.state.progress.step}: {_note(metrics, HELD_OUT)}")
+        self.runtime.say(f"Held out, step {self.state.progress.step}: {short_figures(metrics)}")
         if self.held_out.sampler is not None:
             samples = self.held_out.sampler.sample(self.scorer, self.state.progress.step, self.runtime)
             self.observers.samples_written(samples)
@@ -309,17 +306,3 @@ class Trainer:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _note(metrics: Metrics, prefix: str = "") -> str:
-    """The few numbers a person watches."""
-    shown = {
-        TRAIN_LOSS: "loss {:.4f}",
-        prefix + LOSS: "loss {:.4f}",
-        prefix + REWARD_ACCURACY: "accuracy {:.3f}",
-        prefix + REWARD_MARGIN: "margin {:.3f}",
-        prefix + CHOSEN_LOGPS: "chosen {:.2f}",
-        LEARNING_RATE: "lr {:.2e}",
-    }
-    parts = [form.format(metrics[name]) for name, form in shown.items() if name in metrics]
-    return ", ".join(parts).replace("-0.000,", "0.000,")

@@ -224,7 +224,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_keeps_the_ones_before(
     assert "Resuming from" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("size", range(480, 760, 80))
+@pytest.mark.parametrize("size", range(488, 768, 80))
 def test_a_disk_that_is_full_at_the_end_keeps_the_checkpoint(
     size: int, disk: Callable[[str], Path], llama: Path, pairs_file: Path, tmp_path: Path, capsys: Capture
 ) -> None:
