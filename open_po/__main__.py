@@ -12,6 +12,7 @@ COMMANDS = {
     "cache": "build, info, verify, prune, merge: the reference log-probs on disk",
     "score": "log-probs and implicit rewards of every pair of a data set",
     "sweep": "one reference pass, then a run for each setting of a grid",
+    "watch": "a run or a sweep while it goes on, seen from another terminal",
     "report": "one HTML page about runs and sweeps: curves, figures, settings that differ, samples",
     "upload": "to the Hugging Face Hub, what a run has not got there by itself",
     "launch": "a run's processes, on one node or on several at once",

@@ -11,8 +11,20 @@ from tests import cli
 PACKAGE = cli.REPOSITORY / "open_po"
 # A room imports from those before it and from itself. The last ones start things.
 ROOMS = [
-    *("errors", "losses", "config", "output", "report", "distributed", "model_files", "data", "packing", "model"),
-    *("reference", "evaluation", "training", "commands", "quickstart", "__main__"),
+    *(
+        "errors",
+        "losses",
+        "config",
+        "output",
+        "watch",
+        "report",
+        "hub",
+        "distributed",
+        "model_files",
+        "data",
+        "packing",
+    ),
+    *("model", "reference", "evaluation", "training", "commands", "quickstart", "__main__"),
 ]
 
 
