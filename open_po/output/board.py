@@ -52,7 +52,7 @@ class BoardFile:
 
 
 class Board:
-    """Phases by label, the open ones as bars on a terminal; all of them in a file while there is one to keep.
+    """Phases, the open ones as bars on a terminal; all of them in a file while there is one to keep.
 
     The file is written by a thread of its own, so that no phase ever waits for a disk. All of it may be called from
     several threads.
@@ -63,7 +63,7 @@ class Board:
         self._lock = threading.Lock()  # of what is listed here
         self._display = threading.Lock()  # of starting and stopping the bars, whose thread takes the other one
         self._open: list[Callable[[], Phase]] = []
-        self._phases: dict[str, Callable[[], Phase]] = {}
+        self._phases: dict[tuple[str, int], Callable[[], Phase]] = {}
         self._live: Live | None = None
         self._writer: _Writer | None = None
 
@@ -72,13 +72,18 @@ class Board:
         """Whether phases are shown as they go on."""
         return self._console.is_terminal and not self._console.quiet
 
-    def begin(self, label: str, look: Callable[[], Phase]) -> None:
-        """A phase has begun; `look` says from any thread how far it is. It takes the place of an earlier one."""
+    def begin(self, look: Callable[[], Phase]) -> None:
+        """A phase has begun; `look` says from any thread how far it is.
+
+        It takes the place of an earlier one of the same name and size: of evaluations the last one is kept.
+        """
+        first = look()
+        name = (first.label, first.total)
         with self._display:
             with self._lock:
                 self._open.append(look)
-                self._phases.pop(label, None)
-                self._phases[label] = look
+                self._phases.pop(name, None)
+                self._phases[name] = look
             if self.has_bars and self._live is None:
                 draw = self._picture
                 live = Live(console=self._console, get_renderable=draw, transient=True, refresh_per_second=_REFRESH)
@@ -184,6 +189,6 @@ class _Writer:
             write_atomically(self._path, lambda path: path.write_text(json.dumps(content, indent=1)), sync=False)
         except OSError as error:
             self._complaint = (
-                f"{self._path}: cannot be written ({error.strerror}); training goes on, and `python -m open_po watch` "
+                f"{self._path}: cannot be written ({error.strerror}); the run goes on, and `python -m open_po watch` "
                 "does not see its phases"
             )

@@ -50,7 +50,7 @@ class Progress:
         self._samples: deque[tuple[float, int, int]] = deque([(self._started_at, 0, 0)], maxlen=_SAMPLES)
 
     def __enter__(self) -> Progress:
-        self._board.begin(self.label, self.phase)
+        self._board.begin(self.phase)
         return self
 
     def __exit__(

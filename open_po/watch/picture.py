@@ -49,7 +49,7 @@ _FIGURES = (
     (LEARNING_RATE, "lr", "{:.2e}"),
     (PAIRS_PER_SECOND, "pairs/s", "{:,.1f}"),
     (TOKENS_PER_SECOND, "tokens/s", "{:,.0f}"),
-    (PEAK_MEMORY_GB, "GB", "{:.2f}"),
+    (PEAK_MEMORY_GB, "peak GB", "{:.2f}"),
 )
 
 
@@ -181,7 +181,7 @@ def lines(state: RunState) -> Iterator[tuple[str, str]]:
     error = f" ({state.error})" if state.error is not None else ""
     yield "status", f"{state.folder}: {state.status}{error}"
     for phase in state.phases:
-        yield f"phase {phase.label}", phase.line()
+        yield f"phase {phase.label} of {phase.total}", phase.line()
     if state.held_out:
         newest = state.held_out[-1]
         yield "held out", f"Held out, step {newest[STEP]:.0f}: {short_figures(newest)}"

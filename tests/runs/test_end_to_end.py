@@ -238,6 +238,7 @@ def test_a_run_leaves_a_whole_folder(finished: Path) -> None:
         "config.yaml",
         "metrics.jsonl",
         "run_summary.json",
+        ".progress.json",
         "training_curves.png",
         "README.md",
         *(f"checkpoints/step_{number:06d}/{name}" for number in (3, 6) for name in step),
