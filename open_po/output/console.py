@@ -33,8 +33,8 @@ class Output(Console):
 def make_console(*, quiet: bool = False) -> Output:
     """What a command prints to: lines as wide as the terminal, or of 200 characters in a file.
 
-    A notebook gets plain lines too, narrower ones: a cell shows no bar that moves its cursor, although a command that
-    a cell starts with `!` believes to be on a terminal; and rich's own boxes there need widgets that may be missing.
+    A notebook gets plain lines too, narrower ones. What a cell starts with `!` believes to be on a terminal, but not
+    every notebook follows a cursor that moves; and rich's own live output there needs widgets that may be missing.
     """
     if "JPY_PARENT_PID" in os.environ:  # a notebook's kernel, or its child
         return Output(quiet=quiet, highlight=False, width=_NOTEBOOK_WIDTH, force_terminal=False, force_jupyter=False)

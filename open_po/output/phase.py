@@ -82,9 +82,14 @@ class Phase:
 
     def line(self) -> str:
         """All of it in a line."""
-        end = {PhaseState.RUNNING: self.left(), PhaseState.STOPPED: "stopped"}.get(self.state, "")
-        took = f" in {duration(self.updated - self.started)}" if self.state == PhaseState.DONE else ""
-        return ", ".join([f"{self.label}: {self.amount()}{took}", *self.figures(), *filter(None, [end])])
+        parts = [f"{self.label}: {self.amount()}", *self.figures()]
+        if self.state == PhaseState.DONE:
+            parts[0] += f" in {duration(self.updated - self.started)}"
+        elif self.state == PhaseState.STOPPED:
+            parts[0] += ", stopped"
+        elif self.left():
+            parts.append(self.left())
+        return ", ".join(parts)
 
 
 def speed(per_second: float, unit: str) -> str:
