@@ -24,7 +24,7 @@ ROOMS = [
         "data",
         "packing",
     ),
-    *("model", "reference", "evaluation", "training", "commands", "quickstart", "__main__"),
+    *("packing", "model", "reference", "evaluation", "training", "commands", "quickstart", "__main__"),
 ]
 
 

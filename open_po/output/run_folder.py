@@ -14,7 +14,7 @@ import yaml
 
 from open_po.config import RunConfig
 from open_po.errors import UserError, user_line
-from open_po.output.files import disk_faults, lock_folder, write_atomically
+from open_po.output.files import disk_faults, is_locked, lock_folder, write_atomically
 from open_po.output.summary import RunSummary, Status
 
 _FROM_THE_NEWEST = ("auto", "hub")  # values of resume_from_checkpoint that name no folder
@@ -51,8 +51,9 @@ class RunFolder:
         self._held: int | None = None  # the folder, open and locked
 
     def claim(self, config: RunConfig) -> bool:
-        """Make the folder this run's; False, with nothing changed, if it holds this very run and that is complete.
+        """Make the folder this run's; False if it holds this very run and that is complete.
 
+        Then nothing is changed, but for what a kill has left half-written.
         Raises UserError, before anything is changed, if it holds something else.
         """
         wanted = config.output.resume_from_checkpoint
@@ -62,6 +63,8 @@ class RunFolder:
             if self.path.exists():
                 self._refuse_other_run(config)
                 if config.output.resume_from_checkpoint in _FROM_THE_NEWEST and self.is_complete():
+                    if not is_locked(self.path):  # it may still be at work: it uploads
+                        self._remove_leftovers()
                     return False
             self.path.mkdir(parents=True, exist_ok=True)
             self._held = lock_folder(self.path, f"output_dir {self.path}: another run")

@@ -110,6 +110,34 @@ def test_the_board_is_no_part_of_the_model(complete: Path) -> None:
     assert {name for name in cli.files(complete) if name.startswith(".")} == {".progress.json"}
 
 
+def test_a_kill_while_a_complete_run_writes_its_board_for_the_last_time(
+    llama: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """What it left half-written goes when the same command comes again, and nothing else changes."""
+    folder = tmp_path / "run"
+    words = run_words(llama, folder, resume_from_checkpoint="auto", max_train_steps=1)
+
+    def trap() -> None:
+        def hook(event: str, details: tuple[Any, ...]) -> None:
+            renames = event == "os.rename" and str(details[1]) == str(folder / ".progress.json")
+            if renames and '"completed"' in (folder / "run_summary.json").read_text():
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+
+    assert cli.forked(words, trap) == -signal.SIGKILL
+    assert list(folder.glob(".*.partial"))
+    assert "● completed" in once(capsys, folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if not path.name.endswith(".partial")}
+    assert cli.main(words) == 0
+    assert "is complete; nothing to do" in capsys.readouterr().out
+    assert (
+        {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before | {folder: folder.stat().st_mtime_ns}
+        if folder in before
+        else {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    )
+
+
 def test_a_run_that_goes_on_and_one_that_was_killed(stopped: tuple[int, Path], capsys: Capture) -> None:
     process, folder = stopped
     picture = once(capsys, folder)
