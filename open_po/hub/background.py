@@ -14,18 +14,18 @@ from rich.console import Console
 
 from open_po.config import OutputConfig
 from open_po.errors import NotUploadedError, Preempted
-from open_po.hub.publication import FINAL, MODEL_FOLDER, Publication
+from open_po.hub.publication import MODEL_FOLDER, Publication
 from open_po.hub.repository import Branch
 from open_po.hub.retrying import AT_START, AT_THE_END, IN_TRAINING, persistently
 from open_po.output.metrics import Metrics
 from open_po.output.observers import RunObserver
+from open_po.output.phase import BYTES
 from open_po.output.progress import Progress
-from open_po.output.run_folder import RunFolder
+from open_po.output.run_folder import FINAL, RunFolder
 from open_po.output.summary import RunSummary
 
 _EVENTS = ".hub.events"
 _POLL_SECONDS = 0.1
-_MB = 10**6
 # A file that takes longer is not on its way any more: the client's upload in Rust has no limit of its own.
 _SLOWEST_BYTES_A_SECOND, _SLACK_SECONDS = 50_000, 600.0
 _PACKAGES = Path(__file__).parents[2]  # where this package was imported from
@@ -131,12 +131,11 @@ class HubUploader(RunObserver):
 
 
 class UploadBar:
-    """The bar of an upload, in megabytes."""
+    """The bar of an upload."""
 
     def __init__(self, console: Console, name: str, total: int) -> None:
         label = "Upload" if name == FINAL else f"Upload of {name}"
-        self._progress = Progress(console, label, total=max(1, round(total / _MB)), unit="MB")
-        self._shown = 0
+        self._progress = Progress(console, label, total=total, unit=BYTES, last_line=False)
 
     def __enter__(self) -> UploadBar:
         self._progress.__enter__()
@@ -147,10 +146,9 @@ class UploadBar:
 
     def show(self, sent: int, total: int) -> None:
         """`sent` of `total` bytes have arrived."""
-        megabytes = self._progress.total if sent >= total > 0 else sent // _MB
-        if megabytes > self._shown:
-            self._progress.advance(megabytes - self._shown)
-            self._shown = megabytes
+        self._progress.total = total
+        if sent != self._progress.done:
+            self._progress.advance(sent - self._progress.done)
 
 
 class EventLog:

@@ -12,12 +12,10 @@ from typing import Any
 from open_po.errors import UserError
 from open_po.hub.repository import Branch, Sent
 from open_po.output.files import write_atomically
-from open_po.output.run_folder import RunFolder
+from open_po.output.run_folder import FINAL, RunFolder
 
 STATE_FOLDER = "last-checkpoint"  # in the repository, of the training state; the name that transformers gives it
 MODEL_FOLDER = "model"  # in a checkpoint, of what is published as the model of its step
-FINAL = "final"  # what is published when the run is over
-_FILE = ".hub.json"
 _ADAPTER = "adapter"
 # Of the folder of a merged model, what belongs to that and not to its adapter
 _MERGED = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json")
@@ -38,7 +36,7 @@ class Publication:
     @staticmethod
     def read(folder: RunFolder) -> Publication | None:
         """What a run has noted; None if it was not to be published. Raises UserError if that cannot be read."""
-        path = folder.path / _FILE
+        path = folder.hub
         try:
             content = json.loads(path.read_text())
             return Publication(folder=folder, branch=Branch(**content.pop("branch")), **content)
@@ -51,7 +49,7 @@ class Publication:
         """Note it in the run's folder. Raises OSError."""
         content: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "folder"}
         content["branch"] = asdict(self.branch)
-        write_atomically(self.folder.path / _FILE, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+        write_atomically(self.folder.hub, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
 
     def due(self) -> list[str]:
         """What is on disk and not published, the oldest first: of checkpoints only the newest unless all are kept."""
@@ -107,12 +105,6 @@ class Publication:
                 yield inside.relative_to(_ADAPTER).as_posix(), path
             elif not (adapter_only and _MERGED.fullmatch(inside.as_posix())):
                 yield inside.as_posix(), path
-
-
-def is_published(folder: RunFolder) -> bool:
-    """Whether a complete run is on the Hub. Raises UserError if what it has noted cannot be read."""
-    publication = Publication.read(folder)
-    return publication is not None and FINAL in publication.published
 
 
 def _all_files(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,15 @@ def write_card(folder: Path, facts: CardFacts, records: Sequence[Metrics]) -> No
     are loaded, whether `folder` holds them itself or beside the merged model in `adapter/`. Raises OSError.
     """
     picture = folder / CURVES
-    plot_curves(records, picture, f"{facts.config.output.exp_name}: {' + '.join(facts.config.loss.names)}")
+    plot_curves(records, picture, facts.config.title)
     places = {folder: Place(curves=CURVES, is_adapter=(folder / _ADAPTER_FILE).is_file())}
     if (folder / _ADAPTER_FOLDER / _ADAPTER_FILE).is_file():
-        inside = Place(curves=f"../{CURVES}", is_adapter=True, subfolder=_ADAPTER_FOLDER)
+        # On the Hub the folder is the repository, unless the merged model is there too.
+        alone = facts.repository is not None and not facts.config.output.hf_merged
+        inside = Place(curves=CURVES, is_adapter=True, subfolder=None if alone else _ADAPTER_FOLDER)
         places[folder / _ADAPTER_FOLDER] = inside
+        if picture.is_file():
+            shutil.copyfile(picture, folder / _ADAPTER_FOLDER / CURVES)
     for target, place in places.items():
         place = place if picture.is_file() else place.without_curves()
         write_atomically(target / "README.md", model_card(facts, records, place).save)

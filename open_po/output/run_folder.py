@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -19,6 +20,7 @@ from open_po.output.summary import RunSummary, Status
 
 _FROM_THE_NEWEST = ("auto", "hub")  # values of resume_from_checkpoint that name no folder
 CURVES = "training_curves.png"
+FINAL = "final"  # what the model of a complete run is called where uploads are noted
 
 
 def changed_fields(
@@ -46,6 +48,7 @@ class RunFolder:
         self.curves = path / CURVES
         self.samples = path / "samples.jsonl"
         self.summary = path / "run_summary.json"
+        self.hub = path / ".hub.json"  # what is to be on the Hub and what is: `hub/publication.py`
         self.board = path / ".progress.json"  # hidden, so that it goes to no Hub with the model
         self.checkpoints = path / "checkpoints"
         self._held: int | None = None  # the folder, open and locked
@@ -135,6 +138,23 @@ class RunFolder:
     def is_complete(self) -> bool:
         """Whether the run in the folder has come to its end."""
         return self._status() == Status.COMPLETED
+
+    def published_to(self) -> str | None:
+        """The repository on the Hub that has the complete run, if any has."""
+        repository, _ = self.hub_branch()
+        return repository if FINAL in self._hub_notes().get("published", {}) else None
+
+    def hub_branch(self) -> tuple[str | None, str | None]:
+        """The repository on the Hub and the branch that the run goes to, if it does."""
+        branch = self._hub_notes().get("branch", {})
+        return branch.get("repository"), branch.get("revision")
+
+    def _hub_notes(self) -> dict[str, Any]:
+        try:
+            notes = json.loads(self.hub.read_text())
+        except (OSError, ValueError):
+            return {}
+        return notes if isinstance(notes, dict) else {}
 
     def _status(self) -> Status | None:
         summary = self.read_summary()

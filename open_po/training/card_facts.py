@@ -34,7 +34,7 @@ def card_facts(
     config, runtime = trainer.config, trainer.runtime
     mixture = [*config.data.mixture, *config.data.held_out_mixture]
     other = reference_source(config)
-    repository = config.output.hf_repo_id if config.output.push_to_hub else None
+    repository, revision = trainer.folder.hub_branch()
     return CardFacts(
         config=config,
         command=words,
@@ -49,8 +49,8 @@ def card_facts(
         hardware=_hardware(runtime),
         parallel=runtime.parallelism.kind,
         has_chat_template=data.tokenizer.chat_template is not None,
-        repository=repository if repository is not None and "/" in repository else None,  # its whole name
-        revision=config.output.hf_repo_revision,
+        repository=repository,
+        revision=None if revision == "main" else revision,
     )
 
 

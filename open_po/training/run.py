@@ -19,7 +19,6 @@ from open_po.evaluation.preferences import HeldOut
 from open_po.evaluation.samples import AnswerSampler
 from open_po.hub.background import HubUploader
 from open_po.hub.fetch import fetch_checkpoint
-from open_po.hub.publication import is_published
 from open_po.losses import LossMix, PairLogps
 from open_po.model.divided import HollowModel
 from open_po.model.export import export_model
@@ -63,7 +62,7 @@ def run(config: RunConfig, runtime: Runtime, words: Sequence[str] = ()) -> None:
                 hub = _open_hub(folder, config, runtime)  # before training, so that a bad token is found early
                 observers = _train(folder, config, numerics, runtime, hub, words)
         else:
-            due = config.output.push_to_hub and not runtime.from_main(partial(is_published, folder))
+            due = config.output.push_to_hub and not runtime.from_main(folder.published_to)
             runtime.say(f"The run in {folder.path} is complete{'' if due else '; nothing to do'}.")
             observers = Observers(_open_hub(folder, config, runtime) if due else [])
         runtime.on_main(_tell_completed, observers, folder)
@@ -116,6 +115,8 @@ def _train(
     if reference is not None and reference.totals.packing is not None:
         runtime.say(f"Reference packing: {packing_line(reference.totals.packing)}")
     trainer = make_trainer(config, runtime, data, policy, identity, reference, folder, observers)
+    if config.output.push_to_hub and config.output.hub_strategy != "end":
+        trainer.write_model = ModelOfStep(trainer=trainer, data=data, reference=reference, words=words)
     try:
         with runtime.stop.deferred():
             trainer.train()
@@ -160,17 +161,7 @@ def make_trainer(
         pad=data.pad,
         folder=folder,
         observers=Observers([*trackers, *observers]),
-        write_model=_model_of_step(config, runtime, data, scorer, folder),
     )
-
-
-def _model_of_step(
-    config: RunConfig, runtime: Runtime, data: Data, scorer: Scorer, folder: RunFolder
-) -> ModelOfStep | None:
-    """What writes the model beside each checkpoint, if that is to be uploaded."""
-    if not config.output.push_to_hub or config.output.hub_strategy == "end":
-        return None
-    return ModelOfStep(config=config, folder=folder, scorer=scorer, tokenizer=data.tokenizer, writes=runtime.is_main)
 
 
 def _held_out(

@@ -73,9 +73,7 @@ class Trainer:
         pad: int,
         folder: RunFolder,
         observers: RunObserver,
-        write_model: Callable[[Path], object] | None = None,
     ) -> None:
-        """`write_model` writes the model as of a step into the folder of its checkpoint; all ranks call it."""
         # What is trained
         self.scorer, self.engine, self.state = scorer, state.engine, state
         # On what
@@ -86,7 +84,8 @@ class Trainer:
         self._newest_checkpoint: Path | None = None
         # And around it
         self.config, self.runtime, self.folder, self.observers = config, runtime, folder, observers
-        self._write_model = write_model
+        # Writes the model as of a step into the folder of its checkpoint, if it is wanted there; all ranks call it.
+        self.write_model: Callable[[Path], object] | None = None
 
     def train(self) -> None:
         """Run to the last step, with the evaluations and checkpoints that fall due.
@@ -116,7 +115,7 @@ class Trainer:
 
     def _save(self, *, wait: bool) -> None:
         self._finish_checkpoint()  # one at a time
-        self._checkpoint = self.state.begin_save(self.folder.checkpoints, self.config, self.runtime, self._write_model)
+        self._checkpoint = self.state.begin_save(self.folder.checkpoints, self.config, self.runtime, self.write_model)
         if wait:
             self._finish_checkpoint()
 

@@ -102,7 +102,7 @@ class RunReader:
             board=board,
             metrics=self._metrics.records(),
             checkpoints=_newest(folder.checkpoints),
-            uploaded_to=None if summary is None else summary.uploaded_to,
+            uploaded_to=folder.published_to(),
         )
 
 

@@ -50,7 +50,6 @@ RESULT = RunResult(
         RunSummary(
             status=Status.COMPLETED,
             result=dataclasses.replace(RESULT, reference=None, eval=None, eval_before=None),
-            uploaded_to="me/model",
         ),
     ],
 )
@@ -67,9 +66,9 @@ def test_the_file_has_the_result_beside_the_status(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"status": "running"}
     RunSummary(status=Status.FAILED, error="why").write(path)
     assert json.loads(path.read_text()) == {"status": "failed", "error": "why"}
-    RunSummary(status=Status.COMPLETED, result=RESULT, uploaded_to="me/model").write(path)
+    RunSummary(status=Status.COMPLETED, result=RESULT).write(path)
     content = json.loads(path.read_text())
-    names = "status reference train eval eval_before data run numerics peak_memory_bytes versions uploaded_to"
+    names = "status reference train eval eval_before data run numerics peak_memory_bytes versions"
     assert list(content) == names.split()
     assert content["train"]["layout"] == "shared"
 
@@ -106,8 +105,8 @@ def test_an_update_keeps_all_else(tmp_path: Path) -> None:
     content = json.loads(path.read_text()) | {"weather": "fine"}
     del content["reference"]["rows_verified"]
     path.write_text(json.dumps(content))
-    RunFolder(tmp_path).record_upload("me/model")
-    assert json.loads(path.read_text()) == content | {"uploaded_to": "me/model"}
+    RunSummary.update(path, error="why")
+    assert json.loads(path.read_text()) == content | {"error": "why"}
 
 
 def test_a_failure_after_the_result_keeps_it(tmp_path: Path) -> None:
@@ -126,7 +125,7 @@ def test_a_runs_summary_reads_as_the_type(llama: Path, pairs_file: Path, tmp_pat
     output = cli.train(llama, pairs_file, tmp_path / "run", max_train_steps=2, eval_mixer_list=[pairs_file, "1.0"])
     summary = RunSummary.read(output / "run_summary.json")
     assert summary is not None
-    assert (summary.status, summary.error, summary.uploaded_to) == (Status.COMPLETED, None, None)
+    assert (summary.status, summary.error) == (Status.COMPLETED, None)
     assert summary.result is not None
     assert summary.result.reference is not None
     assert summary.result.reference.pairs_computed == 48  # training and held-out pairs

@@ -1,0 +1,75 @@
+"""What `python -m open_po upload` does."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+
+from open_po.config import OutputConfig
+from open_po.errors import UserError
+from open_po.hub.background import EventLog, UploadBar
+from open_po.hub.publication import Publication
+from open_po.hub.repository import Branch
+from open_po.hub.retrying import persistently
+from open_po.output.console import make_console
+from open_po.output.files import waiting_lock
+from open_po.output.run_folder import RunFolder
+
+_LOCK = ".hub.lock"  # an upload that a killed run has left behind may still be under way
+
+
+def upload_run(arguments: argparse.Namespace) -> None:
+    """Publish what a run has left to publish. Raises UserError."""
+    folder = RunFolder(arguments.folder)
+    if folder.read_summary() is None:
+        raise UserError(f"{folder.path}: holds no run; name the output_dir of one")
+    publication = _publication(folder, arguments)
+    with waiting_lock(folder.path / _LOCK):
+        if arguments.only is not None:
+            _publish_for_a_run(publication, arguments.only, arguments.patience)
+        else:
+            _publish_all(publication, arguments.patience)
+
+
+def _publication(folder: RunFolder, arguments: argparse.Namespace) -> Publication:
+    """Where to publish: what the command says, else what the run has noted."""
+    noted = Publication.read(folder)
+    if arguments.hf_repo_id is None:
+        if noted is None:
+            raise UserError(f"{folder.path}: its run had no push_to_hub; name a repository with --hf_repo_id USER/NAME")
+        return noted
+    output = OutputConfig(
+        hf_repo_id=arguments.hf_repo_id,
+        hf_repo_revision=arguments.hf_repo_revision,
+        hf_private=not arguments.public,
+    )
+    branch = Branch.of(output, patience=arguments.patience, say=print)
+    if noted is not None and noted.branch == branch:
+        return noted
+    return Publication(folder=folder, branch=branch, with_state=False, keeps_all=False, merged=arguments.merged)
+
+
+def _publish_for_a_run(publication: Publication, name: str, patience: float) -> None:
+    """Publish one thing, for a run that watches what this says."""
+    log = EventLog(sys.stdout)
+    log.total(publication.size(name))
+    what = f"upload of {name} to {publication.branch}"
+    persistently(what, lambda: publication.publish(name, log.sent), patience=patience, say=log.say)
+
+
+def _publish_all(publication: Publication, patience: float) -> None:
+    """Publish everything that is due, and say so."""
+    console = make_console()
+    due = publication.due()
+    for name in due:
+        total = publication.size(name)
+        with UploadBar(console, name, total) as bar:
+            publish = partial(publication.publish, name, partial(bar.show, total=total))
+            persistently(f"upload of {name} to {publication.branch}", publish, patience=patience, say=console.print)
+    if due:
+        console.print(f"Uploaded to the Hub: {publication.branch}", soft_wrap=True)
+    elif publication.published:
+        console.print(f"Nothing to upload: {publication.branch} has all there is", soft_wrap=True)
+    else:
+        console.print("Nothing to upload: the run is not complete, and has no checkpoint with a model")
