@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from open_po.data import PairDataset, PreferencePair
+from open_po.data.dataset import Source
 from open_po.data.tokenization import response_key
 from open_po.packing import Layout, PackedBatch
 
@@ -47,10 +48,9 @@ def dataset_of(items: Sequence[PreferencePair]) -> PairDataset:
         prompt_numbers=np.array([number(0, tuple(prompt)) for prompt in prompts]),
         response_numbers=np.array([[number(1, key) for key in pair] for pair in zip(*keys, strict=True)]),
         highest_id=300,
-        by_source={"rows": len(items)},
         left_out={},
-        truncated_prompts=0,
-        truncated_responses=0,
+        lost=np.zeros((len(items), 3), dtype=np.int64),
+        sources=[Source(dataset="rows", name="rows", available=len(items), rows=len(items), pairs=len(items))],
     )
 
 

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -25,6 +25,7 @@ from open_po.data.sources import SourceRows, load_mixture, row_fields
 from open_po.data.tokenization import (
     KEY_DTYPE,
     LeftOut,
+    Lost,
     PreferencePair,
     Truncation,
     response_key,
@@ -34,9 +35,21 @@ from open_po.data.tokenization import (
 from open_po.errors import UserError
 from open_po.output.summary import DataTotals
 
-# Part of the name under which tokenised rows are kept: raise it when the same row gives other ids than before.
-_TOKENISATION_VERSION = 3
+# Part of the name under which tokenised rows are kept: raise it when the same row gives other ids, or columns, than
+# before.
+_TOKENISATION_VERSION = 4
 _ROWS_PER_WORKER = 500  # below, starting another process costs more than it saves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What came of one part of a mixture."""
+
+    dataset: str  # its name in the mixture
+    name: str  # for messages
+    available: int  # rows that there are
+    rows: int  # that the mixture takes
+    pairs: int  # that train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +69,9 @@ class PairDataset:
     prompt_numbers: NDArray[np.int64]  # [P]
     response_numbers: NDArray[np.int64]  # [P, 2], chosen and rejected
     highest_id: int  # of all tokens
-    by_source: Mapping[str, int]  # pairs from each data set, by its name in the mixture
     left_out: Mapping[str, Sequence[str]]  # origins of the rows that cannot train, by reason
-    truncated_prompts: int
-    truncated_responses: int
+    lost: NDArray[np.int64]  # [P, 3] tokens that truncation took from prompt, chosen and rejected
+    sources: Sequence[Source]  # the pairs of the first come first, and so on
 
     def __len__(self) -> int:
         return len(self.origins)
@@ -67,6 +79,24 @@ class PairDataset:
     def __getitem__(self, index: int) -> PreferencePair:
         row = self.rows[int(index)]
         return PreferencePair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
+
+    @property
+    def by_source(self) -> dict[str, int]:
+        """Pairs from each data set, by its name in the mixture."""
+        counts = dict.fromkeys((source.dataset for source in self.sources), 0)
+        for source in self.sources:
+            counts[source.dataset] += source.pairs
+        return counts
+
+    @property
+    def truncated_prompts(self) -> int:
+        """How many pairs lost tokens of the prompt."""
+        return int((self.lost[:, 0] > 0).sum())
+
+    @property
+    def truncated_responses(self) -> int:
+        """How many pairs lost tokens of a response."""
+        return int((self.lost[:, 1:] > 0).any(1).sum())
 
     def token_ids(self) -> set[int]:
         """Every token id that occurs."""
@@ -95,7 +125,7 @@ class PairDataset:
         """What became of the rows, in numbers."""
         return DataTotals(
             pairs=len(self),
-            by_source=dict(self.by_source),
+            by_source=self.by_source,
             left_out={reason: len(origins) for reason, origins in self.left_out.items()},
             truncated_prompts=self.truncated_prompts,
             truncated_responses=self.truncated_responses,
@@ -126,7 +156,8 @@ def load_pairs(
 
     Raises UserError naming the first rows that cannot be read, or if no row can train.
     """
-    parts = load_mixture(mixture, max_rows)
+    all_parts = load_mixture(mixture, max_rows)
+    parts = [part for part in all_parts if part.row_numbers]
     console = console or Console(quiet=True)
     tokenised = [_tokenise_part(part, tokenizer, truncation, num_workers, console) for part in parts]
     origins = [f"{part.name} row {number}" for part in parts for number in part.row_numbers]
@@ -143,8 +174,8 @@ def load_pairs(
         counts = ", ".join(f"{len(where)} {reason}" for reason, where in left_out.items())
         raise UserError(f"{words}: none of {len(origins)} rows can train ({counts})")
     trainable = rows.select(kept)
-    columns = trainable.with_format("numpy", columns=["lengths", "cut"])[:]
-    lengths, cut = columns["lengths"].astype(np.int64), columns["cut"].astype(bool)
+    columns = trainable.with_format("numpy", columns=["lengths", "lost"])[:]
+    lengths, lost = columns["lengths"].astype(np.int64), columns["lost"].astype(np.int64)
     chosen_keys, rejected_keys = trainable["chosen_key"][:], trainable["rejected_key"][:]
     by_side = np.frombuffer(b"".join(chain(chosen_keys, rejected_keys)), dtype=KEY_DTYPE).reshape(2, -1)
     return PairDataset(
@@ -157,21 +188,20 @@ def load_pairs(
         prompt_numbers=_numbers(trainable["prompt_key"][:]),
         response_numbers=_numbers([*chosen_keys, *rejected_keys]).reshape(2, -1).T,
         highest_id=max(trainable["highest_id"][:]),
-        by_source=_by_source(mixture, parts, kept),
         left_out=left_out,
-        truncated_prompts=int(cut[:, 0].sum()),
-        truncated_responses=int(cut[:, 1].sum()),
+        lost=lost,
+        sources=list(_sources(all_parts, reasons)),
     )
 
 
-def _by_source(mixture: Sequence[MixturePart], parts: Sequence[SourceRows], kept: Sequence[int]) -> dict[str, int]:
-    """How many of the rows `kept` each data set of a mixture gave; one that gave none counts too."""
-    counts = dict.fromkeys((part.name for part in mixture), 0)
-    ends = np.cumsum([len(part.row_numbers) for part in parts])
-    owners = np.searchsorted(ends, np.asarray(kept), side="right")
-    for part, count in zip(parts, np.bincount(owners, minlength=len(parts)).tolist(), strict=True):
-        counts[part.source] += count
-    return counts
+def _sources(parts: Sequence[SourceRows], reasons: Sequence[str]) -> Iterator[Source]:
+    """What came of each part; `reasons` of all their rows, empty for one that trains."""
+    start = 0
+    for part in parts:
+        end = start + len(part.rows)
+        pairs = sum(not reason for reason in reasons[start:end])
+        yield Source(dataset=part.source, name=part.name, available=part.available, rows=end - start, pairs=pairs)
+        start = end
 
 
 def _numbers(keys: Sequence[bytes]) -> NDArray[np.int64]:
@@ -222,7 +252,7 @@ _FEATURES = datasets.Features(
         "rejected_key": datasets.Value("binary"),
         "lengths": datasets.List(datasets.Value("int64"), length=3),
         "highest_id": datasets.Value("int64"),
-        "cut": datasets.List(datasets.Value("bool"), length=2),
+        "lost": datasets.List(datasets.Value("int64"), length=3),
         "error": datasets.Value("string"),
         "left_out": datasets.Value("string"),
     }
@@ -233,9 +263,9 @@ def _tokenise_row(
     row: Mapping[str, Any], *, tokenizer: PreTrainedTokenizerBase, truncation: Truncation
 ) -> dict[str, Any]:
     """One row of `_FEATURES`. Faults are returned rather than raised, so that all of them can be reported."""
-    pair, cut, error, left_out = PreferencePair([], [], []), [False, False], "", ""
+    pair, lost, error, left_out = PreferencePair([], [], []), Lost(0, 0, 0), "", ""
     try:
-        pair, *cut = tokenise(parse_row(row_fields(row)), tokenizer, truncation)
+        pair, lost = tokenise(parse_row(row_fields(row)), tokenizer, truncation)
     except RowError as fault:
         error = str(fault)
     except LeftOut as reason:
@@ -250,7 +280,7 @@ def _tokenise_row(
         "rejected_key": response_key(parts[0], parts[2]),
         "lengths": [len(part) for part in parts],
         "highest_id": max(chain(*parts), default=0),
-        "cut": cut,
+        "lost": list(lost),
         "error": error,
         "left_out": left_out,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from open_po.config import RunConfig
@@ -37,30 +38,29 @@ class Data:
         return set().union(*(part.token_ids() for part in self.parts))
 
 
+def load_data(config: RunConfig, console: Console) -> Data:
+    """Tokenizer and pairs, tokenised or read from the cache of `datasets`. Raises UserError."""
+    tokenizer = load_tokenizer(config.model)
+    data = config.data
+    truncation = Truncation(data.max_seq_length, data.max_prompt_length)
+    workers = data.preprocessing_num_workers
+    train = load_pairs(
+        data.mixture,
+        tokenizer,
+        truncation,
+        max_rows=data.max_train_samples,
+        num_workers=workers,
+        console=console,
+    )
+    held_out = None
+    if data.held_out_mixture:
+        held_out = load_pairs(data.held_out_mixture, tokenizer, truncation, num_workers=workers, console=console)
+    return Data(tokenizer=tokenizer, pad=pad_token_id(tokenizer), train=train, held_out=held_out)
+
+
 def prepare_data(config: RunConfig, runtime: Runtime, *, label: str = "Training data") -> Data:
     """Tokenizer and pairs, `label` the name of the first. Rank 0 tokenises, the others read its cache."""
-
-    def load() -> Data:
-        tokenizer = load_tokenizer(config.model)
-        data = config.data
-        truncation = Truncation(data.max_seq_length, data.max_prompt_length)
-        workers = data.preprocessing_num_workers
-        train = load_pairs(
-            data.mixture,
-            tokenizer,
-            truncation,
-            max_rows=data.max_train_samples,
-            num_workers=workers,
-            console=runtime.console,
-        )
-        held_out = None
-        if data.held_out_mixture:
-            held_out = load_pairs(
-                data.held_out_mixture, tokenizer, truncation, num_workers=workers, console=runtime.console
-            )
-        return Data(tokenizer=tokenizer, pad=pad_token_id(tokenizer), train=train, held_out=held_out)
-
-    loaded = runtime.main_first(load)
+    loaded = runtime.main_first(load_data, config, runtime.console)
     for name, part in ((label, loaded.train), ("Held-out data", loaded.held_out)):
         for line in part.describe() if part is not None else []:
             runtime.say(f"{name}: {line}")

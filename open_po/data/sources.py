@@ -42,19 +42,22 @@ class SourceRows:
     name: str  # for messages
     rows: Dataset  # `row_fields` reads one
     row_numbers: Sequence[int]  # of each row, from 1: in the file, or in the split of a Hub dataset
+    available: int  # rows that there were to take from
 
     def draw(self, count: int) -> SourceRows:
         """`count` rows in their old order."""
         if count == len(self.rows):
             return self
         drawn = sorted(_order(len(self.rows))[:count])
-        return replace(self, rows=self.rows.select(drawn), row_numbers=[self.row_numbers[i] for i in drawn])
+        numbers = [self.row_numbers[i] for i in drawn]
+        return replace(self, rows=self.rows.select(drawn), row_numbers=numbers)
 
 
 def load_mixture(mixture: Sequence[MixturePart], max_rows: int | None = None) -> list[SourceRows]:
     """The rows of each part of a mixture.
 
-    With `max_rows`, the parts are thinned by one draw over the whole mixture. Raises UserError for what cannot be read.
+    With `max_rows`, the parts are thinned by one draw over the whole mixture, in which one may get none. Raises
+    UserError for what cannot be read.
     """
     parts: list[SourceRows] = []
     for name, amount, split in mixture:
@@ -82,7 +85,7 @@ def _thin(parts: list[SourceRows], count: int) -> list[SourceRows]:
     """`count` rows drawn from all parts together."""
     owners = [index for index, part in enumerate(parts) for _ in part.row_numbers]
     shares = Counter(owners[position] for position in _order(len(owners))[:count])
-    return [part.draw(shares[index]) for index, part in enumerate(parts) if shares[index]]
+    return [part.draw(shares[index]) for index, part in enumerate(parts)]
 
 
 def _order(length: int) -> list[int]:
@@ -102,11 +105,15 @@ def _load(name: str, split: str) -> SourceRows:
             rows = _load_file(path)
             indices = _slice(split, len(rows))
             numbers: Sequence[int] = [index + 1 for index in indices]
-            part = SourceRows(source=name, name=name, rows=rows.select(indices), row_numbers=numbers)
+            part = SourceRows(
+                source=name, name=name, rows=rows.select(indices), row_numbers=numbers, available=len(numbers)
+            )
         else:
             rows = datasets.load_dataset(name, split=split)
             numbers = range(1, len(rows) + 1)
-            part = SourceRows(source=name, name=f"{name} ({split})", rows=rows, row_numbers=numbers)
+            part = SourceRows(
+                source=name, name=f"{name} ({split})", rows=rows, row_numbers=numbers, available=len(numbers)
+            )
     except Exception as error:  # datasets wraps parser, file and network errors in types of its own
         reason = _root_cause(error)
         if not is_file:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 from jinja2.exceptions import TemplateError
@@ -22,6 +22,14 @@ class PreferencePair:
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+
+
+class Lost(NamedTuple):
+    """Tokens that truncation took: a prompt's oldest, a response's newest."""
+
+    prompt: int
+    chosen: int
+    rejected: int
 
 
 class LeftOut(Exception):
@@ -52,8 +60,8 @@ class Truncation:
 
 def tokenise(
     pair: TextPair | MessagePair, tokenizer: PreTrainedTokenizerBase, truncation: Truncation
-) -> tuple[PreferencePair, bool, bool]:
-    """Token ids of a pair, and whether the prompt and whether a response was truncated.
+) -> tuple[PreferencePair, Lost]:
+    """Token ids of a pair, and how many it lost to truncation.
 
     The prompt's ids are the longest common prefix of tokenise(prompt), tokenise(prompt + chosen) and
     tokenise(prompt + rejected); all that follows is the response, scored, so the ids are those that the whole text
@@ -82,9 +90,12 @@ def tokenise(
     cut = truncation(whole)
     if cut.chosen_ids == cut.rejected_ids:
         raise LeftOut("identical responses after truncation")
-    prompt_cut = len(cut.prompt_ids) < len(whole.prompt_ids)
-    response_cut = len(cut.chosen_ids) + len(cut.rejected_ids) < len(whole.chosen_ids) + len(whole.rejected_ids)
-    return cut, prompt_cut, response_cut
+    lost = Lost(
+        prompt=len(whole.prompt_ids) - len(cut.prompt_ids),
+        chosen=len(whole.chosen_ids) - len(cut.chosen_ids),
+        rejected=len(whole.rejected_ids) - len(cut.rejected_ids),
+    )
+    return cut, lost
 
 
 KEY_DTYPE = np.dtype("V16")  # of arrays of response keys

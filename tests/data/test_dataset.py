@@ -70,10 +70,11 @@ def test_pairs_are_their_rows_tokenised(
     rows = tiny.text_rows(50)
     pairs = load(write(rows), tokenizer, truncation)
     expected = [tokenise(parse_row(r), tokenizer, truncation) for r in rows]
-    assert tokens(pairs) == [pair for pair, _, _ in expected]
+    assert tokens(pairs) == [pair for pair, _ in expected]
     assert pairs[np.int64(7)] == expected[7][0]
-    assert pairs.truncated_prompts == sum(prompt for _, prompt, _ in expected)
-    assert pairs.truncated_responses == sum(response for _, _, response in expected)
+    assert pairs.lost.tolist() == [list(lost) for _, lost in expected]
+    assert pairs.truncated_prompts == sum(lost.prompt > 0 for _, lost in expected)
+    assert pairs.truncated_responses == sum(lost.chosen > 0 or lost.rejected > 0 for _, lost in expected)
     assert (pairs.truncated_prompts > 0) == (truncation is not FREE)
 
 
@@ -161,6 +162,8 @@ def test_a_mixture_is_its_parts_in_order(tokenizer: PreTrainedTokenizerFast, wri
     assert len(numbers) == 3
     expected = [*rows[:6], *(rows[11 + number] for number in numbers)]
     assert tokens(pairs) == [tokenise(parse_row(r), tokenizer, FREE)[0] for r in expected]
+    told = [(source.name, source.available, source.rows, source.pairs) for source in pairs.sources]
+    assert told == [(first, 6, 6, 6), (second, 8, 3, 3)]
 
 
 def test_layouts_may_be_mixed_in_one_run(tokenizer: PreTrainedTokenizerFast, write: Callable[..., str]) -> None:

@@ -46,7 +46,7 @@ def ids(*tokens: str) -> list[int]:
 def text(
     prompt: str, chosen: str, rejected: str, tokenizer: Any = None, truncation: Truncation = FREE
 ) -> PreferencePair:
-    pair, _, _ = tokenise(TextPair(prompt, chosen, rejected), tokenizer or merging_tokenizer(), truncation)
+    pair, _ = tokenise(TextPair(prompt, chosen, rejected), tokenizer or merging_tokenizer(), truncation)
     return pair
 
 
@@ -148,7 +148,7 @@ def messages(
 ) -> PreferencePair:
     tokenizer = tokenizer or merging_tokenizer()
     tokenizer.chat_template = template
-    tokens, _, _ = tokenise(pair, tokenizer, truncation)
+    tokens, _ = tokenise(pair, tokenizer, truncation)
     return tokens
 
 
@@ -208,7 +208,7 @@ def test_tulu(tmp_path: Path) -> None:
     tokenizer = tiny.make_tokenizer(tmp_path)
     tokenizer.chat_template = chat_template("tulu")
     prompt = [{"role": "system", "content": "s"}, user("q1"), assistant("a1"), user("q2")]
-    pair, _, _ = tokenise(MessagePair(prompt, [assistant("good")], [assistant("bad")]), tokenizer, FREE)
+    pair, _ = tokenise(MessagePair(prompt, [assistant("good")], [assistant("bad")]), tokenizer, FREE)
     assert tokenizer.decode(pair.prompt_ids) == (
         "<s><|system|>\ns\n<|user|>\nq1\n<|assistant|>\na1</s>\n<|user|>\nq2\n<|assistant|>\n"
     )
@@ -220,7 +220,7 @@ def test_tulu(tmp_path: Path) -> None:
 def test_tulu_without_bos_token(tmp_path: Path) -> None:
     tokenizer = tiny.make_tokenizer(tmp_path, bos_token=None)
     tokenizer.chat_template = chat_template("tulu")
-    pair, _, _ = tokenise(MessagePair([user("q")], [assistant("good")], [assistant("bad")]), tokenizer, FREE)
+    pair, _ = tokenise(MessagePair([user("q")], [assistant("good")], [assistant("bad")]), tokenizer, FREE)
     assert tokenizer.decode(pair.prompt_ids) == "<|user|>\nq\n<|assistant|>\n"
 
 
@@ -308,16 +308,16 @@ def test_responses_that_differ_only_in_what_is_cut_off() -> None:
 def test_truncation_is_told() -> None:
     tokenizer = merging_tokenizer()
 
-    def cut(prompt: str, chosen: str, rejected: str, limit: int, prompt_limit: int | None = None) -> tuple[bool, bool]:
-        _, *told = tokenise(TextPair(prompt, chosen, rejected), tokenizer, Truncation(limit, prompt_limit))
-        return told[0], told[1]
+    def lost(prompt: str, chosen: str, rejected: str, limit: int, prompt_limit: int | None = None) -> tuple[int, ...]:
+        return tokenise(TextPair(prompt, chosen, rejected), tokenizer, Truncation(limit, prompt_limit))[1]
 
-    assert cut("xx", "y", "z", 4) == (False, False)
-    assert cut("xxx", "y", "z", 4) == (True, False)
-    assert cut("xx", "yyy", "z", 4) == (False, True)
-    assert cut("xx", "z", "yyy", 4) == (False, True)
-    assert cut("xxx", "yyy", "z", 4) == (True, True)
-    assert cut("xx", "y", "z", 100, 1) == (True, False)
+    # A response has an EOS behind it.
+    assert lost("xx", "y", "z", 4) == (0, 0, 0)
+    assert lost("xxx", "y", "z", 4) == (1, 0, 0)
+    assert lost("xx", "yyy", "z", 4) == (0, 2, 0)
+    assert lost("xx", "z", "yyy", 4) == (0, 0, 2)
+    assert lost("xxx", "yyyy", "z", 4) == (1, 3, 0)
+    assert lost("xx", "y", "z", 100, 1) == (1, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -431,7 +431,7 @@ def test_using_a_tokenizer_leaves_its_digest(tmp_path: Path) -> None:
 
 def test_tokenizers_without_a_fast_backend() -> None:
     tokenizer = ByT5Tokenizer()
-    pair, _, _ = tokenise(TextPair("x", "y", "z"), tokenizer, FREE)
+    pair, _ = tokenise(TextPair("x", "y", "z"), tokenizer, FREE)
     assert pair == PreferencePair([ord("x") + 3], [ord("y") + 3, 1], [ord("z") + 3, 1])
     assert tokenizer_digest(ByT5Tokenizer()) == tokenizer_digest(tokenizer)
     assert tokenizer_digest(ByT5Tokenizer(extra_ids=10)) != tokenizer_digest(tokenizer)
