@@ -10,6 +10,7 @@ from importlib import import_module
 # A module in `open_po/commands/` each, with a `main` that takes the words behind the command.
 COMMANDS = {
     "cache": "build, info, verify, prune, merge: the reference log-probs on disk",
+    "inspect": "what the model will really see: tokens, lengths, what is left out, packs",
     "score": "log-probs and implicit rewards of every pair of a data set",
     "sweep": "one reference pass, then a run for each setting of a grid",
     "watch": "a run or a sweep while it goes on, seen from another terminal",

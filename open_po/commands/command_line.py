@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from open_po.config import RunConfig
@@ -49,6 +50,16 @@ def _uncollected() -> Iterator[None]:
             gc.freeze()
             atexit.register(gc.unfreeze)  # or libraries complain of leaks
         gc.enable()
+
+
+def refuse_unwritable(out: Path) -> None:
+    """Raises UserError, before anything takes long, if no file `out` can be written; its folder is made."""
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: its folder cannot be made ({error.strerror})") from error
 
 
 def run_command(read: Callable[[], RunConfig], load: Callable[[], Job]) -> int:

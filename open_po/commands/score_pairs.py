@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from open_po.commands.command_line import refuse_unwritable
 from open_po.config import RunConfig
 from open_po.data.run_data import Data, prepare_data
 from open_po.distributed.runtime import Runtime
@@ -53,12 +54,7 @@ def _check(out: Path, config: RunConfig) -> None:
     read = {Path(part.name).resolve() for part in config.data.mixture}
     if out.resolve() in read:
         raise UserError(f"--out {out}: is the data that is scored; choose another file")
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name a file")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: its folder cannot be made ({error.strerror})") from error
+    refuse_unwritable(out)
 
 
 def _rows(data: Data, policy: PairLogps, reference: PairLogps | None, beta: float) -> list[dict[str, Any]]:

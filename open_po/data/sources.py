@@ -105,15 +105,11 @@ def _load(name: str, split: str) -> SourceRows:
             rows = _load_file(path)
             indices = _slice(split, len(rows))
             numbers: Sequence[int] = [index + 1 for index in indices]
-            part = SourceRows(
-                source=name, name=name, rows=rows.select(indices), row_numbers=numbers, available=len(numbers)
-            )
+            shown, rows = name, rows.select(indices)
         else:
-            rows = datasets.load_dataset(name, split=split)
+            shown, rows = f"{name} ({split})", datasets.load_dataset(name, split=split)
             numbers = range(1, len(rows) + 1)
-            part = SourceRows(
-                source=name, name=f"{name} ({split})", rows=rows, row_numbers=numbers, available=len(numbers)
-            )
+        part = SourceRows(source=name, name=shown, rows=rows, row_numbers=numbers, available=len(numbers))
     except Exception as error:  # datasets wraps parser, file and network errors in types of its own
         reason = _root_cause(error)
         if not is_file:

@@ -1,10 +1,12 @@
 """From tokenised pairs to forward passes: which pairs make a step, how they are cut into packs, a pack's tensors."""
 
 from open_po.packing.batch import Group, LastLayer, Layout, PackedBatch, Segment, group_pairs, pack, pack_responses
+from open_po.packing.epoch import EpochPlan, plan_epoch
 from open_po.packing.planner import PackingStats, Planner, PromptUnit, Response, ResponsePlanner
 from open_po.packing.sampler import Sampler
 
 __all__ = [
+    "EpochPlan",
     "Group",
     "LastLayer",
     "Layout",
@@ -19,4 +21,5 @@ __all__ = [
     "group_pairs",
     "pack",
     "pack_responses",
+    "plan_epoch",
 ]

@@ -98,9 +98,13 @@ class Planner:
         """This rank's packs of the pairs `indices`, balanced. Empty if there are fewer pairs than ranks."""
         return self._cut(self._shares(indices, world_size)[rank])
 
+    def packs_of_all(self, indices: Sequence[int], world_size: int) -> list[list[list[int]]]:
+        """Every rank's packs of the pairs `indices`."""
+        return [self._cut(share) for share in self._shares(indices, world_size)]
+
     def rounds(self, indices: Sequence[int], world_size: int) -> int:
         """How many packs the rank has that has the most."""
-        return max(len(self._cut(share)) for share in self._shares(indices, world_size))
+        return max(map(len, self.packs_of_all(indices, world_size)))
 
     def smallest(self, indices: Sequence[int], count: int) -> list[list[int]]:
         """`count` packs that cost as little as can be: each the pair of `indices` with the fewest tokens."""

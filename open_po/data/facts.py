@@ -1,0 +1,149 @@
+"""What to know of tokenised pairs before training on them: their special tokens, and what they share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from open_po.data.dataset import PairDataset
+
+# How a response ends: with one EOS, with several, with one and other tokens behind it; or without because it was
+# truncated, or though it was not.
+Ending = Literal["once", "repeated", "followed", "cut", "missing"]
+_CHUNK = 10_000  # rows
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Token ids of several rows: those of row i are `ids[starts[i]:ends[i]]`."""
+
+    ids: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+    def count(self, hits: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """How many of each row's tokens are among `hits`."""
+        sums = np.concatenate([[0], np.cumsum(hits)])
+        counts: NDArray[np.int64] = sums[self.ends] - sums[self.starts]
+        return counts
+
+    def run(self, token: int, *, at_end: bool = False) -> NDArray[np.int64]:
+        """How often each row has `token` in a row, at its beginning or its end."""
+        lengths = self.ends - self.starts
+        runs = np.zeros(len(lengths), dtype=np.int64)
+        going = np.arange(len(lengths))
+        while len(going := going[runs[going] < lengths[going]]):
+            place = self.ends[going] - 1 - runs[going] if at_end else self.starts[going] + runs[going]
+            going = going[self.ids[place] == token]
+            runs[going] += 1
+        return runs
+
+    def behind_last(self, token: int) -> NDArray[np.int64]:
+        """How many tokens stand behind each row's last `token`; all of them where there is none."""
+        places = np.flatnonzero(self.ids == token)
+        before = np.searchsorted(places, self.ends)  # how many places come before the row's end
+        last = np.where(before > 0, places[np.maximum(before - 1, 0)] if len(places) else -1, -1)
+        behind: NDArray[np.int64] = self.ends - 1 - np.maximum(last, self.starts - 1)
+        return behind
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """BOS, EOS and unknown tokens of P pairs."""
+
+    leading_bos: NDArray[np.int64]  # [P] how many BOS the prompt begins with
+    inner_bos: NDArray[np.bool_]  # [P] whether there is another further on; none are looked for if BOS is EOS
+    endings: NDArray[np.str_]  # [P, 2] of chosen and rejected, each an `Ending`
+    behind_eos: NDArray[np.int64]  # [P, 2] tokens behind the last EOS
+    unknown: NDArray[np.int64]  # [P] tokens that stand for what the tokenizer does not know
+
+    def ended(self, side: int, ending: Ending) -> int:
+        """How many responses of a side, 0 for chosen and 1 for rejected, end so."""
+        return int((self.endings[:, side] == ending).sum())
+
+
+def special_tokens(dataset: PairDataset, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
+    """The special tokens of all pairs."""
+    bos, eos, unknown = (
+        -1 if token is None else int(token)  # no token has this id
+        for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    )
+    if unknown in (bos, eos):
+        unknown = -1  # some tokenizers have one token for all, and know every byte
+    parts: dict[str, list[NDArray[np.int64]]] = {"leading": [], "bos": [], "unknown": [], "run": [], "behind": []}
+    for columns in _columns(dataset):
+        parts["leading"].append(columns[0].run(bos))
+        parts["bos"].append(np.sum([c.count(c.ids == bos) for c in columns], axis=0))
+        parts["unknown"].append(np.sum([c.count(c.ids == unknown) for c in columns], axis=0))
+        parts["run"].append(np.stack([c.run(eos, at_end=True) for c in columns[1:]], 1))
+        parts["behind"].append(np.stack([c.behind_last(eos) for c in columns[1:]], 1))
+    found = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    lengths = np.stack([dataset.chosen_lengths, dataset.rejected_lengths], 1)
+    tests = [found["run"] == 1, found["run"] > 1, dataset.lost[:, 1:] > 0, found["behind"] < lengths]
+    inner = found["bos"] > found["leading"]
+    return SpecialTokens(
+        leading_bos=found["leading"],
+        inner_bos=inner if bos != eos else np.zeros_like(inner),
+        endings=np.select(tests, ["once", "repeated", "cut", "followed"], "missing"),
+        behind_eos=found["behind"],
+        unknown=found["unknown"],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What pairs have in common."""
+
+    prompts: int  # distinct
+    in_company: int  # pairs whose prompt another one has too
+    most: int  # pairs of one prompt
+    responses: int  # distinct, by prompt
+    repeated: int  # pairs that came before
+    contradicted: int  # pairs whose responses another one has the other way round
+
+
+def shared(dataset: PairDataset) -> Shared:
+    """What the pairs have in common."""
+    by_prompt = np.unique(dataset.prompt_numbers, return_counts=True)[1]
+    numbers = dataset.response_numbers.astype(np.int64)
+    many = int(numbers.max()) + 1
+    pairs, swapped = numbers @ np.array([many, 1]), numbers @ np.array([1, many])
+    return Shared(
+        prompts=len(by_prompt),
+        in_company=int(by_prompt[by_prompt > 1].sum()),
+        most=int(by_prompt.max()),
+        responses=len(np.unique(numbers)),
+        repeated=len(pairs) - len(np.unique(pairs)),
+        contradicted=int(np.isin(pairs, swapped).sum()),
+    )
+
+
+def known_prompts(dataset: PairDataset, others: PairDataset) -> int:
+    """How many distinct prompts of `dataset` are prompts of `others` too."""
+    return len(_prompts(dataset) & _prompts(others))
+
+
+def _prompts(dataset: PairDataset) -> set[bytes]:
+    """A digest of every prompt."""
+    return {
+        hashlib.blake2b(prompts.ids[start:end].tobytes(), digest_size=16).digest()
+        for prompts, *_ in _columns(dataset)
+        for start, end in zip(prompts.starts, prompts.ends, strict=True)
+    }
+
+
+def _columns(dataset: PairDataset) -> Iterator[list[_Column]]:
+    """The ids of prompts, chosen and rejected responses, many rows at a time."""
+    for rows in dataset.rows.with_format("arrow").iter(_CHUNK):
+        columns = []
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            lists = rows[name].combine_chunks()
+            offsets = lists.offsets.to_numpy().astype(np.int64)
+            columns.append(_Column(lists.values.to_numpy(), offsets[:-1], offsets[1:]))
+        yield columns

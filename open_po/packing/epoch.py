@@ -1,0 +1,35 @@
+"""What an epoch comes to, before any model is there to train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from open_po.packing.planner import PackingStats, Planner
+from open_po.packing.sampler import Sampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochPlan:
+    """The packs of the first epoch, or of its first steps."""
+
+    steps: int  # that were planned
+    packing: PackingStats  # over all ranks
+    forward_passes: int  # of the rank that has the most in each step, added up
+    tokens_otherwise: int  # to compute, were each response a row of its own with its prompt and without padding
+
+
+def plan_epoch(planner: Planner, sampler: Sampler, ranks: int, *, max_steps: int) -> EpochPlan:
+    """Draw the first epoch's steps, `max_steps` at most, and cut them into packs as a run does."""
+    data = planner.dataset
+    rows = data.prompt_lengths + data.chosen_lengths
+    if planner.with_rejected:
+        rows = rows + data.prompt_lengths + data.rejected_lengths
+    steps = min(sampler.steps_per_epoch, max_steps)
+    packing, passes, tokens = PackingStats(), 0, 0
+    for step in range(steps):
+        pairs = sampler.step_pairs(step)
+        shares = planner.packs_of_all(pairs, ranks)
+        packing += planner.stats(pack for packs in shares for pack in packs)
+        passes += max(map(len, shares))
+        tokens += int(rows[pairs].sum())
+    return EpochPlan(steps=steps, packing=packing, forward_passes=passes, tokens_otherwise=tokens)
