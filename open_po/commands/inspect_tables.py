@@ -218,14 +218,13 @@ def steps_table(config: RunConfig, sampler: Sampler, steps: int, ranks: int, pla
     table.add_row("global batch", f"{sampler.global_batch:,} pairs: {batch}")
     table.add_row("steps", f"{sampler.steps_per_epoch:,} an epoch, {steps:,} in all")
     shares = plan.packing.summary()
-    planned = "an epoch" if plan.steps == sampler.steps_per_epoch else f"the first {plan.steps:,} steps"
     over = (
         f", {plan.packing.over_budget:,} of them longer because a pair is not cut" if plan.packing.over_budget else ""
     )
     table.add_row(
         "packs",
-        f"{plan.packing.packs:,} in {planned}, of at most {train.max_tokens_per_batch:,} tokens{over}; "
-        f"{shares['fill']:.0%} full; {plan.forward_passes / plan.steps:,.1f} forward passes a step",
+        f"{plan.packing.packs:,} in the first epoch, of at most {train.max_tokens_per_batch:,} tokens{over}; "
+        f"{shares['fill']:.0%} full; {plan.forward_passes / sampler.steps_per_epoch:,.1f} forward passes a step",
     )
     saved = 1 - plan.packing.computed / plan.tokens_otherwise
     table.add_row(

@@ -54,20 +54,27 @@ def _visible(character: str) -> str:
 def pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
     """`ids` as pieces, whose texts together are what the tokenizer decodes `ids` to.
 
-    What a token adds is told by decoding it behind the piece before it, since a tokenizer may drop the space that a
-    text begins with.
+    What a token adds is told by decoding it behind a piece before it, since a tokenizer may drop the space that a
+    text begins with. Where truncation left half a character, some tokenizers decode the whole ones beside it to
+    U+FFFD too; here they are kept.
     """
     outside = tokenizer.added_tokens_decoder.keys() | set(tokenizer.all_special_ids)
     found: list[Piece] = []
     position = 0
     while position < len(ids):
-        before = found[-1].ids if found else ()
+        before = _context(found, tokenizer)
         end, text = _next(ids, position, before, tokenizer)
         taken = tuple(ids[position:end])
         name = cast(str, tokenizer.convert_ids_to_tokens(taken[0])) if taken[0] in outside else None
         found.append(Piece(taken, text, name))
         position = end
     return found
+
+
+def _context(found: Sequence[Piece], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens to decode the next ones behind: the last that are whole characters, which no byte can change."""
+    whole = next((piece.ids for piece in reversed(found) if _HALF not in piece.text), None)
+    return (whole or (cast(int, tokenizer.eos_token_id),)) if found else ()
 
 
 def _next(ids: Sequence[int], start: int, before: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:
