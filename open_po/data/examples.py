@@ -37,16 +37,16 @@ def choose_examples(dataset: PairDataset, special: SpecialTokens, count: int) ->
 def _candidates(dataset: PairDataset, special: SpecialTokens) -> Iterator[tuple[int, str]]:
     firsts = _first_of_each(dataset)
     yield from firsts[:1]
-    lost = dataset.lost
-    if lost.any():
-        index = int(lost.sum(1).argmax())
-        yield index, f"it loses the most to truncation, {int(lost[index].sum()):,} tokens"
-    yield dataset.longest_pair, f"it is the longest, {dataset.longest_row:,} tokens of prompt and longer response"
     odd = (special.endings == "missing").any(1)
     if odd.any():
         yield int(odd.argmax()), "a response ends without EOS"
     if (special.leading_bos > 1).any():
         yield int((special.leading_bos > 1).argmax()), "its prompt begins with more than one BOS"
+    lost = dataset.lost
+    if lost.any():
+        index = int(lost.sum(1).argmax())
+        yield index, f"it loses the most to truncation, {int(lost[index].sum()):,} tokens"
+    yield dataset.longest_pair, f"it is the longest, {dataset.longest_row:,} tokens of prompt and longer response"
     yield from firsts[1:]
     numbers, counts = np.unique(dataset.prompt_numbers, return_counts=True)
     if counts.max() > 1:

@@ -26,6 +26,7 @@ from open_po.packing import (
     group_pairs,
     pack,
     pack_responses,
+    plan_epoch,
 )
 from tests import tiny
 from tests.packs import LAYOUTS, dataset_of, datasets, ids, layouts, pair_lists, seen_from, sized, sized_lists
@@ -482,3 +483,30 @@ def test_a_pair_above_the_budget_does_not_cut_the_others_smaller() -> None:
     packs = Planner(dataset=dataset_of(items), max_tokens=100, layout="shared").packs(range(21))
     assert packs[0] == [0]
     assert sorted(map(len, packs[1:])) == [5, 5, 5, 5]
+
+
+# --------------------------------------------------------------------------------------------------------------- epoch
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("with_rejected", [True, False])
+def test_an_epoch_is_planned_as_it_is_computed(ranks: int, with_rejected: bool) -> None:
+    dataset = sized([(5, [(3, 4), (2, 6)]), (9, [(1, 2)]), (4, [(8, 3), (3, 3), (2, 9)]), (7, [(5, 5)])])
+    planner = Planner(dataset=dataset, max_tokens=24, layout="shared", with_rejected=with_rejected)
+    sampler = Sampler(num_pairs=len(dataset), global_batch=3, seed=1)
+    plan = plan_epoch(planner, sampler, ranks)
+    # Step by step, each rank for itself; a pack's tokens counted in its tensors.
+    passes = packs = computed = 0
+    for step in range(sampler.steps_per_epoch):
+        shares = [planner.packs(sampler.step_pairs(step), rank=r, world_size=ranks) for r in range(ranks)]
+        passes += max(map(len, shares))
+        packs += sum(map(len, shares))
+        computed += sum(planner.batch(indices, 0).input_ids.numel() for share in shares for indices in share)
+    assert (plan.forward_passes, plan.packing.packs, plan.packing.computed) == (passes, packs, computed)
+    pairs = [dataset[index] for index in range(len(dataset))]
+    alone = sum(
+        len(pair.prompt_ids) + len(response)
+        for pair in pairs
+        for response in ([pair.chosen_ids, pair.rejected_ids] if with_rejected else [pair.chosen_ids])
+    )
+    assert plan.tokens_otherwise == alone
