@@ -169,7 +169,7 @@ def _bos(part: Part, tokenizer: PreTrainedTokenizerBase) -> Text:
     said = [
         (counts == 1, "once", False),
         (counts > 1, "more than once", True),
-        ((counts == 0) & cut, "not, truncated away perhaps", True),
+        ((counts == 0) & cut, "not, in truncated prompts", True),
         ((counts == 0) & ~cut, "not", bool(counts.any())),
         (part.special.inner_bos, "with another one further on", True),
     ]
@@ -177,11 +177,11 @@ def _bos(part: Part, tokenizer: PreTrainedTokenizerBase) -> Text:
 
 
 def _ending(part: Part, side: int) -> Text:
-    behind = part.special.behind_eos[part.special.endings[:, side] == "followed", side]
+    behind = part.special.behind_eos[part.special.endings[:, side] == "followed", side].max(initial=0)
     said: dict[Ending, tuple[str, bool]] = {
         "once": ("once", False),
         "repeated": ("more than once", True),
-        "followed": (f"and then up to {behind.max(initial=0):,} more tokens, of the template", False),
+        "followed": (f"and then at most {behind:,} token{'' if behind == 1 else 's'} of the template", False),
         "cut": ("not, because truncated", False),
         "missing": ("not, though whole", True),
     }
@@ -196,9 +196,13 @@ def _prompts(part: Part) -> Text:
 
 
 def _likeness(found: Shared) -> Text:
-    lines = [(f"{found.repeated:,} were there before", True)] if found.repeated else []
-    lines += [(f"{found.contradicted:,} are contradicted by another", True)] if found.contradicted else []
-    return _flagged(*lines) if lines else Text("none repeated or contradicted")
+    lines = [(f"{found.repeated:,} repeated", True)] if found.repeated else []
+    lines += (
+        [(f"{found.contradicted:,} contradicted, the responses the other way round", True)]
+        if found.contradicted
+        else []
+    )
+    return _flagged(*lines) if lines else Text("none repeated, none contradicted")
 
 
 def _difference(pairs: PairDataset) -> Text:
