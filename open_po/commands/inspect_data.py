@@ -33,7 +33,6 @@ from open_po.output.files import disk_faults, write_atomically
 from open_po.packing import Layout, Planner, Sampler, plan_epoch
 from open_po.training.optimizer import total_steps
 
-_PLANNED = 500  # steps at most whose packs are made: more take long and tell little more
 _PAGE_WIDTH = 140  # characters
 _PAGE = """<!DOCTYPE html>
 <html><head><meta charset="utf-8"><title>open_po inspect</title>
@@ -119,5 +118,5 @@ def _steps(config: RunConfig, pairs: PairDataset, ranks: int) -> RenderableType:
         seed=train.seed,
         prompt_numbers=pairs.prompt_numbers if train.group_pairs_by_prompt else None,
     )
-    plan = plan_epoch(planner, sampler, ranks, max_steps=_PLANNED)
+    plan = plan_epoch(planner, sampler, ranks)
     return steps_table(config, sampler, total_steps(train, sampler.steps_per_epoch), ranks, plan, layout)
