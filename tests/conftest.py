@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before datasets and the Hub's client are imported: tests keep their caches to themselves and never look outside.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # of fixtures that several tests share; each test has its own
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
@@ -16,6 +19,13 @@ import pytest
 import torch
 
 from tests import tiny
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_cache_left() -> Iterator[None]:
+    cache = os.environ["HF_DATASETS_CACHE"]
+    yield
+    shutil.rmtree(cache, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

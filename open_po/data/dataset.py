@@ -37,7 +37,7 @@ from open_po.output.summary import DataTotals
 
 # Part of the name under which tokenised rows are kept: raise it when the same row gives other ids, or columns, than
 # before.
-_TOKENISATION_VERSION = 4
+_TOKENISATION_VERSION = 5
 _ROWS_PER_WORKER = 500  # below, starting another process costs more than it saves
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable
@@ -17,7 +18,8 @@ Say = Callable[[str], object]
 
 # Seconds of trying again: before training somebody is looking; in training the next checkpoint may be better off.
 AT_START, IN_TRAINING, AT_THE_END = 60.0, 300.0, 600.0
-SILENCE_SECONDS = 60.0  # after which a server is taken for dead: the client itself would wait for it forever
+# After which a server is taken for dead: the client itself would wait for it forever.
+SILENCE_SECONDS = float(os.environ.get("OPEN_PO_HUB_TIMEOUT", "60"))
 _LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
 _LONGEST_ASKED = 300.0  # of what a server asks for
 _PASSING = (408, 409, 412, 429)  # statuses; the branch may have got another commit since it was looked at (409, 412)

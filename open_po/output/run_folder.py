@@ -19,6 +19,8 @@ from open_po.output.files import disk_faults, is_locked, lock_folder, write_atom
 from open_po.output.summary import RunSummary, Status
 
 _FROM_THE_NEWEST = ("auto", "hub")  # values of resume_from_checkpoint that name no folder
+# How the names of the files begin that every run hides, or half-written ones of it
+_HIDDEN = (".config.yaml.", ".progress.json", "..progress.json.", ".hub.", "..hub.json.")
 CURVES = "training_curves.png"
 FINAL = "final"  # what the model of a complete run is called where uploads are noted
 
@@ -86,7 +88,7 @@ class RunFolder:
             )
 
     def _refuse_other_run(self, config: RunConfig) -> None:
-        held = {item.name for item in self.path.iterdir() if not item.name.startswith(".")}
+        held = {item.name for item in self.path.iterdir() if not item.name.startswith(_HIDDEN)}
         failed_early = held <= {self.config.name, self.summary.name} and self._status() == Status.FAILED
         if not held or failed_early:  # a run that failed before it made anything does not stand in the way
             return

@@ -40,8 +40,9 @@ def output(finished: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that says nothing is given up sooner."""
+    """A server that says nothing is given up sooner, by uploads in the background too."""
     monkeypatch.setattr(retrying, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setenv("OPEN_PO_HUB_TIMEOUT", "1")
 
 
 def upload(output: Path, *more: str) -> int:
@@ -181,7 +182,9 @@ def test_a_run_ends_with_the_same_weights_whatever_the_hub_does(
     assert_whole(hub, output)
     assert hub.branch("a-run-step_000002").files["model.safetensors"]
     assert len(hub.repositories["someone/a-model"]["a-run"]) == 5
-    assert hub.put_bytes == sum(len(content) for content in hub.objects.values())
+    sizes = [len(content) for content in hub.objects.values()]
+    again = 2 * max(sizes) if fault == LOST else 0  # see above
+    assert sum(sizes) <= hub.put_bytes <= sum(sizes) + again
 
 
 def _every_other(fault: Fault, times: int) -> Iterator[Fault | None]:  # type: ignore[type-arg]

@@ -65,7 +65,9 @@ def test_every_checkpoint_and_the_model_are_published(
         state = {f"last-checkpoint/{name}" for name in cli.files(checkpoint) if not name.startswith("model/")}
         assert set(there) == cli.files(checkpoint / "model") | state | {".gitattributes"}
         assert all((checkpoint / name.replace("last-checkpoint/", "")).read_bytes() == there[name] for name in state)
-        model = AutoModelForCausalLM.from_pretrained("someone/a-model", revision=f"a-run-{checkpoint.name}")
+        model = AutoModelForCausalLM.from_pretrained(
+            "someone/a-model", revision=f"a-run-{checkpoint.name}", cache_dir=tmp_path / "hub"
+        )
         written = cli.weights(checkpoint / "model")
         assert cli.equal(dict(model.state_dict()), written | {"lm_head.weight": model.lm_head.weight})
         records = [json.loads(line) for line in there["metrics.jsonl"].decode().splitlines()]
@@ -94,7 +96,7 @@ def test_of_a_lora_run_the_adapter_is_published_or_the_merged_model(
         assert not {"model.safetensors", "config.json", "generation_config.json"} & set(there)
         adapter = output / "adapter" / "adapter_model.safetensors"
         assert there["adapter_model.safetensors"] == adapter.read_bytes()
-    model = AutoModelForCausalLM.from_pretrained("someone/a-model", revision="a-run", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained("someone/a-model", revision="a-run", cache_dir=tmp_path / "hub")
     merged_weights = cli.weights(output)
     name = "model.layers.0.mlp.up_proj"
     layer = model.get_submodule(name)
@@ -118,7 +120,7 @@ def test_the_newest_checkpoint_goes_next_and_none_is_removed_under_way(
     hub: Hub, llama: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
     """With uploads that take as long as many steps do."""
-    hub.seconds = 3.0
+    hub.seconds = 1.0
     fields = FIELDS | {"max_train_steps": 12, "num_epochs": 2, "keep_last_n_checkpoints": 1}
     output = cli.train(llama, pairs_file, tmp_path / "run", **fields)
     titles = [commit.title for commit in hub.repositories["someone/a-model"]["a-run"]]

@@ -94,7 +94,7 @@ def test_killed_ranks_resume(engine: str, fields: dict[str, Any], llama: Path, p
     assert_each_pair_once_an_epoch(notes)
 
 
-@pytest.mark.parametrize(("engine", "ranks"), [(None, 1), ("ddp", 2), ("fsdp", 2)])
+@pytest.mark.parametrize(("engine", "ranks"), [(None, 1), pytest.param("ddp", 2, marks=pytest.mark.slow), ("fsdp", 2)])
 def test_checkpoints_written_while_training_goes_on(
     engine: str | None, ranks: int, llama: Path, pairs: Path, tmp_path: Path
 ) -> None:
@@ -154,7 +154,7 @@ def test_deepspeed_says_that_it_waits_for_its_checkpoints(
 
 @pytest.mark.parametrize(
     ("engine", "count"),
-    [("ddp", 1), ("fsdp", 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("ddp", 3), ("fsdp", 1)))],
+    [("ddp", 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("ddp", 3), ("fsdp", 1), ("fsdp", 3)))],
 )
 def test_another_number_of_ranks_goes_on_with_the_same_steps(
     engine: str, count: int, llama: Path, pairs: Path, tmp_path: Path, capfd: Capture
@@ -175,9 +175,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_steps(
         assert mine["rewards/accuracy"] == theirs["rewards/accuracy"]
 
 
-@pytest.mark.parametrize(
-    "engine", ["zero2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero3"))]
-)
+@pytest.mark.parametrize("engine", [pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "zero3")])
 def test_zero_says_that_it_needs_the_same_number_of_ranks(
     engine: str, llama: Path, pairs: Path, tmp_path: Path, capfd: Capture
 ) -> None:
