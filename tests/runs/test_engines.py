@@ -82,13 +82,8 @@ def shares_of_movement(
 @pytest.mark.parametrize(
     ("engine", "names"),
     [
-        # ZeRO-1 is part of ZeRO-2
-        pytest.param(
-            engine,
-            names,
-            id=f"{engine}-{kind}",
-            marks=pytest.mark.slow if kind == "slow" or engine in ("zero1", "zero2") else [],
-        )
+        # ZeRO-1 and 2 are parts of ZeRO-3
+        pytest.param(engine, names, id=f"{engine}-{kind}", marks=[] if kind == "fast" and engine in QUICK else SLOWLY)
         for engine in ENGINES
         for kind, names in (("fast", FAST), ("slow", SLOW))
     ],
