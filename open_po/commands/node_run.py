@@ -17,11 +17,11 @@ from open_po.commands.place import Place, cores, interface_to
 from open_po.config import RunConfig
 from open_po.distributed.node_watch import Failure, LoneProcess, NodeWatch, Status
 from open_po.distributed.rendezvous import Limits, Rendezvous
-from open_po.errors import ConfigError, UserError
+from open_po.errors import ConfigError, NotUploadedError, UserError
 
 PREEMPTED = os.EX_TEMPFAIL  # 75: a rank has saved after a signal, and the same command goes on from there
 INTERRUPTED = 130
-_NEVER_RESTARTED = (PREEMPTED, INTERRUPTED, ConfigError.exit_code)
+_NEVER_RESTARTED = (PREEMPTED, INTERRUPTED, ConfigError.exit_code, NotUploadedError.exit_code)
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # which some clusters set for nodes
 _POLL_SECONDS = 0.1

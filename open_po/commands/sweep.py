@@ -95,7 +95,7 @@ class Sweep:
                 problems |= dict.fromkeys(error.problems)
         if not problems and configs[0].data.eval_mixer_list is None:
             problems["eval_mixer_list: is required, a sweep compares runs on held-out data"] = None
-        if not problems and configs[0].output.push_to_hub:
+        if not problems and any(config.output.push_to_hub for config in configs):
             problems["push_to_hub: runs of a sweep would overwrite each other's model; upload the best by hand"] = None
         for (one, mine), (other, theirs) in itertools.combinations(zip(settings, configs, strict=False), 2):
             if not problems and mine == theirs:

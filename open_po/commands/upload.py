@@ -22,7 +22,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("folder", metavar="OUTPUT_DIR", type=Path)
     parser.add_argument("--hf_repo_id", metavar="NAME", help="repository, USER/NAME or NAME")
     named = "goes with --hf_repo_id: "
-    parser.add_argument("--hf_repo_revision", default="main", metavar="BRANCH", help=f"{named}branch, default main")
+    parser.add_argument("--hf_repo_revision", metavar="BRANCH", help=f"{named}branch, default main")
     parser.add_argument("--public", action="store_true", help=f"{named}make a new repository public")
     parser.add_argument("--merged", action="store_true", help=f"{named}of a LoRA run the merged model")
     parser.add_argument(
@@ -30,6 +30,9 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument("--only", help=argparse.SUPPRESS)  # what a run starts in the background
     arguments = parser.parse_args(words)
+    given = {"hf_repo_revision": arguments.hf_repo_revision, "public": arguments.public, "merged": arguments.merged}
+    if arguments.hf_repo_id is None and any(given.values()):
+        parser.error(f"argument --{next(name for name in given if given[name])}: needs --hf_repo_id")
     from open_po.commands.upload_run import upload_run  # which loads what a mistake can do without
 
     try:

@@ -6,6 +6,8 @@ import argparse
 import sys
 from functools import partial
 
+from huggingface_hub.utils import disable_progress_bars
+
 from open_po.config import OutputConfig
 from open_po.errors import UserError
 from open_po.hub.background import EventLog, UploadBar
@@ -24,8 +26,9 @@ def upload_run(arguments: argparse.Namespace) -> None:
     folder = RunFolder(arguments.folder)
     if folder.read_summary() is None:
         raise UserError(f"{folder.path}: holds no run; name the output_dir of one")
-    publication = _publication(folder, arguments)
+    disable_progress_bars()  # the client's own
     with waiting_lock(folder.path / _LOCK):
+        publication = _publication(folder, arguments)
         if arguments.only is not None:
             _publish_for_a_run(publication, arguments.only, arguments.patience)
         else:
@@ -41,13 +44,20 @@ def _publication(folder: RunFolder, arguments: argparse.Namespace) -> Publicatio
         return noted
     output = OutputConfig(
         hf_repo_id=arguments.hf_repo_id,
-        hf_repo_revision=arguments.hf_repo_revision,
+        hf_repo_revision=arguments.hf_repo_revision or "main",
         hf_private=not arguments.public,
     )
     branch = Branch.of(output, patience=arguments.patience, say=print)
     if noted is not None and noted.branch == branch:
         return noted
-    return Publication(folder=folder, branch=branch, with_state=False, keeps_all=False, merged=arguments.merged)
+    return Publication(
+        folder=folder,
+        branch=branch,
+        with_state=False,
+        keeps_all=False,
+        merged=arguments.merged,
+        is_noted=noted is None,  # a run goes on to its own branch
+    )
 
 
 def _publish_for_a_run(publication: Publication, name: str, patience: float) -> None:

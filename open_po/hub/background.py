@@ -45,13 +45,15 @@ class HubUploader(RunObserver):
         self._folder, self._console = folder, console
         self.branch = branch = Branch.of(output, patience=AT_START, say=console.print)
         before = Publication.read(folder)
+        arrived = {} if before is None or before.branch != branch else before.published
+        known = {path.name for path in folder.checkpoints.glob("step_*")} | ({FINAL} if folder.is_complete() else set())
         self._publication = Publication(
             folder=folder,
             branch=branch,
             with_state=output.hub_strategy in ("checkpoint", "all_checkpoints"),
             keeps_all=output.hub_strategy == "all_checkpoints",
             merged=output.hf_merged,
-            published={} if before is None or before.branch != branch else before.published,
+            published={name: commit for name, commit in arrived.items() if name in known},
         )
         self._publication.write()
         persistently(
@@ -60,8 +62,9 @@ class HubUploader(RunObserver):
             patience=AT_START,
             say=console.print,
         )
-        self._waiting: list[str] = []
+        self._waiting = [name for name in self._publication.due() if name != FINAL]  # of a run that was killed
         self._upload: _Upload | None = None
+        self._told = False  # that a process could not be started
 
     def metrics_written(self, metrics: Metrics) -> None:
         self._look()
@@ -72,6 +75,8 @@ class HubUploader(RunObserver):
         self._look()
 
     def needs(self, checkpoint: Path) -> bool:
+        if self._publication.keeps_all:
+            return (checkpoint / MODEL_FOLDER).is_dir() and checkpoint.name not in self._noted().published
         under_way = [] if self._upload is None else [self._upload.name]
         return checkpoint.name in [*self._waiting, *under_way]
 
@@ -79,6 +84,8 @@ class HubUploader(RunObserver):
         """Asked to stop, finish what is waiting: the machine may be gone soon. A second signal ends this."""
         while isinstance(error, Preempted) and (self._upload is not None or self._waiting):
             self._look()
+            if self._upload is None and self._told:
+                return
             self._wait()
 
     def completed(self, summary: RunSummary) -> None:
@@ -105,7 +112,16 @@ class HubUploader(RunObserver):
         if self._upload is not None and self._upload.poll():
             self._end()
         if self._upload is None and self._waiting:
-            self._upload = _Upload(self._folder, self._waiting.pop(0), IN_TRAINING)
+            try:
+                self._upload = _Upload(self._folder, self._waiting[0], IN_TRAINING)
+            except OSError as error:  # no memory for a process, no room for its log: later, or in the end
+                if not self._told:
+                    self._told = True
+                    self._console.print(
+                        f"upload of {self._waiting[0]} cannot begin yet ({error.strerror})", soft_wrap=True
+                    )
+            else:
+                del self._waiting[0]
 
     def _wait(self) -> None:
         """Wait for the upload that is under way, if any, and tell of it."""

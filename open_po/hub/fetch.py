@@ -33,11 +33,19 @@ def fetch_checkpoint(folder: RunFolder, branch: Branch, newest: Path | None, say
 
     try:
         if not persistently(what, lambda: fetch(state), patience=AT_START, say=say):
+            if (
+                persistently(what, lambda: fetch("run_summary.json"), patience=AT_START, say=say)
+                or (partial / "run_summary.json").is_file()
+            ):
+                raise UserError(
+                    f"resume_from_checkpoint hub: the run in {branch} is complete; load it from there, or name another "
+                    "hf_repo_revision"
+                )
             say(f"No checkpoint in {branch} yet")
             return
         step = _step(partial / state, branch)
         target = folder.checkpoints / f"step_{step:06d}"
-        if newest is not None and newest.name >= target.name:
+        if newest is not None and int(newest.name.removeprefix("step_")) >= step:
             say(f"{newest} is as new as what {branch} has")
             return
         records = [path.name for path in (folder.metrics, folder.samples)]

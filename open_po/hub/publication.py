@@ -32,6 +32,7 @@ class Publication:
     keeps_all: bool  # whether every checkpoint stays, in a branch of its own
     merged: bool  # whether adapters are published merged
     published: dict[str, str] = field(default_factory=dict)  # commits, by the name of a checkpoint, or FINAL
+    is_noted: bool = True  # as that of its run, in its folder
 
     @staticmethod
     def read(folder: RunFolder) -> Publication | None:
@@ -47,6 +48,8 @@ class Publication:
 
     def write(self) -> None:
         """Note it in the run's folder. Raises OSError."""
+        if not self.is_noted:
+            return
         content: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "folder"}
         content["branch"] = asdict(self.branch)
         write_atomically(self.folder.hub, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
@@ -55,7 +58,8 @@ class Publication:
         """What is on disk and not published, the oldest first: of checkpoints only the newest unless all are kept."""
         if FINAL in self.published:
             return []
-        steps = sorted(path.parent.name for path in self.folder.checkpoints.glob(f"step_*/{MODEL_FOLDER}"))
+        found = [path.parent.name for path in self.folder.checkpoints.glob(f"step_*/{MODEL_FOLDER}")]
+        steps = sorted(found, key=lambda name: int(name.removeprefix("step_")))
         complete = self.folder.is_complete()
         if not self.keeps_all:
             steps = [] if complete else steps[-1:]
@@ -89,7 +93,8 @@ class Publication:
         what = "The trained model" if name == FINAL else f"The model after step {int(name.removeprefix('step_'))}"
         commit = self.branch.publish(files, what, stale=stale, sent=sent)
         if self.keeps_all and name != FINAL:
-            self.branch.keep_as(f"{self.branch.revision}-{name}", commit)
+            kept = self.branch.starting_at(f"{self.branch.revision}-{name}", commit)
+            kept.publish(files, what, stale=stale)  # nothing to send, unless an earlier run has left such a branch
         self.published[name] = commit
         self.write()
 

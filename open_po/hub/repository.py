@@ -34,9 +34,9 @@ class Branch:
 
     @staticmethod
     def of(output: OutputConfig, *, patience: float, say: Say) -> Branch:
-        """The branch that a run uploads to, made if need be. Raises UserError, and leaves no doubt of the token.
+        """The branch that a run uploads to, made if need be. Raises UserError.
 
-        Only a commit shows that commits are allowed: `config`, a file, is the first one.
+        That the token may make it does not show that it may commit to it: only a commit does.
         """
         api = HfApi()
         user: dict[str, Any] = persistently(
@@ -98,9 +98,10 @@ class Branch:
             parent_commit=branch.sha,
         ).oid
 
-    def keep_as(self, revision: str, commit: str) -> None:
-        """Have another branch hold what this one held at `commit`."""
+    def starting_at(self, revision: str, commit: str) -> Branch:
+        """Another branch, which holds what this one held at `commit` unless it is there already."""
         HfApi().create_branch(self.repository, branch=revision, revision=commit, exist_ok=True)
+        return Branch(self.repository, revision)
 
 
 def repository_name(run: str) -> str:

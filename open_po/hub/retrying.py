@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -27,12 +28,13 @@ _FINAL = (OfflineModeIsEnabled, LocalTokenNotFoundError, HFValidationError, File
 
 
 def persistently(what: str, action: Callable[[], T], *, patience: float, say: Say) -> T:
-    """Do `action`, again while it fails in a way that may pass, for `patience` seconds after the first failure.
+    """Do `action`, again while it fails in a way that may pass, for `patience` seconds.
 
     `action` must be one that may be done twice. Every failure is told in a line. Raises UserError that names `what`.
     """
     failures, gives_up = 0, 0.0
     while True:
+        began = time.monotonic()
         get_session().timeout = SILENCE_SECONDS  # each time: the client may have made itself a new session
         try:
             return action()
@@ -41,7 +43,8 @@ def persistently(what: str, action: Callable[[], T], *, patience: float, say: Sa
             if not may_pass(error):
                 raise UserError(f"{what} failed ({reason(error)})") from error
             failures += 1
-            gives_up = gives_up or time.monotonic() + patience
+            if not gives_up or time.monotonic() - began > patience:  # an attempt that long had come a good way
+                gives_up = time.monotonic() + patience
             wait = _wait_after(error, failures)
             if time.monotonic() + wait > gives_up:
                 raise UserError(f"{what} failed, the last of {failures} times with: {reason(error)}") from error
@@ -68,8 +71,9 @@ def _cause(error: Exception) -> Exception:
 
 
 def reason(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an error says, in one line, addresses without the keys in them."""
+    said = re.sub(r"(https?://[^\s?]+)\?[^\s'\"]+", r"\1", " ".join(str(error).split()))
+    return said or type(error).__name__
 
 
 def _wait_after(error: Exception, failures: int) -> float:

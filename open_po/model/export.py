@@ -26,15 +26,16 @@ _SHARD_BYTES = 5 * 10**9  # of a file of weights, which rank 0 holds while it co
 def export_model(scorer: Scorer, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> None:
     """Write a model in `dtype` that `AutoModelForCausalLM.from_pretrained(folder)` loads, and its tokenizer.
 
-    All ranks call this, one of them with the folder; the others hand it their parts of the weights, one after another.
-    The model in memory stays as it is and can go on training. Adapters are written to `folder/adapter` too, but for
-    those on top of merged ones: what they belong to is no model that their file could name. Raises OSError on the rank
-    that writes, when all have come to the end.
+    All ranks call this, one of them with the folder, which is made; the others hand it their parts of the weights, one
+    after another. The model in memory stays as it is and can go on training. Adapters are written to `folder/adapter`
+    too, but for those on top of merged ones: what they belong to is no model that their file could name. Raises OSError
+    on the rank that writes, when all have come to the end.
     """
     adapter = _adapter_weights(scorer) if scorer.saves_adapters else None
     weights = exported_weights(scorer, dtype)
     try:
         if folder is not None:
+            folder.mkdir(exist_ok=True)
             if adapter is not None:
                 _write_adapter(scorer, adapter, folder)
             _write_all_but_weights(scorer, dtype, folder)
@@ -49,6 +50,7 @@ def export_adapter(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, folder: P
     """As `export_model`, of the adapters and the tokenizer alone."""
     adapter = _adapter_weights(scorer)
     if folder is not None:
+        folder.mkdir(exist_ok=True)
         _write_adapter(scorer, adapter, folder)
         tokenizer.save_pretrained(folder)
 

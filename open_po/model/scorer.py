@@ -160,7 +160,7 @@ class Scorer(nn.Module):
             found: dict[str, Tensor] = self.placement.module(batch, **asked)
         except RuntimeError as error:
             if self.lockstep and is_out_of_memory(error):
-                tokens = len(batch.input_ids)
+                tokens = batch.input_ids.numel()
                 raise StrandedError(
                     f"out of memory, with {tokens:,} tokens in a pass of a model that ranks divide "
                     f"({first_line(error)}); lower max_tokens_per_batch, or reference_max_tokens_per_batch in the "

@@ -41,7 +41,7 @@ class RunFolder:
     """`output_dir` and the paths in it."""
 
     # What stands beside the model and is no part of it, hidden files apart
-    private = frozenset({"checkpoints", "wandb", "tensorboard", "mlruns", "trackio", "progress.json"})
+    private = frozenset({"checkpoints", "wandb", "tensorboard", "mlruns", "trackio"})
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -179,14 +179,13 @@ class RunFolder:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """A folder to write files into that then move to this one, each whole.
+        """A folder, to be made, for files that then move to this one, each whole.
 
         Raises UserError if the disk refuses; what was written is removed, checkpoints are kept.
         """
         staged = self.path / ".staging"
         try:
             with disk_faults(f"{self.path}: the model", "checkpoints are kept"):
-                staged.mkdir()
                 yield staged
                 for item in staged.iterdir():
                     target = self.path / item.name

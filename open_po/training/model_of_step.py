@@ -33,8 +33,6 @@ class ModelOfStep:
         """Write it into the folder of a checkpoint; all ranks call this. Raises OSError."""
         scorer, output = self.trainer.scorer, self.trainer.config.output
         target = checkpoint / MODEL_FOLDER if self.trainer.runtime.is_main else None
-        if target is not None:
-            target.mkdir()
         if scorer.saves_adapters and not output.hf_merged:
             export_adapter(scorer, self.data.tokenizer, target)
         else:

@@ -15,6 +15,7 @@ from open_po.config import RunConfig
 from open_po.data import PairDataset
 from open_po.data.run_data import Data, prepare_data
 from open_po.distributed.runtime import Runtime
+from open_po.errors import Preempted
 from open_po.evaluation.preferences import HeldOut
 from open_po.evaluation.samples import AnswerSampler
 from open_po.hub.background import HubUploader
@@ -76,7 +77,7 @@ def _open_hub(folder: RunFolder, config: RunConfig, runtime: Runtime) -> list[Hu
     if not config.output.push_to_hub:
         return []
     uploader = runtime.on_main(HubUploader, folder, config.output, runtime.console)
-    if config.output.resume_from_checkpoint == "hub":
+    if config.output.resume_from_checkpoint == "hub" and not folder.is_complete():
         newest = latest_checkpoint(folder.checkpoints)
         runtime.on_main(lambda: fetch_checkpoint(folder, cast(HubUploader, uploader).branch, newest, runtime.say))
     return [] if uploader is None else [uploader]
@@ -122,6 +123,9 @@ def _train(
             trainer.train()
             runtime.on_main(trainer.observers.training_ended)
             finish(config, runtime, trainer, data, reference, words)
+    except Preempted as error:  # on all ranks, after the same step; none ends before what rank 0 waits for has
+        runtime.on_main(trainer.observers.stopped, error)
+        raise
     except BaseException as error:
         trainer.observers.stopped(error)
         raise
@@ -143,7 +147,7 @@ def make_trainer(
     `observers` learn of the run besides the trackers that it gets here.
     """
     scorer, loss = policy.scorer, config.loss.mix()
-    start = start_or_resume(config, runtime, data.train, policy.engine, identity, folder)
+    start = start_or_resume(config, runtime, data.train, policy.engine, identity, folder, Observers(observers).needs)
     progress = start.state.progress
     resumed = progress.step if start.resumed else None
     trackers = runtime.on_main(make_trackers, config, folder, resumed, progress.tracker_ids, runtime.say) or []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,11 +34,12 @@ def start_or_resume(
     engine: Engine,
     identity: dict[str, str],
     folder: RunFolder,
+    needed: Callable[[Path], bool],
 ) -> Start:
     """The first step, or the one after a checkpoint if the configuration says so; all ranks call this.
 
-    A run that goes on with another number of ranks keeps its global batch, so its steps stay the same. Raises UserError
-    if the checkpoint is damaged or another run's.
+    A run that goes on with another number of ranks keeps its global batch, so its steps stay the same. Old checkpoints
+    that are not `needed` are removed. Raises UserError if the checkpoint is damaged or another run's.
     """
     train = config.train
     saved = _saved_state(config, runtime, identity, folder)
@@ -60,7 +62,7 @@ def start_or_resume(
         state.restore(saved, runtime)
         # A run killed between writing its last checkpoint and pruning would keep one too many.
         if config.output.resume_from_checkpoint in ("auto", "hub"):
-            runtime.on_main(prune, folder.checkpoints, config.output.keep_last_n_checkpoints)
+            runtime.on_main(prune, folder.checkpoints, config.output.keep_last_n_checkpoints, needed)
         runtime.say(f"Resuming from {saved.folder}")
         if saved.global_batch != batch:
             runtime.say(

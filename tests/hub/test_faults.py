@@ -240,3 +240,61 @@ def test_a_run_that_is_asked_to_stop_publishes_its_last_checkpoint(
     assert cli.forked(words, stop_in_step_3) == 75
     assert hub.branch("a-run").title == "The model after step 3"
     assert "last-checkpoint/trainer_state.json" in hub.branch("a-run").files
+
+
+@pytest.mark.slow
+def test_of_all_checkpoints_none_is_lost_to_a_failure(hub: Hub, llama: Path, pairs_file: Path, tmp_path: Path) -> None:
+    """What could not be uploaded when it was its turn stays on disk until it is, whatever is kept otherwise."""
+    fields = FIELDS | {"hub_strategy": "all_checkpoints", "max_train_steps": 5, "keep_last_n_checkpoints": 1}
+    hub.faults["batch"] = repeat(403)
+    words = cli.arguments(llama, pairs_file, tmp_path / "run", **fields)
+    assert cli.main(words) == 76
+    assert set(hub.repositories["someone/a-model"]) == {"main", "a-run"}
+    assert len(cli.checkpoints(tmp_path / "run")) == 5
+    hub.faults.clear()
+    assert cli.main([*words, "--resume_from_checkpoint", "auto"]) == 0
+    assert {f"a-run-step_{step:06d}" for step in range(1, 6)} < set(hub.repositories["someone/a-model"])
+    assert_whole(hub, tmp_path / "run")
+
+
+def test_another_run_under_the_same_names_leaves_its_own_models(
+    hub: Hub, llama: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    fields = FIELDS | {"hub_strategy": "all_checkpoints", "max_train_steps": 1}
+    run = cli.train(llama, pairs_file, tmp_path / "run", **fields)
+    first = hub.branch("a-run-step_000001").files["model.safetensors"]
+    for path in run.iterdir():  # as `rm -rf run/*` does, which leaves hidden files
+        if not path.name.startswith("."):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    cli.train(llama, pairs_file, run, **fields, seed=7, learning_rate=1e-2)
+    assert_whole(hub, run)
+    assert (
+        hub.branch("a-run-step_000001").files["model.safetensors"] == (run / "model.safetensors").read_bytes() != first
+    )
+
+
+def test_a_copy_elsewhere_is_not_the_runs_own_upload(
+    hub: Hub, llama: Path, pairs_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    words = cli.arguments(llama, pairs_file, tmp_path / "run", **FIELDS | {"hub_strategy": "end"})
+    hub.faults["batch"] = repeat(403)
+    assert cli.main(words) == 76
+    hub.faults.clear()
+    assert main(["upload", str(tmp_path / "run"), "--hf_repo_id", "someone/other"]) == 0
+    assert "model.safetensors" in hub.branch("main", "someone/other").files
+    assert "model.safetensors" not in hub.branch("a-run").files
+    assert cli.main([*words, "--resume_from_checkpoint", "auto"]) == 0
+    assert_whole(hub, tmp_path / "run")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["upload", str(tmp_path / "run"), "--hf_repo_revision", "main"])
+    assert "needs --hf_repo_id" in capsys.readouterr().err
+
+
+def test_a_run_that_is_complete_on_the_hub_is_not_trained_again(
+    hub: Hub, llama: Path, pairs_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    fields = FIELDS | {"hub_strategy": "checkpoint", "max_train_steps": 1}
+    cli.train(llama, pairs_file, tmp_path / "run", **fields)
+    words = cli.arguments(llama, pairs_file, tmp_path / "elsewhere", **fields, resume_from_checkpoint="hub")
+    assert "is complete" in cli.failure(capsys, words)
