@@ -185,6 +185,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_the_triton_head_on_a_whole_model_through_the_interpreter(llama: Path) -> None:
     """Liger's RMSNorm, RoPE and SwiGLU do not run in Triton's interpreter; tests/gpu has them."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}

@@ -217,7 +217,6 @@ def test_the_last_step_of_wandbs_files(tmp_path: Path) -> None:
     assert last_step(tmp_path, "other") == -1
 
 
-@pytest.mark.slow
 @pytest.mark.slow  # and of W&B's own process, which a busy machine keeps from its work
 def test_wandb_offline_has_each_step_once_after_a_kill(llama: Path, pairs_file: Path, tmp_path: Path) -> None:
     """In processes of their own, as its library keeps a process of its own for each."""

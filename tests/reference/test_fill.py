@@ -115,6 +115,7 @@ def uninterrupted(llama: Path, many: Path, tmp_path: Path, monkeypatch: pytest.M
 # ------------------------------------------------------------------------------------------------------------- killed
 
 
+@pytest.mark.slow
 def test_a_pass_killed_twenty_times_repeats_less_than_a_file_a_kill(
     llama: Path, many: Path, tmp_path: Path, uninterrupted: Rows
 ) -> None:

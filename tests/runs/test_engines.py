@@ -191,7 +191,7 @@ def test_a_divided_model_is_saved_as_a_whole_one_is(
 
 
 @pytest.mark.parametrize(
-    "name", ["dpo_norm_sgd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dpo_norm_adamw", "aot_adamw"))]
+    "name", [pytest.param(name, marks=SLOWLY) for name in ("dpo_norm_sgd", "dpo_norm_adamw", "aot_adamw")]
 )
 def test_tensor_parallelism_by_its_stand_in(name: str, llama: Path, pairs: Path, alone: Alone, tmp_path: Path) -> None:
     """It is for CUDA; on a CPU the same code runs over gloo once its refusal is out of the way."""

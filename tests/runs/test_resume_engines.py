@@ -70,7 +70,7 @@ def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     cli.assert_close_weights(got, expected, cli.weights(llama))
 
 
-QUICK = [("fsdp", "whole"), ("zero3", "lora")]
+QUICK = [("fsdp", "whole")]
 
 
 @pytest.mark.parametrize(
