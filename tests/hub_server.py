@@ -28,6 +28,7 @@ REQUESTS = {
     "create_branch": r"POST /api/models/[^/]+/[^/]+/branch/.+",
     "preupload": r"POST /api/models/[^/]+/[^/]+/preupload/.+",
     "commit": r"POST /api/models/[^/]+/[^/]+/commit/.+",
+    "commits": r"GET /api/models/[^/]+/[^/]+/commits/.+",
     "tree": r"GET /api/models/[^/]+/[^/]+/tree/.+",
     "info": r"GET /api/models/.+",
     "validate": r"POST /api/validate-yaml",
@@ -164,6 +165,14 @@ class Hub:
         oid = _oid(f"{repository}/{revision}/{len(commits)}/{body!r}")
         commits.append(Commit(oid, header["summary"], files, frozenset(large)))
         return Answer(200, {"commitUrl": f"{self.url}/{repository}/commit/{oid}", "commitOid": oid, "success": True})
+
+    def commits(self, path: str, body: bytes) -> Answer:
+        repository, revision = _names(path, "commits")
+        found = [
+            {"id": one.oid, "title": one.title, "message": "", "authors": [], "date": "2026-01-01T00:00:00.000Z"}
+            for one in reversed(self._history(repository, revision))
+        ]
+        return Answer(200, found)
 
     def tree(self, path: str, body: bytes) -> Answer:
         repository, revision = _names(path, "tree")

@@ -14,13 +14,14 @@ import pytest
 
 from open_po.__main__ import main
 from open_po.hub import background, retrying
+from open_po.output.run_folder import RunFolder
 from open_po.training.trainer import Trainer
 from tests import cli, tiny
 from tests.hub.test_upload import FIELDS, assert_whole
 from tests.hub_server import BROKEN, CUT, LOST, REQUESTS, STALL, TOKEN, Fault, Hub
 
 PASSING: list[Fault] = [500, 503, 429, BROKEN, LOST, CUT, STALL]
-UPLOADING = [name for name in REQUESTS if name not in ("tree", "resolve", "validate")]
+UPLOADING = [name for name in REQUESTS if name not in ("tree", "commits", "resolve", "validate")]
 Capture = pytest.CaptureFixture[str]
 
 
@@ -298,3 +299,35 @@ def test_a_run_that_is_complete_on_the_hub_is_not_trained_again(
     cli.train(llama, pairs_file, tmp_path / "run", **fields)
     words = cli.arguments(llama, pairs_file, tmp_path / "elsewhere", **fields, resume_from_checkpoint="hub")
     assert "is complete" in cli.failure(capsys, words)
+
+
+@pytest.mark.slow
+def test_no_rank_leaves_before_the_last_upload_of_a_run_that_is_asked_to_stop(
+    hub: Hub, llama: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    """Or a launcher would end rank 0, which waits for it."""
+    hub.seconds = 4.0
+    fields = FIELDS | {"max_train_steps": 6, "checkpointing_steps": 5, "per_device_train_batch_size": 2}
+    words = cli.arguments(llama, pairs_file, tmp_path / "run", **fields)
+
+    def stop_in_step_3(rank: int) -> None:
+        backward, stopped = Trainer._backward, RunFolder.release
+
+        def signalled(self: Trainer, *positional: object) -> object:
+            if rank == 1 and self.state.progress.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return backward(self, *positional)  # type: ignore[arg-type]
+
+        def noted(self: RunFolder) -> None:  # on the way out
+            (tmp_path / f"left_{rank}").write_text(hub_titles())
+            stopped(self)
+
+        def hub_titles() -> str:
+            info = huggingface_hub.HfApi().list_repo_commits("someone/a-model", revision="a-run")
+            return "\n".join(commit.title for commit in info)
+
+        Trainer._backward, RunFolder.release = signalled, noted  # type: ignore[method-assign, assignment]
+
+    assert cli.forked_ranks(words, stop_in_step_3) == [75, 75]
+    for rank in (0, 1):
+        assert "The model after step 3" in (tmp_path / f"left_{rank}").read_text()
