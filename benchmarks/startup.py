@@ -123,8 +123,8 @@ def start_a_run(started: float, words: Sequence[str]) -> None:
     clock.watch(early)
     job = train._job
 
-    def watched() -> Any:
-        found = job()
+    def watched(*given: Any) -> Any:
+        found = job(*given)
         clock.watch([name for names in PHASES.values() for name in names if name not in early])
         trainer = importlib.import_module("open_po.training.trainer").Trainer
         step = trainer.train_step
