@@ -14,6 +14,7 @@ ROOMS = [
     *(
         "errors",
         "losses",
+        "optimizers",
         "config",
         "output",
         "watch",

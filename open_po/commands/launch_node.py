@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from open_po.commands.dry_run import dry_run
 from open_po.commands.node_run import NodeRun
 from open_po.commands.place import read_place
-from open_po.commands.plan import plan
 from open_po.config import RunConfig
 from open_po.distributed.parallelism import LauncherWish, choose_parallelism
 from open_po.distributed.rendezvous import Limits
@@ -19,7 +19,7 @@ from open_po.errors import UserError
 def tell(config: RunConfig, words: Sequence[str], pairs: int | None, restarts: int) -> int:
     """Print each node's command, a rank's, and the batch; returns the exit code."""
     place = read_place(os.environ, torch.cuda.device_count(), dry=True)
-    print(plan(config, words, place, pairs, restarts))
+    print(dry_run(config, words, place, pairs, restarts))
     return 0
 
 

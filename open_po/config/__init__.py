@@ -1,18 +1,15 @@
 """The run's configuration: YAML files merged left to right, then command-line flags, checked as a whole."""
 
+from open_po.config.data import DataConfig
+from open_po.config.distributed import DistributedConfig
 from open_po.config.loss import LossConfig
 from open_po.config.mixture import MixturePart, parse_mixture
+from open_po.config.model import ModelConfig, Sharing
+from open_po.config.output import OutputConfig
 from open_po.config.reading import help_text, load_config
+from open_po.config.reference import ReferenceConfig
 from open_po.config.run_config import FIELDS, RunConfig
-from open_po.config.sections import (
-    DataConfig,
-    DistributedConfig,
-    ModelConfig,
-    OutputConfig,
-    ReferenceConfig,
-    Sharing,
-    TrainConfig,
-)
+from open_po.config.train import TrainConfig
 
 __all__ = [
     "FIELDS",

@@ -8,8 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from open_po.config.data import DataConfig
+from open_po.config.model import ModelConfig
+from open_po.config.output import OutputConfig, Tracker
+from open_po.config.reference import ReferenceConfig
 from open_po.config.run_config import FIELDS, RunConfig
-from open_po.config.sections import DataConfig, ModelConfig, OutputConfig, ReferenceConfig, Tracker, TrainConfig
+from open_po.config.train import TrainConfig
+from open_po.optimizers import OPTIMIZERS
 
 Section = TypeVar("Section", ModelConfig, DataConfig, OutputConfig, ReferenceConfig)
 
@@ -28,7 +33,9 @@ def contradictions(config: RunConfig) -> Iterator[str]:
     yield from _hub_problems(config)
     yield from _tracker_problems(config.output)
     train = config.train
-    if train.weight_decay and train.optimizer != "adamw":
+    if train.optimizer not in OPTIMIZERS:
+        yield f"optimizer: expects one of {', '.join(OPTIMIZERS)}, got {train.optimizer!r}"
+    elif train.weight_decay and not OPTIMIZERS[train.optimizer].decays:
         yield f"weight_decay: is not applied by optimizer {train.optimizer}; set it to 0 or use adamw"
     if train.lr_scheduler_type == "constant" and train.warmup_ratio not in (0.0, TrainConfig.warmup_ratio):
         yield "warmup_ratio: lr_scheduler_type constant has no warm-up; use constant_with_warmup"

@@ -11,16 +11,14 @@ from typing import Any
 
 import yaml
 
+from open_po.config.data import DataConfig
+from open_po.config.distributed import DistributedConfig
 from open_po.config.field import Field, fields_of
 from open_po.config.loss import LossConfig
-from open_po.config.sections import (
-    DataConfig,
-    DistributedConfig,
-    ModelConfig,
-    OutputConfig,
-    ReferenceConfig,
-    TrainConfig,
-)
+from open_po.config.model import ModelConfig
+from open_po.config.output import OutputConfig
+from open_po.config.reference import ReferenceConfig
+from open_po.config.train import TrainConfig
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,

@@ -25,11 +25,11 @@ from open_po.model.load import apply_liger, load_scorer, model_settings
 from open_po.model.numerics import Numerics
 from open_po.model.scorer import Scorer
 from open_po.model_files import ModelSource, adapter_base, safetensors_files
+from open_po.optimizers import OPTIMIZERS
 
 _CPU = torch.device("cpu")
 # Shares of a device's memory: that a whole copy of the reference may take, and what a whole model and its training may.
 _FITS, _TRAINS = 0.6, 0.75
-_STATE_BYTES = {"adamw": 8, "rmsprop": 4, "sgd": 0}  # of a parameter
 
 
 class Weights(Mapping[str, Tensor]):
@@ -109,8 +109,9 @@ class HollowModel:
         All ranks call this.
         """
         # Of a weight that trains also a gradient, and the optimizer's states; adapters are small.
-        states = 0 if config.model.use_lora else 4 + _STATE_BYTES[config.train.optimizer]
-        needed = self.parameters * (self.numerics.weights_dtype.itemsize + states)
+        weight = self.numerics.weights_dtype.itemsize
+        states = 0 if config.model.use_lora else weight + OPTIMIZERS[config.train.optimizer].state_bytes(weight)
+        needed = self.parameters * (weight + states)
         room = min(self.runtime.gather(self._room()))
         if needed <= _TRAINS * room:
             return self.runtime

@@ -251,6 +251,11 @@ class TrainingState:
                 losses = part(policy, reference)
                 mean.add(torch.cat([losses.chosen_rewards, losses.rejected_rewards]))
 
+    def running_means(self, device: torch.device) -> list[Tensor | None]:
+        """The running mean of each part of the loss that keeps one."""
+        means = self.progress.running_means
+        return [torch.tensor(mean.mean, device=device) if mean.count else None for mean in means]
+
     def restore(self, saved: SavedState, runtime: Runtime) -> None:
         """Take over the state of a checkpoint; all ranks call this. Raises UserError if it is damaged."""
         if saved.ranks != runtime.world_size and not self.engine.portable:

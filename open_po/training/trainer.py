@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -13,13 +12,12 @@ import torch
 from torch import Tensor
 
 from open_po.config import RunConfig
-from open_po.distributed.gathering import gather_logps
 from open_po.distributed.runtime import Runtime
 from open_po.errors import Preempted, UserError
 from open_po.evaluation.preferences import HeldOut, evaluate
-from open_po.losses import Counts, LossMix, PairLogps
+from open_po.losses import LossMix, PairLogps
 from open_po.model.memory import peak_memory_bytes
-from open_po.model.scorer import Scorer, Scores
+from open_po.model.scorer import Scorer
 from open_po.output.metrics import (
     EPOCH,
     GRAD_NORM,
@@ -37,21 +35,10 @@ from open_po.output.observers import RunObserver
 from open_po.output.progress import Progress
 from open_po.output.run_folder import RunFolder
 from open_po.output.tables import samples_table
-from open_po.packing import PackedBatch, Planner, Sampler
-from open_po.reference import select_pairs
-from open_po.training.checkpoint import RandomState, TrainingState, UnfinishedCheckpoint, Window
+from open_po.packing import Planner, Sampler
+from open_po.training.checkpoint import TrainingState, UnfinishedCheckpoint, Window
 from open_po.training.checkpoint_folders import prune
-from open_po.training.coupled_loss import GlobalLoss, global_loss
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepSize:
-    """One optimizer step over all ranks."""
-
-    pairs: int
-    tokens: int
-    response_tokens: int
-    counts: Counts
+from open_po.training.gradients import StepGradients, StepSize
 
 
 class Trainer:
@@ -78,7 +65,17 @@ class Trainer:
         self.scorer, self.engine, self.state = scorer, state.engine, state
         # On what
         self.loss, self.planner, self.sampler, self.steps = loss, planner, sampler, steps
-        self.reference, self.held_out, self.pad = reference, held_out, pad
+        self.held_out, self.pad = held_out, pad
+        self.gradients = StepGradients(
+            config=config,
+            runtime=runtime,
+            scorer=scorer,
+            state=state,
+            loss=loss,
+            planner=planner,
+            reference=reference,
+            pad=pad,
+        )
         self._stop_reason: str | None = None  # that ranks agree on, of any of them
         self._checkpoint: UnfinishedCheckpoint | None = None  # that is being written
         self._newest_checkpoint: Path | None = None
@@ -132,8 +129,8 @@ class Trainer:
         start = time.monotonic()
         progress = self.state.progress
         indices = self.sampler.step_pairs(progress.step)
-        size = self._size(indices)
-        self._stop_if_not_finite(self._backward(indices, size))
+        size = self.gradients.size(indices)
+        self._stop_if_not_finite(self.gradients.backward(indices, size))
         learning_rate = float(self.state.schedule.get_last_lr()[0])
         grad_norm = self.engine.update()
         if not math.isfinite(grad_norm):
@@ -147,93 +144,6 @@ class Trainer:
         if not (_due(progress.step, self.config.train.logging_steps) or progress.step == self.steps):
             return size, {}
         return size, self._log(learning_rate, grad_norm)
-
-    def _size(self, indices: list[int]) -> StepSize:
-        data = self.planner.dataset
-        prompt, chosen = int(data.prompt_lengths[indices].sum()), int(data.chosen_lengths[indices].sum())
-        rejected = int(data.rejected_lengths[indices].sum()) if self.planner.with_rejected else 0
-        prompts = prompt * (2 if self.planner.with_rejected else 1)
-        return StepSize(
-            pairs=len(indices),
-            tokens=prompts + chosen + rejected,
-            response_tokens=chosen + rejected,
-            counts=self.planner.counts(indices),
-        )
-
-    def _backward(self, indices: list[int], size: StepSize) -> dict[int, Tensor]:
-        """Gradients of the step's loss: every pack adds its losses over the step's global counts.
-
-        Returns whether each of this rank's pairs has a loss that is not finite; nothing here waits for the device.
-        """
-        counts = size.counts
-        packs = self.planner.packs(indices, rank=self.runtime.replica, world_size=self.runtime.replicas)
-        whole = self._whole_step(indices, packs, counts) if self.loss.batch_coupled else None
-        self.state.progress.packing += self.planner.stats(packs)
-        bad: dict[int, Tensor] = {}
-        idle = self._idle_packs(indices, packs, least=1)
-        with self.engine.step():
-            for position, pack in enumerate([*packs, *idle]):
-                counted = position < len(packs)
-                with self.engine.pack(last=position == len(packs) + len(idle) - 1):
-                    batch = self.planner.batch(pack, self.pad)
-                    scores = self._score(batch)
-                    policy = scores.logps
-                    if whole is not None:
-                        value = whole.surrogate(pack, policy)
-                    else:
-                        losses = self.loss(policy, select_pairs(self.reference, pack, policy))
-                        value = losses.value(counts)
-                    aux = None
-                    if scores.load_balancing is not None:  # by the pack's share of the step's tokens
-                        aux = batch.tokens / size.tokens * scores.load_balancing
-                        value = value + self.config.loss.load_balancing_weight * aux
-                    self.engine.backward(value * float(counted))
-                noted = counted and self.runtime.counts
-                if aux is not None and noted:
-                    self.state.window.meter.add_aux(aux)
-                if whole is None and noted:
-                    self.state.window.meter.add(policy, losses, counts)
-                if whole is None and counted:
-                    bad |= zip(pack, losses.not_finite(), strict=True)
-        return bad if whole is None else dict(zip(indices, whole.losses.not_finite(), strict=True))
-
-    def _idle_packs(self, indices: list[int], packs: list[list[int]], *, least: int) -> list[list[int]]:
-        """Packs that this rank computes, to no effect, because others have more than it, or it has fewer than `least`.
-
-        A step may have fewer pairs than ranks; and where weights or gradients are divided, all must go in step.
-        """
-        rounds = least
-        if self.engine.lockstep_packs:
-            rounds = max(rounds, self.planner.rounds(indices, self.runtime.replicas))
-        return self.planner.smallest(indices, rounds - len(packs))
-
-    def _score(self, batch: PackedBatch) -> Scores:
-        return self.scorer.score(batch, extras=self.loss.extras, ld_alpha=self.loss.ld_alpha)
-
-    def _whole_step(self, indices: list[int], packs: list[list[int]], counts: Counts) -> GlobalLoss:
-        """The loss of a step whose pairs depend on one another: one more forward pass over its packs.
-
-        It runs under the random state that the passes with a graph will have, so that dropout is the same in both.
-        """
-        random = RandomState.take()
-        with torch.no_grad():
-            scored = [(pack, self._score(self.planner.batch(pack, self.pad)).logps) for pack in packs]
-            if self.scorer.lockstep:
-                for pack in self._idle_packs(indices, packs, least=0):
-                    self._score(self.planner.batch(pack, self.pad))
-        random.put_back()
-        policy = gather_logps(scored, indices, self.runtime)
-        reference = select_pairs(self.reference, indices, policy)
-        self.state.update_running_means(self.loss, policy, reference)
-        whole = global_loss(self.loss, indices, policy, reference, counts, self.running_means())
-        if self.runtime.is_main:  # every rank has the whole step now; one counts it
-            self.state.window.meter.add(policy, whole.losses, counts)
-        return whole
-
-    def running_means(self) -> list[Tensor | None]:
-        """The running mean of each part of the loss that keeps one."""
-        means = self.state.progress.running_means
-        return [torch.tensor(mean.mean, device=self.runtime.device) if mean.count else None for mean in means]
 
     def _stop_if_not_finite(self, not_finite: dict[int, Tensor]) -> None:
         flags = torch.stack(list(not_finite.values())).tolist() if not_finite else []
@@ -293,7 +203,14 @@ class Trainer:
         self.state.progress.evaluated = self.state.progress.step
         if self.held_out is None:
             return
-        metrics = evaluate(self.scorer, self.held_out, self.loss, self.running_means(), self.runtime, pad=self.pad)
+        metrics = evaluate(
+            self.scorer,
+            self.held_out,
+            self.loss,
+            self.state.running_means(self.runtime.device),
+            self.runtime,
+            pad=self.pad,
+        )
         self.observers.metrics_written({STEP: self.state.progress.step, **metrics})
         self.runtime.say(f"Held out, step {self.state.progress.step}: {short_figures(metrics)}")
         if self.held_out.sampler is not None:

@@ -13,7 +13,7 @@ from open_po.config import MixturePart, RunConfig
 _EXAMPLE_PAIRS = 100_000
 
 
-def plan(config: RunConfig, words: Sequence[str], place: Place, pairs: int | None, restarts: int) -> str:
+def dry_run(config: RunConfig, words: Sequence[str], place: Place, pairs: int | None, restarts: int) -> str:
     """The text of a dry run: each node's command, a rank's, the engine, the batch and the steps."""
     lines = [
         f"Dry run: {place}, {counted(place.ranks, 'rank')}. Nothing is started.",

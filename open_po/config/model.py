@@ -1,0 +1,54 @@
+"""The section of the policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from open_po.config.field import option
+
+Sharing = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The policy, its tokenizer and how it computes."""
+
+    model_name_or_path: str = option("", "policy: a local folder or a Hub name")
+    model_revision: str | None = option(None, "Hub branch, tag or commit of the policy")
+    tokenizer_name: str | None = option(None, "tokenizer, if it is not the policy's")
+    chat_template_name: str | None = option(
+        None, "chat template to use and save: 'tulu' or a .jinja file; default: the tokenizer's own"
+    )
+    trust_remote_code: bool = option(False, "run model code that comes with a Hub repository")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "compute precision; auto: bfloat16 on CUDA, else float32. Trained weights are always float32"
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        "recompute activations in the backward pass: less memory, slower",
+        shapes_result=False,
+        scores=False,
+    )
+    use_liger_kernel: bool | None = option(
+        None, "Liger's Triton kernels for head, RMSNorm, RoPE and SwiGLU; default: on CUDA"
+    )
+    prompt_sharing: Sharing = option(
+        "auto",
+        "compute a prompt once for all its responses; auto: if the model's scores stay those of its own forward, which "
+        "is checked at the start; on: or stop",
+        shapes_result=False,
+    )
+    use_lora: bool = option(False, "train LoRA adapters instead of all weights", scores=False)
+    lora_rank: int = option(None, "LoRA rank; default 64", derived=True, above=0, needs="use_lora", scores=False)
+    lora_alpha: float = option(None, "LoRA alpha; default 16", derived=True, above=0, needs="use_lora", scores=False)
+    lora_dropout: float = option(
+        None, "LoRA dropout; default 0", derived=True, not_negative=True, below=1, needs="use_lora", scores=False
+    )
+    lora_target_modules: list[str] = option(
+        None,
+        "module names that get an adapter; default all-linear (all but the head)",
+        derived=True,
+        needs="use_lora",
+        scores=False,
+    )

@@ -1,0 +1,72 @@
+"""The section of optimizer steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from open_po.config.field import option
+from open_po.optimizers import OPTIMIZERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimizer steps. The global batch is per_device_train_batch_size x gradient_accumulation_steps x ranks pairs."""
+
+    per_device_train_batch_size: int = option(4, "pairs, see gradient_accumulation_steps", above=0)
+    gradient_accumulation_steps: int = option(
+        8, "the global batch is per_device_train_batch_size x gradient_accumulation_steps x ranks, in pairs", above=0
+    )
+    max_tokens_per_batch: int = option(
+        None,
+        "tokens of one forward pass, shared prompts counted once, padding included (a pair that needs more goes "
+        "alone); default "
+        "2 x per_device_train_batch_size x max_seq_length. "
+        "Changes memory and speed, never a step's value",
+        derived=True,
+        above=0,
+        shapes_result=False,
+        scores=True,
+    )
+    group_pairs_by_prompt: bool = option(
+        False,
+        "draw whole prompts, so that a step holds all pairs of a prompt and computes each response once; a prompt is "
+        "split between steps only if it is larger than a step or nothing that is left fits into a step's rest",
+    )
+    optimizer: str = option("adamw", f"one of {', '.join(OPTIMIZERS)}; docs/numerics.md says what each takes")
+    learning_rate: float = option(5e-7, "peak learning rate", above=0)
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
+        "linear", "linear, cosine, constant or constant_with_warmup"
+    )
+    warmup_ratio: float = option(0.1, "share of the steps in which the learning rate rises", not_negative=True, below=1)
+    weight_decay: float = option(0.0, "decoupled weight decay of adamw; not on norms and biases", not_negative=True)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never", not_negative=True)
+    num_epochs: int = option(1, "passes over the training data", above=0)
+    max_train_steps: int | None = option(None, "stop after so many optimizer steps", above=0)
+    max_run_time: float | None = option(
+        None,
+        "stop after so many hours, counted from the start of the program: the step is finished and a checkpoint "
+        "written, as on SIGTERM and SIGUSR1; exit code 75",
+        above=0,
+        shapes_result=False,
+    )
+    seed: int = option(42, "seed of the data order, dropout and new adapters", not_negative=True, below=2**32)
+    eval_steps: int | None = option(
+        None,
+        "evaluate every so many steps, besides before the first and after the last",
+        above=0,
+        needs="eval_mixer_list, the held-out data",
+        shapes_result=False,
+    )
+    sample_during_eval: int = option(
+        0,
+        "at each evaluation, answer so many held-out prompts greedily, the same every time: console, samples.jsonl, "
+        "trackers. Where ranks divide the weights, these are gathered for every token: slow for large models",
+        not_negative=True,
+        needs="eval_mixer_list, the held-out data",
+        shapes_result=False,
+    )
+    sample_max_new_tokens: int = option(
+        256, "longest such answer, in tokens", above=0, needs="sample_during_eval", shapes_result=False
+    )
+    logging_steps: int = option(1, "write metrics every so many steps", above=0, shapes_result=False)

@@ -1,0 +1,6 @@
+"""What updates the weights: each optimizer is an entry of the catalogue, with the memory it takes."""
+
+from open_po.optimizers.catalogue import OPTIMIZERS
+from open_po.optimizers.spec import OptimizerSpec
+
+__all__ = ["OPTIMIZERS", "OptimizerSpec"]
