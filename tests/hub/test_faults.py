@@ -15,7 +15,7 @@ import pytest
 from open_po.__main__ import main
 from open_po.hub import background, retrying
 from open_po.output.run_folder import RunFolder
-from open_po.training.trainer import Trainer
+from open_po.training.gradients import StepGradients
 from tests import cli, tiny
 from tests.hub.test_upload import FIELDS, assert_whole
 from tests.hub_server import BROKEN, CUT, LOST, REQUESTS, STALL, TOKEN, Fault, Hub
@@ -229,14 +229,14 @@ def test_a_run_that_is_asked_to_stop_publishes_its_last_checkpoint(
     words = cli.arguments(llama, pairs_file, tmp_path / "run", **fields)
 
     def stop_in_step_3() -> None:
-        backward = Trainer._backward
+        backward = StepGradients.backward
 
-        def signalled(self: Trainer, *positional: object) -> object:
+        def signalled(self: StepGradients, *positional: object) -> object:
             if self.state.progress.step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
             return backward(self, *positional)  # type: ignore[arg-type]
 
-        Trainer._backward = signalled  # type: ignore[method-assign, assignment]
+        StepGradients.backward = signalled  # type: ignore[method-assign, assignment]
 
     assert cli.forked(words, stop_in_step_3) == 75
     assert hub.branch("a-run").title == "The model after step 3"
@@ -311,9 +311,9 @@ def test_no_rank_leaves_before_the_last_upload_of_a_run_that_is_asked_to_stop(
     words = cli.arguments(llama, pairs_file, tmp_path / "run", **fields)
 
     def stop_in_step_3(rank: int) -> None:
-        backward, stopped = Trainer._backward, RunFolder.release
+        backward, stopped = StepGradients.backward, RunFolder.release
 
-        def signalled(self: Trainer, *positional: object) -> object:
+        def signalled(self: StepGradients, *positional: object) -> object:
             if rank == 1 and self.state.progress.step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
             return backward(self, *positional)  # type: ignore[arg-type]
@@ -326,7 +326,7 @@ def test_no_rank_leaves_before_the_last_upload_of_a_run_that_is_asked_to_stop(
             info = huggingface_hub.HfApi().list_repo_commits("someone/a-model", revision="a-run")
             return "\n".join(commit.title for commit in info)
 
-        Trainer._backward, RunFolder.release = signalled, noted  # type: ignore[method-assign, assignment]
+        StepGradients.backward, RunFolder.release = signalled, noted  # type: ignore[method-assign, assignment]
 
     assert cli.forked_ranks(words, stop_in_step_3) == [75, 75]
     for rank in (0, 1):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from open_po.training.gradients import StepGradients
 from open_po.training.trainer import Trainer
 from tests import cli
 
@@ -28,15 +29,15 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
     """On one rank, in the second step: DeepSpeed by itself would leave the step out and go on."""
 
     def prepare(rank: int) -> None:
-        backward = Trainer._backward
+        backward = StepGradients.backward
 
-        def overflowing(self: Trainer, *positional: Any) -> Any:
+        def overflowing(self: StepGradients, *positional: Any) -> Any:
             factor = float("inf") if rank == 1 and self.state.progress.step == 1 else 1.0
             plain = self.engine.backward
             self.engine.backward = lambda value: plain(value * factor)  # type: ignore[method-assign]
             return backward(self, *positional)
 
-        Trainer._backward = overflowing  # type: ignore[method-assign]
+        StepGradients.backward = overflowing  # type: ignore[method-assign]
 
     words = cli.arguments(llama, pairs_file, tmp_path / "run", parallel=engine, **FIELDS)
     capfd.readouterr()

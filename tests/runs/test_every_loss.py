@@ -12,7 +12,7 @@ import torch
 
 from open_po.losses import LOSSES
 from open_po.packing import Sampler
-from open_po.training.trainer import Trainer
+from open_po.training.gradients import StepGradients
 from tests import cli, tiny
 from tests.plain import REJECTED, Plain, Recipe, Scores, assert_metrics
 from tests.recipes import LEARNING_RATE, RECIPES, Formula, fields_of, logistic, on_ratios, sgd
@@ -121,14 +121,14 @@ def test_no_loss_depends_on_cut_or_ranks(
 def test_a_divisor_wrong_by_two_is_noticed(
     llama: Path, eight_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backward = Trainer._backward
+    backward = StepGradients.backward
 
-    def wrong(self: Trainer, indices: list[int], size: Any) -> Any:
+    def wrong(self: StepGradients, indices: list[int], size: Any) -> Any:
         counts = replace(size.counts, pairs=2 * size.counts.pairs)
         return backward(self, indices, replace(size, counts=counts))
 
     one = cli.train(llama, eight_pairs, tmp_path / "one" / "run", **(steps_of("dpo", "sgd") | ONE_BATCH))
-    monkeypatch.setattr(Trainer, "_backward", wrong)
+    monkeypatch.setattr(StepGradients, "backward", wrong)
     other = cli.train(llama, eight_pairs, tmp_path / "other" / "run", **(steps_of("dpo", "sgd") | ONE_BATCH))
     with pytest.raises(AssertionError):
         cli.assert_close_weights(cli.weights(other), cli.weights(one), cli.weights(llama))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from open_po.reference.fill import ReferencePass
-from open_po.training.trainer import Trainer
+from open_po.training.gradients import StepGradients
 from tests import cli
 
 Capture = pytest.CaptureFixture[str]
@@ -21,15 +21,15 @@ FIELDS: dict[str, Any] = {"num_epochs": 2, "checkpointing_steps": 5, "resume_fro
 
 def signals_in_step(number: int, *signals: signal.Signals) -> None:
     """Have this process send itself signals in the middle of a step."""
-    backward = Trainer._backward
+    backward = StepGradients.backward
 
-    def signalled(self: Trainer, *positional: Any) -> Any:
+    def signalled(self: StepGradients, *positional: Any) -> Any:
         if self.state.progress.step + 1 == number:
             for each in signals:
                 os.kill(os.getpid(), each)
         return backward(self, *positional)
 
-    Trainer._backward = signalled  # type: ignore[method-assign]
+    StepGradients.backward = signalled  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
@@ -65,16 +65,16 @@ def test_a_second_signal_ends_a_rank_that_waits_for_another(llama: Path, pairs_f
     def hang(rank: int) -> None:
         if rank == 0:
             waiting = os.getpid()
-            backward = Trainer._backward
+            backward = StepGradients.backward
 
-            def noted(self: Trainer, *positional: Any) -> Any:
+            def noted(self: StepGradients, *positional: Any) -> Any:
                 (tmp_path / "waiting").write_text(str(waiting))
                 return backward(self, *positional)
 
-            Trainer._backward = noted  # type: ignore[method-assign]
+            StepGradients.backward = noted  # type: ignore[method-assign]
             return
 
-        def signals(self: Trainer, *positional: Any) -> Any:
+        def signals(self: StepGradients, *positional: Any) -> Any:
             while not (tmp_path / "waiting").exists():
                 time.sleep(0.05)
             other = int((tmp_path / "waiting").read_text())
@@ -88,7 +88,7 @@ def test_a_second_signal_ends_a_rank_that_waits_for_another(llama: Path, pairs_f
                     time.sleep(0.1)
             os._exit(1)
 
-        Trainer._size = signals  # type: ignore[method-assign]
+        StepGradients.size = signals  # type: ignore[method-assign]
 
     assert cli.forked_ranks(words, hang, seconds=60)[0] == 128 + signal.SIGTERM
 

@@ -50,17 +50,17 @@ def stopped(llama: Path, tmp_path: Path) -> Iterator[tuple[int, Path]]:
     """A run that stands still in its eighth step, and its process."""
     folder, child = tmp_path / "run", os.fork()
     if child == 0:
-        from open_po.training.trainer import Trainer
+        from open_po.training.gradients import StepGradients
 
-        backward = Trainer._backward
+        backward = StepGradients.backward
 
-        def standing_still(self: Trainer, *positional: Any) -> Any:
+        def standing_still(self: StepGradients, *positional: Any) -> Any:
             if self.state.progress.step == 7:
                 time.sleep(1.5)  # for the board to be written
                 os.kill(os.getpid(), signal.SIGSTOP)
             return backward(self, *positional)
 
-        Trainer._backward = standing_still  # type: ignore[method-assign]
+        StepGradients.backward = standing_still  # type: ignore[method-assign]
         code = 99
         try:
             code = cli.main(run_words(llama, folder))
