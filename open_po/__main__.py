@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from open_po.commands.command_line import show
+
 # A module in `open_po/commands/` each, with a `main` that takes the words behind the command.
 COMMANDS = {
     "cache": "build, info, verify, prune, merge: the reference log-probs on disk",
@@ -31,7 +33,7 @@ def main(words: Sequence[str]) -> int:
     """Run a command; returns the exit code. Importing takes seconds, in which Ctrl-C must be as quiet as later."""
     name, *rest = words or ("--help",)
     if name in ("-h", "--help"):
-        print(help_text())
+        show(help_text())
         return 0
     if name not in COMMANDS:
         *names, last = COMMANDS

@@ -32,6 +32,14 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(ConfigError.exit_code, f"config error: {message}; see {self.prog} --help\n")
 
 
+def show(text: str) -> None:
+    """Print what was asked for, to the end or to where nobody reads on (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still has to flush
+
+
 def refused(error: ConfigError) -> int:
     """Tell every problem of a configuration, a line each and on one rank; returns the exit code."""
     for problem in error.problems if os.environ.get("RANK", "0") == "0" else ():

@@ -27,9 +27,9 @@ def main(words: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     configs = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     parser = CommandParser(prog="python -m open_po inspect", description=__doc__)
-    parser.add_argument("--rows", type=_count, default=_ROWS, help=f"pairs to show (default {_ROWS}); 0: tables alone")
+    parser.add_argument("--rows", type=pairs, default=_ROWS, help=f"pairs to show (default {_ROWS}); 0: tables alone")
     parser.add_argument("--full", action="store_true", help="every token of these pairs, however long they are")
-    parser.add_argument("--processes", type=_processes, help="that the run will have (default: those of this command)")
+    parser.add_argument("--processes", type=processes, help="that the run will have (default: those of this command)")
     parser.add_argument("--out", type=Path, help="write a page in colour as well, HTML")
     if not words:
         parser.print_help()
@@ -51,13 +51,13 @@ def _job(arguments: argparse.Namespace) -> Job:
     return partial(inspect, arguments=arguments)
 
 
-def _count(word: str) -> int:
+def pairs(word: str) -> int:
     if (count := int(word)) < 0:
         raise argparse.ArgumentTypeError(f"must be 0 or more, got {word}")
     return count
 
 
-def _processes(word: str) -> int:
+def processes(word: str) -> int:
     if (count := int(word)) < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {word}")
     return count

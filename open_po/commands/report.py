@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from open_po.commands.command_line import CommandParser
+from open_po.commands.command_line import CommandParser, refuse_unwritable
 from open_po.errors import UserError, user_line
 from open_po.output.files import write_atomically
 
@@ -27,10 +27,9 @@ def main(words: Sequence[str]) -> int:
     from open_po.report.runs import read_folders
 
     try:
+        refuse_unwritable(out)
         reported = read_folders(arguments.folders)
         page = render(reported)
-        if out.is_dir():
-            raise UserError(f"--out {out}: is a folder; name a file")
         write_atomically(out, lambda path: path.write_text(page, encoding="utf-8"))
     except (UserError, OSError) as error:
         print(f"error: {user_line(error)}", file=sys.stderr)

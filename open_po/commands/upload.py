@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from open_po.commands.command_line import CommandParser
+from open_po.config import branch_problem, repository_problem
 from open_po.errors import UserError
 
 
@@ -29,10 +30,15 @@ def main(words: Sequence[str]) -> int:
         "--patience", type=float, default=600.0, metavar="S", help="seconds of trying again (default %(default)s)"
     )
     parser.add_argument("--only", help=argparse.SUPPRESS)  # what a run starts in the background
+    parser.add_argument("--run", type=int, help=argparse.SUPPRESS)  # the process of that run
     arguments = parser.parse_args(words)
     given = {"hf_repo_revision": arguments.hf_repo_revision, "public": arguments.public, "merged": arguments.merged}
     if arguments.hf_repo_id is None and any(given.values()):
         parser.error(f"argument --{next(name for name in given if given[name])}: needs --hf_repo_id")
+    if arguments.hf_repo_id is not None and (problem := repository_problem(arguments.hf_repo_id)):
+        parser.error(f"argument --hf_repo_id: {problem}")
+    if arguments.hf_repo_revision is not None and (problem := branch_problem(arguments.hf_repo_revision)):
+        parser.error(f"argument --hf_repo_revision: {problem}")
     from open_po.commands.upload_run import upload_run  # which loads what a mistake can do without
 
     try:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import threading
+import time
 from functools import partial
 
 from huggingface_hub.utils import disable_progress_bars
@@ -18,7 +21,8 @@ from open_po.output.console import make_console
 from open_po.output.files import waiting_lock
 from open_po.output.run_folder import RunFolder
 
-_LOCK = ".hub.lock"  # an upload that a killed run has left behind may still be under way
+_LOCK = ".hub.lock"  # held by an upload, a run's or one by hand
+_ORPHAN_SECONDS = 0.5  # between two looks whether the run is still there
 
 
 def upload_run(arguments: argparse.Namespace) -> None:
@@ -30,6 +34,7 @@ def upload_run(arguments: argparse.Namespace) -> None:
     with waiting_lock(folder.path / _LOCK):
         publication = _publication(folder, arguments)
         if arguments.only is not None:
+            _end_with(arguments.run)
             _publish_for_a_run(publication, arguments.only, arguments.patience)
         else:
             _publish_all(publication, arguments.patience)
@@ -60,6 +65,17 @@ def _publication(folder: RunFolder, arguments: argparse.Namespace) -> Publicatio
     )
 
 
+def _end_with(run: int) -> None:
+    """End this process soon after the run that has started it, whose folder may be another run's by then."""
+
+    def watch() -> None:
+        while os.getppid() == run:
+            time.sleep(_ORPHAN_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _publish_for_a_run(publication: Publication, name: str, patience: float) -> None:
     """Publish one thing, for a run that watches what this says."""
     log = EventLog(sys.stdout)
@@ -78,7 +94,7 @@ def _publish_all(publication: Publication, patience: float) -> None:
             publish = partial(publication.publish, name, partial(bar.show, total=total))
             persistently(f"upload of {name} to {publication.branch}", publish, patience=patience, say=console.print)
     if due:
-        console.print(f"Uploaded to the Hub: {publication.branch}", soft_wrap=True)
+        console.print(f"Uploaded to the Hub: {publication.branch}, {publication.branch.address}", soft_wrap=True)
     elif publication.published:
         console.print(f"Nothing to upload: {publication.branch} has all there is", soft_wrap=True)
     else:

@@ -73,7 +73,8 @@ class _View:
         """The state. Raises UserError if there is none."""
         state = self.read()
         if state is None:
-            raise UserError(f"{self.folder}: holds no run, and no sweep; name an output_dir")
+            soon = "" if self.folder.exists() else "; a run makes it some seconds after it was started"
+            raise UserError(f"{self.folder}: holds no run, and no sweep; name an output_dir{soon}")
         return state
 
 

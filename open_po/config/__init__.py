@@ -1,5 +1,6 @@
 """The run's configuration: YAML files merged left to right, then command-line flags, checked as a whole."""
 
+from open_po.config.checks import branch_problem, repository_problem
 from open_po.config.data import DataConfig
 from open_po.config.distributed import DistributedConfig
 from open_po.config.loss import LossConfig
@@ -23,7 +24,9 @@ __all__ = [
     "RunConfig",
     "Sharing",
     "TrainConfig",
+    "branch_problem",
     "help_text",
     "load_config",
     "parse_mixture",
+    "repository_problem",
 ]

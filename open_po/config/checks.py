@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,20 +90,36 @@ def _hub_problems(config: RunConfig) -> Iterator[str]:
         yield "resume_from_checkpoint: hub needs push_to_hub and hub_strategy checkpoint or all_checkpoints"
     if not output.push_to_hub:
         return
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     if output.hf_merged and not config.model.use_lora:
         yield "hf_merged: needs use_lora; a model without adapters is uploaded as it is"
     if output.hf_entity is not None and "/" in (output.hf_repo_id or ""):
         yield f"hf_entity: {output.hf_entity} contradicts hf_repo_id {output.hf_repo_id}, which names one; give it once"
     if output.hub_strategy in ("checkpoint", "all_checkpoints") and output.checkpointing_steps is None:
         yield f"hub_strategy: {output.hub_strategy} needs checkpointing_steps"
-    if output.hf_repo_id is not None:
-        try:
-            validate_repo_id(output.hf_repo_id)
-        except HFValidationError as error:
-            yield f"hf_repo_id: {' '.join(str(error).split())}"
+    if output.hf_repo_id is not None and (problem := repository_problem(output.hf_repo_id)):
+        yield f"hf_repo_id: {problem}"
+    if output.hf_repo_revision is not None and (problem := branch_problem(output.hf_repo_revision)):
+        yield f"hf_repo_revision: {problem}"
+
+
+def repository_problem(name: str) -> str | None:
+    """Why a repository on the Hub cannot have this name, if so."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def branch_problem(name: str) -> str | None:
+    """Why a branch on the Hub cannot have this name, if so: git's rules."""
+    bad = name == "@" or re.search(r"[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|@\{", name)
+    if bad or any(re.fullmatch(r"|[.-].*|.*(\.|\.lock)", part) for part in name.split("/")):
+        return f"{name!r} is no name that git allows a branch; use letters, digits, '.', '_', '-' and '/'"
+    return None
 
 
 def _loss_problems(config: RunConfig) -> Iterator[str]:

@@ -117,6 +117,11 @@ def _layered(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
 def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except IsADirectoryError:
+        inside = path / "config.yaml"
+        found = f"is it {inside} that you mean?" if inside.is_file() else "name a YAML file"
+        problems.append(f"{path}: is a folder; {found}")
+        return {}
     except OSError as error:
         problems.append(f"{path}: cannot be read ({error.strerror}); configuration files come before the --flags")
         return {}

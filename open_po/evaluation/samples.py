@@ -62,8 +62,9 @@ class AnswerSampler:
         batches = [self._prompts[start : start + size] for start in range(0, len(self._prompts), size)]
         texts: list[str] = []
         with Progress(runtime.console, "Samples", total=tokens * len(batches), unit="tokens") as bar:
-            for batch in batches:
+            for number, batch in enumerate(batches, start=1):
                 texts += self._decoded(scorer, batch, tokens, ends, bar)
+                bar.advance(number * tokens - bar.done)  # answers that ended sooner
         return texts
 
     def _decoded(

@@ -81,12 +81,23 @@ class HubUploader(RunObserver):
         return checkpoint.name in [*self._waiting, *under_way]
 
     def stopped(self, error: BaseException) -> None:
-        """Asked to stop, finish what is waiting: the machine may be gone soon. A second signal ends this."""
-        while isinstance(error, Preempted) and (self._upload is not None or self._waiting):
-            self._look()
-            if self._upload is None and self._told:
-                return
-            self._wait()
+        """Asked to stop, finish what is waiting: the machine may be gone soon. A second signal ends this.
+
+        What is not on the Hub in the end is told, with the command that sends it.
+        """
+        under_way = [] if self._upload is None else [self._upload.name]
+        if isinstance(error, Preempted) and (names := [*under_way, *self._waiting]):
+            self._say(f"Asked to stop: {', '.join(names)} still goes to the Hub; a second signal ends that")
+            while self._upload is not None or self._waiting:
+                self._look()
+                if self._upload is None and self._told:
+                    break
+                self._wait()
+        if due := self._noted().due():
+            command = f"python -m open_po upload {self._folder.path}"
+            self._say(f"Not on the Hub yet: {', '.join(due)}; the run sends it when it goes on, or {command}")
+        elif self._noted().published:
+            self._say(f"On the Hub: {list(self._noted().published)[-1]} in {self.branch}")
 
     def completed(self, summary: RunSummary) -> None:
         self._waiting = []
@@ -99,7 +110,10 @@ class HubUploader(RunObserver):
                 f"the upload to {self.branch} is not complete; what is there is kept, and this finishes "
                 f"it: python -m open_po upload {self._folder.path}"
             )
-        self._console.print(f"Uploaded to the Hub: {self.branch}", soft_wrap=True)
+        self._say(f"Uploaded to the Hub: {self.branch}, {self.branch.address}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True, markup=False)
 
     def _noted(self) -> Publication:
         """What uploads have noted."""
@@ -117,9 +131,7 @@ class HubUploader(RunObserver):
             except OSError as error:  # no memory for a process, no room for its log: later, or in the end
                 if not self._told:
                     self._told = True
-                    self._console.print(
-                        f"upload of {self._waiting[0]} cannot begin yet ({error.strerror})", soft_wrap=True
-                    )
+                    self._say(f"upload of {self._waiting[0]} cannot begin yet ({error.strerror})")
             else:
                 del self._waiting[0]
 
@@ -133,7 +145,7 @@ class HubUploader(RunObserver):
             while not upload.poll():
                 bar.show(upload.sent, upload.total)
                 for line in upload.news():
-                    self._console.print(line, soft_wrap=True, markup=False)
+                    self._say(line)
                 time.sleep(_POLL_SECONDS)
             bar.show(upload.sent, upload.total)
         self._end()
@@ -142,7 +154,7 @@ class HubUploader(RunObserver):
         assert self._upload is not None
         if self._upload.failed:
             for line in self._upload.news()[-1:]:
-                self._console.print(line.removeprefix("error: "), soft_wrap=True, markup=False)
+                self._say(line.removeprefix("error: "))
         self._upload = None
 
 
@@ -199,7 +211,7 @@ class _Upload:
         self._told = 0
         self._log = folder.path / _EVENTS
         self._moved = time.monotonic()
-        words = [sys.executable, "-m", "open_po", "upload", str(folder.path), "--only", name]
+        words = [sys.executable, "-m", "open_po", "upload", str(folder.path), "--only", name, "--run", str(os.getpid())]
         path = os.pathsep.join([str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])])
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(
@@ -208,7 +220,7 @@ class _Upload:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"PYTHONPATH": path},
-                start_new_session=True,  # Ctrl-C is the run's; and what is on its way may arrive after the run's end
+                start_new_session=True,  # Ctrl-C is the run's
             )
 
     @property

@@ -66,7 +66,18 @@ class Publication:
         return [name for name in [*steps, *([FINAL] if complete else [])] if name not in self.published]
 
     def files(self, name: str) -> dict[str, Path]:
-        """The files of a checkpoint, or of the complete run, by their names in the repository."""
+        """The files of a checkpoint, or of the complete run, by their names in the repository.
+
+        Raises FileNotFoundError if they are no model, or no state, any more: a commit would remove what is there.
+        """
+        files = self._files(name)
+        if not any(_WEIGHTS.fullmatch(there) for there in files):
+            raise FileNotFoundError(f"{self.folder.path}: {name} has no model any more")
+        if name != FINAL and self.with_state and not any(there.startswith(f"{STATE_FOLDER}/") for there in files):
+            raise FileNotFoundError(f"{self.folder.path}: {name} has no state any more")
+        return files
+
+    def _files(self, name: str) -> dict[str, Path]:
         if name == FINAL:
             return dict(self._model(self.folder.path))
         checkpoint = self.folder.checkpoints / name

@@ -32,6 +32,11 @@ class Branch:
     def __str__(self) -> str:
         return self.repository if self.revision == _MAIN else f"{self.repository}, branch {self.revision}"
 
+    @property
+    def address(self) -> str:
+        """Where it can be looked at."""
+        return f"{HfApi().endpoint}/{self.repository}/tree/{self.revision}"
+
     @staticmethod
     def of(output: OutputConfig, *, patience: float, say: Say) -> Branch:
         """The branch that a run uploads to, made if need be. Raises UserError.

@@ -16,6 +16,8 @@ from typing import Any
 from open_po.errors import UserError
 
 _LOCK_TRIES, _LOCK_SECONDS = 5, 0.05
+_UMASK = os.umask(0o077)  # which can only be read by setting it
+os.umask(_UMASK)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], *, sync: bool = True) -> None:
@@ -32,10 +34,16 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, sync: bool 
                 os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk names no file
+        error.filename = str(path)  # a full disk names no file, and a temporary name says nothing
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def open_to_others(folder: Path) -> None:
+    """Give safetensors files the permissions of any other: they come for their owner alone. Raises OSError."""
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o666 & ~_UMASK)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import yaml
 
 from open_po.config import RunConfig
 from open_po.errors import UserError, user_line
-from open_po.output.files import disk_faults, is_locked, lock_folder, write_atomically
+from open_po.output.files import disk_faults, is_locked, lock_folder, open_to_others, write_atomically
 from open_po.output.summary import RunSummary, Status
 
 _FROM_THE_NEWEST = ("auto", "hub")  # values of resume_from_checkpoint that name no folder
@@ -187,6 +187,7 @@ class RunFolder:
         try:
             with disk_faults(f"{self.path}: the model", "checkpoints are kept"):
                 yield staged
+                open_to_others(staged)
                 for item in staged.iterdir():
                     target = self.path / item.name
                     if target.is_dir():

@@ -9,7 +9,7 @@ from typing import Any
 from open_po.report.runs import ReportedRun
 
 NOT_SET = "not set"
-_OF_EACH_RUN = ("exp_name", "output_dir")  # told by the table of the runs
+_OF_EACH_RUN = ("exp_name", "output_dir", "resume_from_checkpoint")  # told by the table, or of no run's result
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from open_po.distributed.runtime import Runtime
 from open_po.errors import UserError
 from open_po.evaluation.meter import PreferenceMeter
 from open_po.losses import LossMix, PairLogps
-from open_po.output.files import disk_faults
+from open_po.output.files import disk_faults, open_to_others
 from open_po.output.run_folder import changed_fields
 from open_po.packing import PackingStats
 from open_po.training.checkpoint_folders import remove, sync_all
@@ -168,6 +168,7 @@ class UnfinishedCheckpoint:
         return self.target
 
     def _complete(self) -> None:
+        open_to_others(self.temporary)
         sync_all(self.temporary)
         remove(self.target)
         self.temporary.rename(self.target)

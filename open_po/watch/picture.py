@@ -71,7 +71,7 @@ class Picture:
         yield _heading(self._state)
         for part in (
             _phases(self._state),
-            _figures(self._state),
+            _figures(self._state, console, options.max_width),
             _curves(self._state, options.max_width),
             _checkpoints(self._state),
         ):
@@ -119,8 +119,8 @@ def _phases(state: RunState) -> RenderableType | None:
     return Group(*parts)
 
 
-def _figures(state: RunState) -> Table | None:
-    """The newest figures of training, and of held-out pairs now and at the start."""
+def _figures(state: RunState, console: Console, width: int) -> Table | None:
+    """The newest figures of training, and of held-out pairs now and at the start, as many as there is room for."""
     rows: list[tuple[str, Metrics]] = []
     if training := state.training:
         rows.append(("training", _with_loss(training[-1])))
@@ -131,6 +131,12 @@ def _figures(state: RunState) -> Table | None:
     if not rows:
         return None
     shown = [figure for figure in _FIGURES if any(figure[0] in row for _, row in rows)]
+    while len(shown) > 1 and console.measure(_table(rows, shown)).maximum > width:
+        del shown[-1]
+    return _table(rows, shown)
+
+
+def _table(rows: Sequence[tuple[str, Metrics]], shown: Sequence[tuple[str, str, str]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("")
     table.add_column("step", justify="right")

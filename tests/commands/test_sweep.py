@@ -166,7 +166,12 @@ def test_a_sweep_that_is_stopped_goes_on(how: signal.Signals, words: list[str], 
     command: list[Any] = [sys.executable, "-m", "open_po", "sweep", *words, "--grid", "beta=0.1,0.3,1", "gamma=0,1"]
     command += ["--loss_type", "dpo_gamma", "--jobs", "2"]
     process = subprocess.Popen(
-        command, env=cli.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=cli.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     folder = tmp_path / "sweep"
     deadline = time.monotonic() + 120

@@ -191,7 +191,11 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     advice = "configuration files come before the --flags"
     missing = f"{tmp_path}/no.yaml"
     assert problems(missing, *REQUIRED) == [f"{missing}: cannot be read (No such file or directory); {advice}"]
-    assert problems(str(tmp_path), *REQUIRED) == [f"{tmp_path}: cannot be read (Is a directory); {advice}"]
+    assert problems(str(tmp_path), *REQUIRED) == [f"{tmp_path}: is a folder; name a YAML file"]
+    (tmp_path / "config.yaml").touch()
+    assert problems(str(tmp_path), *REQUIRED) == [
+        f"{tmp_path}: is a folder; is it {tmp_path}/config.yaml that you mean?"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -361,6 +365,10 @@ def test_wrong_types_on_the_command_line(flags: list[str], message: str) -> None
         ("--seed 4294967296", "seed: must be below 4294967296, got 4294967296"),
         ("--wandb_entity me", "wandb_entity: needs wandb among report_to"),
         ("--hf_private false", "hf_private: needs push_to_hub"),
+        (
+            "--push_to_hub --hf_repo_revision a..b",
+            "hf_repo_revision: 'a..b' is no name that git allows a branch; use letters, digits, '.', '_', '-' and '/'",
+        ),
     ],
 )
 def test_contradictions(flags: str, message: str) -> None:

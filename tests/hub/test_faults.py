@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 
 from open_po.__main__ import main
 from open_po.hub import background, retrying
+from open_po.hub.background import HubUploader
+from open_po.hub.publication import Publication
 from open_po.output.run_folder import RunFolder
 from open_po.training.gradients import StepGradients
 from tests import cli, tiny
@@ -222,8 +225,51 @@ def _said(capfd: Capture, words: list[str]) -> str:
     return capfd.readouterr().out
 
 
-def test_a_run_that_is_asked_to_stop_publishes_its_last_checkpoint(
+def test_an_upload_does_not_outlive_its_run(hub: Hub, llama: Path, pairs_file: Path, tmp_path: Path) -> None:
+    """It would take what it finds in the folder later for its own checkpoint."""
+    hub.seconds = 3.0
+    fields = FIELDS | {"hub_strategy": "checkpoint", "max_train_steps": 6, "checkpointing_steps": 3}
+    words = cli.arguments(llama, pairs_file, tmp_path / "run", **fields)
+
+    def killed_while_uploading() -> None:
+        written = HubUploader.checkpoint_written
+
+        def then_killed(self: HubUploader, checkpoint: Path) -> None:
+            written(self, checkpoint)
+            while hub_is_idle(tmp_path / "run"):
+                self.metrics_written({})
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        HubUploader.checkpoint_written = then_killed  # type: ignore[method-assign]
+
+    assert cli.forked(words, killed_while_uploading) == -signal.SIGKILL
+    time.sleep(hub.seconds + 1)
+    assert hub.branch("a-run").title == "Training begins"
+
+
+def hub_is_idle(folder: Path) -> bool:
+    """Whether no upload of a run has said how much it has to send."""
+    events = folder / ".hub.events"
+    return not events.exists() or "total" not in events.read_text()
+
+
+def test_what_is_gone_from_the_disk_is_not_taken_from_the_hub(
     hub: Hub, llama: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    fields = FIELDS | {"hub_strategy": "checkpoint", "max_train_steps": 4, "checkpointing_steps": 4}
+    output = cli.train(llama, pairs_file, tmp_path / "run", **fields)
+    publication = Publication.read(RunFolder(output))
+    assert publication is not None
+    before = hub.branch("a-run")
+    shutil.rmtree(output / "checkpoints")
+    with pytest.raises(FileNotFoundError, match="step_000004 has no model any more"):
+        publication.publish("step_000004", print)
+    assert hub.branch("a-run") == before
+
+
+def test_a_run_that_is_asked_to_stop_publishes_its_last_checkpoint(
+    hub: Hub, llama: Path, pairs_file: Path, tmp_path: Path, capfd: Capture
 ) -> None:
     fields = FIELDS | {"hub_strategy": "checkpoint", "max_train_steps": 6, "checkpointing_steps": 5}
     words = cli.arguments(llama, pairs_file, tmp_path / "run", **fields)
@@ -239,6 +285,9 @@ def test_a_run_that_is_asked_to_stop_publishes_its_last_checkpoint(
         StepGradients.backward = signalled  # type: ignore[method-assign, assignment]
 
     assert cli.forked(words, stop_in_step_3) == 75
+    told = capfd.readouterr().out
+    assert "Asked to stop: step_000003 still goes to the Hub; a second signal ends that" in told
+    assert "On the Hub: step_000003 in someone/a-model, branch a-run" in told
     assert hub.branch("a-run").title == "The model after step 3"
     assert "last-checkpoint/trainer_state.json" in hub.branch("a-run").files
 

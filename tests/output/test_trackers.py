@@ -54,6 +54,12 @@ def in_tensorboard(output: Path) -> tuple[Points, EventAccumulator]:
     return scalars, reader
 
 
+@pytest.fixture(autouse=True)
+def mlflow_reads_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the tracker that writes them asks for."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+
+
 def in_mlflow(output: Path) -> tuple[Points, MlflowClient, Any]:
     """By MLflow's own client, of the one run in the store."""
     client = MlflowClient(tracking_uri=(output / "mlruns").as_uri())

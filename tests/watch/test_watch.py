@@ -181,7 +181,8 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: Capture) -> N
     for folder in (tmp_path, tmp_path / "nowhere"):
         assert main([str(folder)]) == 1
         line = cli.only_error(capsys.readouterr().err)
-        assert line == f"error: {folder}: holds no run, and no sweep; name an output_dir"
+        assert line.startswith(f"error: {folder}: holds no run, and no sweep; name an output_dir")
+        assert ("some seconds after it was started" in line) == (not folder.exists())
 
 
 def test_files_of_another_version_or_half_written_are_shown_as_far_as_they_go(complete: Path, tmp_path: Path) -> None:
