@@ -38,6 +38,11 @@ def contradictions(config: RunConfig) -> Iterator[str]:
         yield f"optimizer: expects one of {', '.join(OPTIMIZERS)}, got {train.optimizer!r}"
     elif train.weight_decay and not OPTIMIZERS[train.optimizer].decays:
         yield f"weight_decay: is not applied by optimizer {train.optimizer}; set it to 0 or use adamw"
+    if train.optimizer_in_backward == "on" and train.max_grad_norm:
+        yield (
+            f"optimizer_in_backward: on cannot clip, which needs all gradients first; set max_grad_norm to 0, got "
+            f"{train.max_grad_norm}"
+        )
     if train.lr_scheduler_type == "constant" and train.warmup_ratio not in (0.0, TrainConfig.warmup_ratio):
         yield "warmup_ratio: lr_scheduler_type constant has no warm-up; use constant_with_warmup"
 

@@ -23,7 +23,10 @@ class DistributedConfig:
         shapes_result=False,
     )
     offload_optimizer: bool = option(
-        False, "keep the optimizer's states in the host's memory (zero1, zero2, zero3)", shapes_result=False
+        False,
+        "keep the optimizer's states, and float32 weights, in the host's memory and update there (one GPU, ddp, "
+        "layers; zero1, zero2, zero3: DeepSpeed's way, each rank its part)",
+        shapes_result=False,
     )
     offload_param: bool = option(
         False, "keep weights in the host's memory (zero3; fsdp, with the optimizer's states)", shapes_result=False

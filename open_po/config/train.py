@@ -8,6 +8,9 @@ from typing import Literal
 from open_po.config.field import option
 from open_po.optimizers import OPTIMIZERS
 
+GradDtype = Literal["auto", "float32", "bfloat16"]
+Switch = Literal["auto", "on", "off"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -41,6 +44,19 @@ class TrainConfig:
     warmup_ratio: float = option(0.1, "share of the steps in which the learning rate rises", not_negative=True, below=1)
     weight_decay: float = option(0.0, "decoupled weight decay of adamw; not on norms and biases", not_negative=True)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never", not_negative=True)
+    grad_dtype: GradDtype = option(
+        "auto",
+        "float32 or bfloat16: in which the gradients of bfloat16 weights add up over a step's packs. bfloat16 is "
+        "rounded stochastically and takes half the memory; auto: float32 where a GPU has room. Gradients of float32 "
+        "weights are float32",
+    )
+    optimizer_in_backward: Switch = option(
+        "auto",
+        "on or off: in steps of one pack update each weight as soon as its gradient is complete, so that no more than "
+        "a few are ever held (one GPU, or parallel layers). The weights are the same. auto: where max_grad_norm is 0, "
+        "since clipping needs all gradients first",
+        shapes_result=False,
+    )
     num_epochs: int = option(1, "passes over the training data", above=0)
     max_train_steps: int | None = option(None, "stop after so many optimizer steps", above=0)
     max_run_time: float | None = option(

@@ -1,26 +1,39 @@
-"""A whole model on every rank, gradients averaged by PyTorch's DistributedDataParallel."""
+"""A whole model on every rank, gradients averaged by PyTorch's DistributedDataParallel.
+
+It reduces in the precision of the weights. Those of bfloat16 weights are summed here, as their sums over packs are.
+"""
 
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from open_po.distributed.engine import OptimizerMaker
+from open_po.distributed.engine import OptimizerMaker, trained
+from open_po.distributed.gradient_sums import GradientSums
 from open_po.distributed.runtime import Runtime
 from open_po.distributed.single import SingleEngine
+from open_po.distributed.skeleton import broadcast
+from open_po.distributed.update import UpdateRules
 
 
 class DdpEngine(SingleEngine):
-    """As a single process on every rank; gradients are summed in the last pack of a step."""
+    """As a single process on every rank; gradients are summed in the last pack of a step, or after it."""
 
     def __init__(
-        self, model: nn.Module, make_optimizer: OptimizerMaker, runtime: Runtime, *, max_grad_norm: float
+        self, model: nn.Module, make_optimizer: OptimizerMaker, runtime: Runtime, *, rules: UpdateRules
     ) -> None:
-        super().__init__(model, make_optimizer, runtime, max_grad_norm=max_grad_norm)
+        if any(weight.dtype == torch.bfloat16 for weight in trained(model).values()):
+            for weight in model.parameters():
+                broadcast(weight.detach(), runtime)
+        super().__init__(model, make_optimizer, runtime, rules=rules)
+        if self._sums is not None:
+            return
         devices = [runtime.device] if runtime.device.type == "cuda" else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the name that says it in torch 2.11 too
@@ -28,9 +41,38 @@ class DdpEngine(SingleEngine):
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
-    def backward(self, value: Tensor) -> None:
-        (value * self._runtime.world_size).backward()  # the ranks' gradients are averaged
+    def _adds(self, packs: int) -> bool:
+        return True  # the ranks' packs add up too
 
-    def pack(self, *, last: bool) -> AbstractContextManager[object]:
-        module = cast(DistributedDataParallel, self.module)
-        return nullcontext() if last else cast(AbstractContextManager[object], module.no_sync())
+    @contextmanager
+    def pack(self, *, last: bool) -> Iterator[None]:
+        if self._sums is not None or last:
+            yield
+        else:
+            with cast(DistributedDataParallel, self.module).no_sync():
+                yield
+
+    def backward(self, value: Tensor) -> None:
+        if self._sums is None:
+            value = value * self._runtime.world_size  # the ranks' gradients are averaged
+        value.backward()
+
+    def _gradients(self) -> dict[nn.Parameter, Tensor]:
+        gradients = super()._gradients()
+        return gradients if self._sums is None else self._reduced(gradients)
+
+    def _reduced(self, mine: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """The ranks' gradients, summed; what no rank has a gradient of, an expert without tokens, gets none."""
+        there = torch.tensor([parameter in mine for parameter in self._parameters], dtype=torch.int32)
+        there = there.to(self._runtime.device)
+        torch.distributed.all_reduce(there, op=torch.distributed.ReduceOp.MAX)
+        gradients: dict[nn.Parameter, Tensor] = {}
+        for parameter, found in zip(self._parameters, there.tolist(), strict=True):
+            if found:
+                gradient = mine.get(parameter)
+                if gradient is None:
+                    dtype = cast(GradientSums, self._sums).dtype_of(parameter)
+                    gradient = torch.zeros_like(parameter, dtype=dtype)
+                gradients[parameter] = gradient.contiguous()
+                torch.distributed.all_reduce(gradients[parameter])
+        return gradients

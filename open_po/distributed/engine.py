@@ -7,7 +7,6 @@ tensor parallelism (`tensor_parallel.py`); `make_engine.py` makes the one that a
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -52,8 +51,8 @@ class Saving:
 class Engine(Placement, ABC):
     """A model that is trained: how the gradients of a step's packs become one update of the weights, over all ranks.
 
-    Every step: `with engine.step()` around `with engine.pack(last=...)` for each pack, and in that its forward pass and
-    `backward`; then `update`. All ranks take the same steps, and with `lockstep_packs` as many packs in each.
+    Every step: `with engine.step(packs=n)` around `with engine.pack(last=...)` for each pack, and in that its forward
+    pass and `backward`; then `update`. All ranks take the same steps, and with `lockstep_packs` as many packs in each.
     """
 
     lockstep_packs = False
@@ -61,8 +60,13 @@ class Engine(Placement, ABC):
     files_together = False  # whether ranks talk to one another in `save` and `load`
     optimizer: Optimizer  # whose groups a schedule gives their learning rates
 
-    def step(self) -> AbstractContextManager[object]:
-        """The context of all packs of a step."""
+    @property
+    def weights_changed(self) -> bool:
+        """Whether the step under way has changed weights before `update` was called, or before it gave up."""
+        return False
+
+    def step(self, *, packs: int) -> AbstractContextManager[object]:
+        """The context of all packs of a step, so many; what a step that failed has left is gone."""
         return nullcontext()
 
     def pack(self, *, last: bool) -> AbstractContextManager[object]:
@@ -77,7 +81,7 @@ class Engine(Placement, ABC):
     def update(self) -> float:
         """Clip the gradients and take one optimizer step; they are gone afterwards.
 
-        Returns the norm that they had. If it is not finite no weight has changed.
+        Returns the norm that they had. If it is not finite no weight has changed, unless `weights_changed` says so.
         """
 
     @abstractmethod
@@ -92,17 +96,6 @@ class Engine(Placement, ABC):
     @abstractmethod
     def load(self, folder: Path) -> None:
         """Take over what `save` wrote; all ranks call this. Raises whatever a reader makes of a damaged file."""
-
-
-def clip_and_step(optimizer: Optimizer, limit: float) -> float:
-    """Scale gradients down to the norm `limit` if they are larger, and step if all are finite; returns their norm."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-    found = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    if math.isfinite(found):
-        optimizer.step()
-    optimizer.zero_grad()
-    return found
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:

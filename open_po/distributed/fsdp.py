@@ -6,17 +6,19 @@ A layer's weights are gathered while it computes, and dropped again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from open_po.distributed.dcp import DistributedTensorsEngine, gathered
-from open_po.distributed.engine import Fill, OptimizerMaker, Placement, clip_and_step, trained
+from open_po.distributed.engine import Fill, OptimizerMaker, Placement, trained
+from open_po.distributed.gradient_sums import GradientSums, dtype_of_sums, step_gradients
 from open_po.distributed.runtime import Runtime
+from open_po.distributed.update import UpdateRules, clip_and_step
 
 # Share of a GPU's memory that a whole gradient may take; a larger one is reduced after every pack, not once a step.
 _WHOLE_GRADIENT = 0.2
@@ -25,10 +27,18 @@ _WHOLE_GRADIENT = 0.2
 class FsdpPlacement(Placement):
     """The weights of a model, divided among the ranks: each of `units` by itself, what is left together.
 
-    Each is filled before it is divided, so that a rank holds its parts and one whole unit.
+    Each is filled before it is divided, so that a rank holds its parts and one whole unit. Gradients are summed in
+    `reduce_dtype`, over ranks and over packs that are not reduced; None: in the weights' own.
     """
 
-    def __init__(self, model: nn.Module, units: Sequence[nn.Module], fill: Fill, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[nn.Module],
+        fill: Fill,
+        runtime: Runtime,
+        reduce_dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(model, runtime.device)
         self.team = runtime
         mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
@@ -38,6 +48,7 @@ class FsdpPlacement(Placement):
         offloaded = runtime.parallelism.offload_param and runtime.device.type == "cuda"
         options: dict[str, Any] = {
             "mesh": mesh,
+            "mp_policy": MixedPrecisionPolicy(reduce_dtype=reduce_dtype),
             "reshard_after_forward": runtime.parallelism.reshard_after_forward,
             "offload_policy": CPUOffloadPolicy() if offloaded else OffloadPolicy(),
         }
@@ -64,17 +75,27 @@ class FsdpEngine(DistributedTensorsEngine):
         make_optimizer: OptimizerMaker,
         runtime: Runtime,
         *,
-        max_grad_norm: float,
+        rules: UpdateRules,
     ) -> None:
         super().__init__(model, runtime.device)
         self.team = runtime
-        FsdpPlacement(model, units, fill, runtime)
+        dtype = dtype_of_sums(trained(model).values(), rules, runtime)
+        FsdpPlacement(model, units, fill, runtime, dtype)
         self._world_size = runtime.world_size
         self._model = cast(FSDPModule, model)
-        self._limit = max_grad_norm or float("inf")
+        self._limit = rules.limit
         # Now: after a forward pass without gradients the root's weights stay whole, and are not what is trained.
-        self.optimizer = make_optimizer(trained(model).values())
-        self._reduces_once = all(runtime.gather(_reduces_once(model, runtime.device)))
+        self._parameters = list(trained(model).values())
+        self.optimizer = make_optimizer(self._parameters)
+        # A bfloat16 sum of whole gradients would be PyTorch's, which loses what is small.
+        once = dtype != torch.bfloat16 and _reduces_once(self._parameters, dtype, runtime.device)
+        self._reduces_once = all(runtime.gather(once))
+        self._sums = None if dtype is None or self._reduces_once else GradientSums(self._parameters, dtype)
+
+    def step(self, *, packs: int) -> AbstractContextManager[object]:
+        for parameter in self._parameters:
+            parameter.grad = None
+        return nullcontext() if self._sums is None else self._sums.step(adding=packs > 1)
 
     @contextmanager
     def pack(self, *, last: bool) -> Iterator[None]:
@@ -85,7 +106,7 @@ class FsdpEngine(DistributedTensorsEngine):
         (value * self._world_size).backward()  # the ranks' gradients are averaged
 
     def update(self) -> float:
-        return clip_and_step(self.optimizer, self._limit)
+        return clip_and_step(self.optimizer, self._limit, step_gradients(self._parameters, self._sums))
 
 
 def _drop_unless_trained(module: nn.Module, *_: object) -> None:
@@ -94,9 +115,9 @@ def _drop_unless_trained(module: nn.Module, *_: object) -> None:
         cast(FSDPModule, module).reshard()
 
 
-def _reduces_once(model: nn.Module, device: torch.device) -> bool:
-    """Whether gradients of all packs may be added up on each rank, whole, before they are reduced."""
+def _reduces_once(parameters: Sequence[nn.Parameter], dtype: torch.dtype | None, device: torch.device) -> bool:
+    """Whether gradients of all packs may be added up on each rank, whole, before they are reduced; in `dtype`."""
     if device.type != "cuda":
         return True
-    needed = sum(parameter.numel() * parameter.element_size() for parameter in trained(model).values())
+    needed = sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in parameters)
     return needed <= _WHOLE_GRADIENT * torch.cuda.get_device_properties(device).total_memory

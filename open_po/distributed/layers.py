@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from open_po.distributed.engine import OptimizerMaker, Placement
 from open_po.distributed.runtime import Runtime
 from open_po.distributed.single import SingleEngine
+from open_po.distributed.update import UpdateRules
 
 
 class LayersPlacement(Placement):
@@ -44,10 +45,10 @@ class LayersEngine(SingleEngine):
         make_optimizer: OptimizerMaker,
         runtime: Runtime,
         *,
-        max_grad_norm: float,
+        rules: UpdateRules,
     ) -> None:
         LayersPlacement(model, units, visible_gpus())
-        super().__init__(model, make_optimizer, runtime, max_grad_norm=max_grad_norm)
+        super().__init__(model, make_optimizer, runtime, rules=rules)
 
 
 def visible_gpus() -> list[torch.device]:

@@ -11,6 +11,7 @@ from open_po.distributed.engine import Engine, Fill, OptimizerMaker, Placement
 from open_po.distributed.layers import LayersEngine, LayersPlacement, visible_gpus
 from open_po.distributed.runtime import Runtime
 from open_po.distributed.single import SingleEngine
+from open_po.distributed.update import UpdateRules
 
 
 def deal_out(model: nn.Module, units: Sequence[nn.Module]) -> Placement:
@@ -32,30 +33,30 @@ def make_engine(
     make_optimizer: OptimizerMaker,
     runtime: Runtime,
     *,
-    max_grad_norm: float,
+    rules: UpdateRules,
     head_weight: Tensor,
 ) -> Engine:
     """`model` spread over the ranks as `runtime.parallelism` says, with an optimizer of its trained parameters.
 
     `units` are the layers whose weights are gathered together, where weights are divided; `fill` gives a unit's their
-    values before. `max_grad_norm` 0: gradients are not clipped. `head_weight` is the output layer's, whose vocabulary
+    values before. `rules` are those of gradients and updates. `head_weight` is the output layer's, whose vocabulary
     may be divided.
     """
     kind = runtime.parallelism.kind
     if kind == "single":
-        return SingleEngine(model, make_optimizer, runtime, max_grad_norm=max_grad_norm)
+        return SingleEngine(model, make_optimizer, runtime, rules=rules)
     if kind == "ddp":
-        return DdpEngine(model, make_optimizer, runtime, max_grad_norm=max_grad_norm)
+        return DdpEngine(model, make_optimizer, runtime, rules=rules)
     if kind == "tp":
         from open_po.distributed.tensor_parallel import TensorParallelEngine
 
-        return TensorParallelEngine(model, head_weight, make_optimizer, runtime, max_grad_norm=max_grad_norm)
+        return TensorParallelEngine(model, head_weight, make_optimizer, runtime, rules=rules)
     if kind == "layers":
-        return LayersEngine(model, units, make_optimizer, runtime, max_grad_norm=max_grad_norm)
+        return LayersEngine(model, units, make_optimizer, runtime, rules=rules)
     if kind == "fsdp":
         from open_po.distributed.fsdp import FsdpEngine
 
-        return FsdpEngine(model, units, fill, make_optimizer, runtime, max_grad_norm=max_grad_norm)
+        return FsdpEngine(model, units, fill, make_optimizer, runtime, rules=rules)
     from open_po.distributed.zero import ZeroEngine
 
-    return ZeroEngine(model, units, fill, make_optimizer, runtime, max_grad_norm=max_grad_norm)
+    return ZeroEngine(model, units, fill, make_optimizer, runtime, max_grad_norm=rules.max_grad_norm)

@@ -9,11 +9,13 @@ from typing import Any, Literal, cast
 
 import torch
 
-from open_po.config import RunConfig
+from open_po.config import RunConfig, TrainConfig
 from open_po.distributed.deepspeed_file import read_deepspeed_file
 from open_po.errors import ConfigError
+from open_po.optimizers import OPTIMIZERS
 
 Kind = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp", "layers", "tp"]
+IN_BACKWARD: tuple[Kind, ...] = ("single", "layers")  # engines that can update a weight in the backward pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +144,10 @@ def choose_parallelism(config: RunConfig, wish: LauncherWish, world_size: int) -
         kind = "single"
     found = Parallelism(
         kind=kind,
-        is_free=config.distributed.parallel == "auto" and wish.kind is None and kind == "ddp",
+        is_free=config.distributed.parallel == "auto"
+        and wish.kind is None
+        and kind == "ddp"
+        and not config.distributed.offload_optimizer,
         offload_optimizer=config.distributed.offload_optimizer or wish.offload_optimizer,
         offload_param=config.distributed.offload_param or wish.offload_param,
         zero_hpz_partition_size=config.distributed.zero_hpz_partition_size,
@@ -168,8 +173,8 @@ def _impossible(found: Parallelism, ranks: int) -> Iterator[str]:
         yield "parallel: tp divides layers among several ranks, this run has one; start more"
     if found.offload_optimizer and kind == "fsdp":
         yield "offload_optimizer: fsdp offloads weights and optimizer together; set offload_param"
-    elif found.offload_optimizer and not found.zero_stage:
-        yield f"offload_optimizer: is for parallel zero1, zero2 and zero3, this run is {kind}"
+    elif found.offload_optimizer and kind == "tp":
+        yield "offload_optimizer: is for one GPU, ddp, layers, zero1, zero2 and zero3, this run is tp"
     if found.offload_param and kind not in ("zero3", "fsdp"):
         yield f"offload_param: is for parallel zero3 and fsdp, this run is {kind}"
     if hpz > 1 and (kind != "zero3" or ranks % hpz):
@@ -183,12 +188,30 @@ def _not_for(found: Parallelism, config: RunConfig) -> Iterator[str]:
     """Fields of other sections that an engine does not go with."""
     if config.output.async_checkpointing and found.zero_stage:
         yield f"async_checkpointing: DeepSpeed waits for its checkpoints (parallel {found.kind}); leave it out"
+    yield from _not_for_update(found, config.train)
     separate = config.reference.reference_model_name_or_path is not None
     if config.reference.reference_sharding == "on" and not (separate or found.divides_weights or found.is_free):
         yield (
             f"reference_sharding: the policy is its own reference, and whole on every rank (parallel {found.kind}); "
             "leave it out, or use fsdp"
         )
+
+
+def _not_for_update(found: Parallelism, train: TrainConfig) -> Iterator[str]:
+    """Fields of gradients and updates that an engine does not go with."""
+    kind = found.kind
+    if train.grad_dtype != "auto" and found.zero_stage:
+        yield f"grad_dtype: DeepSpeed adds gradients up in its own way (parallel {kind}); leave it out"
+    if train.grad_dtype == "bfloat16" and kind == "tp":
+        yield "grad_dtype: ranks of parallel tp would round the same weights differently; use float32"
+    if train.optimizer_in_backward == "on" and kind not in IN_BACKWARD:
+        yield f"optimizer_in_backward: on is for one GPU and parallel layers, this run is {kind}; use auto"
+    hosted = found.offload_optimizer and not found.zero_stage
+    if hosted and train.optimizer_in_backward == "on":
+        yield "optimizer_in_backward: offload_optimizer has gradients leave for the host there; use auto"
+    if hosted and not OPTIMIZERS[train.optimizer].on_host:
+        able = ", ".join(name for name, spec in OPTIMIZERS.items() if spec.on_host)
+        yield f"offload_optimizer: updates float32 weights on the host by {able}, not by {train.optimizer}; use adamw"
 
 
 def _has_cuda() -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from open_po.distributed.engine import Engine, OptimizerMaker, Saving, clip_and_step, trained
+from open_po.distributed.engine import Engine, OptimizerMaker, Saving, trained
+from open_po.distributed.gradient_sums import GradientSums, step_gradients
+from open_po.distributed.host_update import HostUpdate
+from open_po.distributed.in_backward import UpdateInBackward
+from open_po.distributed.parallelism import IN_BACKWARD
 from open_po.distributed.runtime import Runtime
+from open_po.distributed.update import UpdateRules, clip_and_step
+from open_po.errors import UserError
 
 _WEIGHTS, _OPTIMIZER = "weights.safetensors", "optimizer.pt"
 
@@ -21,18 +29,80 @@ class SingleEngine(Engine):
     """One process with the whole model."""
 
     def __init__(
-        self, model: nn.Module, make_optimizer: OptimizerMaker, runtime: Runtime, *, max_grad_norm: float
+        self, model: nn.Module, make_optimizer: OptimizerMaker, runtime: Runtime, *, rules: UpdateRules
     ) -> None:
         super().__init__(model, runtime.device)
-        self._model, self._runtime = model, runtime
-        self._limit = max_grad_norm or float("inf")
-        self.optimizer = make_optimizer(trained(model).values())
+        self._model, self._runtime, self._rules = model, runtime, rules
+        parameters = self._parameters = list(trained(model).values())
+        self._sums = GradientSums.of(parameters, rules, runtime)
+        self._host: HostUpdate | None = None
+        if runtime.parallelism.offload_optimizer:
+            self._host = HostUpdate(parameters, make_optimizer, self._sums)
+        self.optimizer = make_optimizer(parameters) if self._host is None else self._host.optimizer
+        self._in_backward: UpdateInBackward | None = None
+        if self._updates_in_backward():
+            self._in_backward = UpdateInBackward(parameters, self.optimizer)
+        self._told = False  # that a step could not be updated in its backward pass
+
+    def _updates_in_backward(self) -> bool:
+        """Whether steps of one pack are updated in the backward pass."""
+        possible = self._runtime.parallelism.kind in IN_BACKWARD and self._host is None
+        return possible and self._rules.max_grad_norm == 0 and self._rules.optimizer_in_backward != "off"
+
+    @property
+    def weights_changed(self) -> bool:
+        return self._in_backward is not None and self._in_backward.weights_changed
+
+    @contextmanager
+    def step(self, *, packs: int) -> Iterator[None]:
+        for parameter in self._parameters:
+            parameter.grad = None
+        if self._host is not None:
+            self._host.begin()
+        if self._in_backward is not None:
+            self._in_backward.begin(active=packs == 1)
+            if packs > 1 and self._rules.optimizer_in_backward == "on" and not self._told:
+                self._told = True
+                self._runtime.say(
+                    f"optimizer_in_backward: gradients of a step of {packs} packs add up first; with one pack, of a "
+                    "larger max_tokens_per_batch or a smaller batch, they need not be held"
+                )
+        with nullcontext() if self._sums is None else self._sums.step(adding=self._adds(packs)):
+            yield
+
+    def _adds(self, packs: int) -> bool:
+        """Whether sums are kept of a step of so many packs."""
+        return packs > 1
+
+    @contextmanager
+    def pack(self, *, last: bool) -> Iterator[None]:
+        if self._host is not None:
+            self._host.eager = last
+        try:
+            yield
+        finally:
+            if self._host is not None:
+                self._host.eager = False
 
     def backward(self, value: Tensor) -> None:
-        value.backward()
+        if self._in_backward is not None and self._in_backward.active:
+            self._in_backward.backward(value)
+        else:
+            value.backward()
 
     def update(self) -> float:
-        return clip_and_step(self.optimizer, self._limit)
+        if self._in_backward is not None and self._in_backward.active:
+            return self._in_backward.finish()
+        gradients = self._gradients()
+        if self._host is None:
+            return clip_and_step(self.optimizer, self._rules.limit, gradients)
+        while gradients:
+            self._host.take(*gradients.popitem())
+        return self._host.update(self._rules.limit)
+
+    def _gradients(self) -> dict[nn.Parameter, Tensor]:
+        """Those of a step whose packs are all done."""
+        return step_gradients(self._parameters, self._sums)
 
     def save(self, folder: Path) -> None:
         self._runtime.on_main(lambda: _write(folder, *self._state()))
@@ -43,17 +113,34 @@ class SingleEngine(Engine):
         return _Writing(folder, *tree_map(_on_host, self._state()))
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        weights = {name: parameter.detach().contiguous() for name, parameter in trained(self._model).items()}
+        weights = {name: weight.detach().contiguous() for name, weight in self._updated().items()}
         return weights, self.optimizer.state_dict()
 
+    def _updated(self) -> dict[str, nn.Parameter]:
+        """What the optimizer updates, by the names of the model's weights."""
+        masters = {} if self._host is None else self._host.masters
+        return {name: masters.get(parameter, parameter) for name, parameter in trained(self._model).items()}
+
     def load(self, folder: Path) -> None:
-        parameters = trained(self._model)
+        parameters = self._updated()
         weights = load_file(folder / _WEIGHTS)
         state = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+        for name, value in weights.items():
+            if value.dtype != parameters[name].dtype:
+                raise UserError(
+                    f"resume_from_checkpoint {folder}: its weights are {_word(value)}, those that this run updates "
+                    f"{_word(parameters[name])}; set offload_optimizer as in the run that wrote it"
+                )
         with torch.no_grad():
             for name, value in weights.items():
                 parameters[name].copy_(value)
         self.optimizer.load_state_dict(state)
+        if self._host is not None:
+            self._host.restore()
+
+
+def _word(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 class _Writing(Saving):

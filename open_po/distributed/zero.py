@@ -69,7 +69,7 @@ class ZeroEngine(Engine):
         with GatheredParameters([weight]):
             return weight.detach().clone()
 
-    def step(self) -> AbstractContextManager[object]:
+    def step(self, *, packs: int) -> AbstractContextManager[object]:
         # Stage 2 reduces gradients in the order of the backward pass, which need not be the same on every rank.
         if self._stage == 2:
             return cast(AbstractContextManager[object], self._engine.coalesce_grad_reduction())

@@ -13,6 +13,7 @@ from open_po.distributed.engine import Engine, Fill, OptimizerMaker
 from open_po.distributed.make_engine import deal_out, make_engine
 from open_po.distributed.runtime import Runtime
 from open_po.distributed.tensor_parallel import tensor_parallel_mesh
+from open_po.distributed.update import UpdateRules
 from open_po.errors import UserError
 from open_po.model.divided import HollowModel
 from open_po.model.layout_check import choose_layout
@@ -139,14 +140,13 @@ def load_policy(
             attach_lora(scorer, model)
             if runtime.parallelism.zero_stage == 3:  # its layers run their backward pass only if their input has one
                 scorer.base.enable_input_require_grads()
-        limit = config.train.max_grad_norm
         engine = make_engine(
             scorer,
             scorer.decoder_layers(),
             fill,
             make_optimizer,
             runtime,
-            max_grad_norm=limit,
+            rules=UpdateRules.of(config.train),
             head_weight=scorer.head().weight,
         )
         scorer.place(engine)

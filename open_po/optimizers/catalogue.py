@@ -15,18 +15,21 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
             maker=f"{_PLAIN}:adamw",
             state_bytes=lambda weight: 2 * weight,
             decays=True,
+            on_host=True,
         ),
         OptimizerSpec(
             name="rmsprop",
             summary="RMSprop, as in the DPO paper's own code",
             maker=f"{_PLAIN}:rmsprop",
             state_bytes=lambda weight: weight,
+            on_host=True,
         ),
         OptimizerSpec(
             name="sgd",
             summary="plain gradient descent, without momentum",
             maker=f"{_PLAIN}:sgd",
             state_bytes=lambda weight: 0,
+            on_host=True,
         ),
     )
 }

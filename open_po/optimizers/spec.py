@@ -24,6 +24,7 @@ class OptimizerSpec:
     maker: str  # MODULE:FUNCTION of its `Maker`
     state_bytes: Callable[[int], float]  # of its states, for each trained parameter, by the bytes of a weight
     decays: bool = False  # whether it applies weight_decay
+    on_host: bool = False  # whether it can update float32 weights in the host's memory: offload_optimizer
 
     @property
     def make(self) -> Maker:

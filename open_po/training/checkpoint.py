@@ -293,5 +293,7 @@ def _read_training(folder: Path) -> Any:
 def _load(engine: Engine, folder: Path) -> None:
     try:
         engine.load(folder)
+    except UserError:
+        raise
     except Exception as error:
         raise _damaged(folder, error) from error

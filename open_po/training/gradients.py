@@ -70,7 +70,7 @@ class StepGradients:
         self.state.progress.packing += self.planner.stats(packs)
         bad: dict[int, Tensor] = {}
         idle = self._idle_packs(indices, packs, least=1)
-        with self.engine.step():
+        with self.engine.step(packs=len(packs) + len(idle)):
             for position, pack in enumerate([*packs, *idle]):
                 counted = position < len(packs)
                 with self.engine.pack(last=position == len(packs) + len(idle) - 1):

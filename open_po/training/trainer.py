@@ -87,8 +87,9 @@ class Trainer:
     def train(self) -> None:
         """Run to the last step, with the evaluations and checkpoints that fall due.
 
-        Raises UserError if a loss or gradient is not finite (before the update) or a checkpoint cannot be written, and
-        Preempted after a step in which a rank was asked to stop, with a checkpoint of that step on disk.
+        Raises UserError if a loss or gradient is not finite (before the update, unless it says that this had begun in
+        the backward pass) or a checkpoint cannot be written, and Preempted after a step in which a rank was asked to
+        stop, with a checkpoint of that step on disk.
         """
         progress = self.state.progress
         self._evaluate_if_due()
@@ -160,9 +161,13 @@ class Trainer:
         origins = self.planner.dataset.origins
         named = "; ".join(origins[index] for index in sorted(set(indices))[:8])
         more = len(set(indices)) - 8
+        stopped, kept = "stopped before the update", "checkpoints, if any, are kept"
+        if self.engine.weights_changed:
+            stopped = "stopped after the update had begun in the backward pass (optimizer_in_backward)"
+            kept = "go on from the last checkpoint, if any, with --resume_from_checkpoint auto"
         return UserError(
-            f"step {self.state.progress.step + 1}: the {what} is not finite, stopped before the update; pairs: "
-            f"{named}{f' and {more} more' if more > 0 else ''}; checkpoints, if any, are kept",
+            f"step {self.state.progress.step + 1}: the {what} is not finite, {stopped}; pairs: "
+            f"{named}{f' and {more} more' if more > 0 else ''}; {kept}",
             shared=True,
         )
 

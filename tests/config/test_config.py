@@ -582,6 +582,7 @@ NOT_SHAPING = {
     "gradient_checkpointing",
     "prompt_sharing",
     "max_tokens_per_batch",
+    "optimizer_in_backward",
     "eval_mixer_list",
     "eval_mixer_list_splits",
     "preprocessing_num_workers",

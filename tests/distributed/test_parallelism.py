@@ -116,7 +116,8 @@ def test_contradictions(fields: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"offload_optimizer": True}, "is for parallel zero1, zero2 and zero3, this run is ddp"),
+        ({"optimizer_in_backward": "on", "max_grad_norm": 0}, "is for one GPU and parallel layers, this run is ddp"),
+        ({"parallel": "zero2", "grad_dtype": "float32"}, "DeepSpeed adds gradients up in its own way (parallel zero2)"),
         ({"offload_optimizer": True, "parallel": "fsdp"}, "fsdp offloads weights and optimizer together"),
         ({"parallel": "zero3", "zero_hpz_partition_size": 3}, "a number of ranks that it divides"),
         ({"parallel": "zero2", "async_checkpointing": True, "checkpointing_steps": 5}, "DeepSpeed waits for its"),

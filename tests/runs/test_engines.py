@@ -112,6 +112,7 @@ def test_a_divisor_that_is_wrong_by_two_would_show(
 
 # What a CPU can show of offloading: that the words are taken and no value changes.
 VARIANTS: dict[str, dict[str, Any]] = {
+    "ddp_offload": {"parallel": "ddp", "offload_optimizer": True},
     "zero2_offload": {"parallel": "zero2", "offload_optimizer": True},
     "zero1_offload": {"parallel": "zero1", "offload_optimizer": True},
     "zero3_offload": {"parallel": "zero3", "offload_optimizer": True, "offload_param": True},
