@@ -31,9 +31,10 @@ class HostUpdate:
     ) -> None:
         self._sums = sums  # made before: it takes a gradient from its parameter first
         self._transfers = make_transfers(parameters)
-        self.masters = {parameter: self._on_host(parameter.detach(), torch.float32) for parameter in parameters}
+        self.masters = {p: nn.Parameter(p.detach().to("cpu", torch.float32, copy=True)) for p in parameters}
         self.optimizer = make_optimizer(self.masters.values())
-        self._gradients: dict[nn.Parameter, Tensor] = {}  # in the weight's precision; kept from step to step
+        # In a weight's precision: its gradient on the way here, and its new value on the way back.
+        self._buffers = {parameter: self._transfers.buffer(parameter) for parameter in parameters}
         self._norms: dict[nn.Parameter, Tensor] = {}  # of the step's gradients that have come
         self.eager = False
         for parameter in parameters:
@@ -46,10 +47,7 @@ class HostUpdate:
     def take(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Send a gradient, all of the step's, to the host; the caller's may go."""
         self._norms[parameter] = tensor_norm(gradient)
-        gradient = gradient.to(parameter.dtype)
-        if parameter not in self._gradients:
-            self._gradients[parameter] = self._transfers.host_copy(gradient, gradient.dtype)
-        self._transfers.copy(gradient, self._gradients[parameter])
+        self._transfers.copy(gradient.to(parameter.dtype), self._buffers[parameter])
 
     def update(self, limit: float) -> float:
         """Clip and step as `clip_and_step`, with the gradients that were taken; returns their norm."""
@@ -75,7 +73,7 @@ class HostUpdate:
             self.take(parameter, step_gradients([parameter], self._sums)[parameter])
 
     def _step(self, parameter: nn.Parameter, master: nn.Parameter, factor: float) -> None:
-        buffer = self._gradients[parameter]
+        buffer = self._buffers[parameter]
         master.grad = buffer.to(master.dtype)
         if factor < 1.0:
             master.grad.mul_(factor)
@@ -84,6 +82,3 @@ class HostUpdate:
         master.grad = None
         # Rounded here, so that no more bytes travel than the model's weights have.
         self._transfers.copy(buffer.copy_(master.detach()), parameter.data)
-
-    def _on_host(self, weight: Tensor, dtype: torch.dtype) -> nn.Parameter:
-        return nn.Parameter(self._transfers.host_copy(weight, dtype))

@@ -11,9 +11,9 @@ from torch import Tensor
 class Transfers:
     """Copies that are made at once, as between two places of a CPU's memory."""
 
-    def host_copy(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy in the host's memory that `copy` may use."""
-        return torch.empty_like(value, dtype=dtype, device="cpu").copy_(value)
+    def buffer(self, like: Tensor) -> Tensor:
+        """Room for values of that shape and precision in the host's memory, from and to which `copy` copies."""
+        return torch.empty(like.shape, dtype=like.dtype)
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy what is in `source` now into `target`; one of them is on the host. Neither may change until a wait."""
@@ -32,8 +32,8 @@ class StreamTransfers(Transfers):
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._streams = {device: torch.cuda.Stream(device) for device in devices}
 
-    def host_copy(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.empty_like(value, dtype=dtype, device="cpu", pin_memory=True).copy_(value)
+    def buffer(self, like: Tensor) -> Tensor:
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         device = source.device if source.is_cuda else target.device

@@ -50,7 +50,7 @@ def engine_of(
 def value(scorer: Scorer, batch: PackedBatch) -> Tensor:
     """The loss of a pack, some function of its scores."""
     scores = scoring.as_matrix(scorer.score(batch).logps)
-    return (scores * scoring.WEIGHTS[: len(scores)]).sum() / 100
+    return (scores * scoring.WEIGHTS[: len(scores)].to(scores.device)).sum() / 100
 
 
 def backward(engine: Engine, scorer: Scorer, packs: Sequence[PackedBatch]) -> None:

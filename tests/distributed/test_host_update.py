@@ -49,7 +49,9 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
     "fields",
     [
         pytest.param({"weight_decay": 0.1, "max_grad_norm": 0.05}, id="adamw_clipped"),
-        pytest.param({"optimizer": "rmsprop", "use_lora": True, "lora_rank": 4}, id="rmsprop_lora"),
+        pytest.param(
+            {"optimizer": "rmsprop", "use_lora": True, "lora_rank": 4}, id="rmsprop_lora", marks=pytest.mark.slow
+        ),
         pytest.param({"optimizer": "sgd", "learning_rate": 0.05, "max_grad_norm": 0}, id="sgd", marks=pytest.mark.slow),
     ],
 )
@@ -65,7 +67,8 @@ def test_float32_weights_are_those_of_the_ordinary_way_and_resume(
     assert cli.distance(cli.weights(plain), cli.weights(llama)) > 0.02
     assert cli.equal(cli.weights(hosted), cli.weights(plain))
     assert cli.without_perf(cli.metrics(hosted)) == cli.without_perf(cli.metrics(plain))
-    for source, offload in ((hosted, False), (plain, True)):
+    ways = ((hosted, False), (plain, True))
+    for source, offload in ways[:1] if "weight_decay" in fields else ways:  # one will do for the fast test
         resume = source / "checkpoints" / "step_000003"
         output = tmp_path / f"resumed_{offload}"
         cli.train(llama, pairs, output, offload_optimizer=offload, resume_from_checkpoint=resume, **fields)
@@ -121,7 +124,7 @@ def test_bfloat16_weights_are_float32_ones_rounded(learning_rate: float, llama: 
         assert torch.equal(device, mine.bfloat16())
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-3 * learning_rate)
         assert device.dtype == like.dtype == torch.bfloat16
-    moved = sum(float((m.double() - start[n].double()).abs().max()) for n, m in engine._updated().items())
+    moved = sum(float((m.detach().double() - start[n].double()).abs().max()) for n, m in engine._updated().items())
     assert moved > 0, "small updates are kept"
 
 
