@@ -66,6 +66,8 @@ def test_weights_are_those_of_the_ordinary_way_and_resume(
     assert cli.equal(cli.weights(fused), cli.weights(plain))
     assert cli.without_perf(cli.metrics(fused)) == cli.without_perf(cli.metrics(plain))
     assert step_counts(fused, "step_000003") == {3.0}, "each weight is updated once a step"
+    if architecture == "gemma2":
+        return  # one resumed run will do
     resume = fused / "checkpoints" / "step_000003"
     mixed = cli.train(
         folder, pairs, tmp_path / "mixed", optimizer_in_backward="off", resume_from_checkpoint=resume, **fields
