@@ -83,13 +83,19 @@ def adapter_base(folder: Path, trust_remote_code: bool) -> ModelSource | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text())
+        content = adapter_settings(folder)
         name, revision = content["base_model_name_or_path"], content.get("revision")
         if not name or Path(name).resolve() == folder.resolve():
             raise ValueError(f"it is {name!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: names no base model ({error}); set its base_model_name_or_path") from error
     return ModelSource(name=name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """What peft is told of the adapters in a folder that holds some. Raises OSError, ValueError."""
+    content: dict[str, Any] = json.loads((folder / _ADAPTER[0]).read_text())
+    return content
 
 
 class FileHashes:

@@ -41,8 +41,10 @@ from open_po.output.run_folder import RunFolder, changed_fields
 from open_po.output.summary import Status
 
 _ATTEMPTS = 2
-# Adapters do not change what the reference gives.
-_NO_LORA: dict[str, Any] = {name: None for name, field in FIELDS.items() if field.about.needs == "use_lora"}
+# New adapters do not change what the reference gives.
+_NO_LORA: dict[str, Any] = {
+    name: None for name, field in FIELDS.items() if field.about.needs == "use_lora" and name != "lora_start"
+}
 
 
 def main(words: Sequence[str]) -> int:

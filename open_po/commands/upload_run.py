@@ -47,6 +47,10 @@ def _publication(folder: RunFolder, arguments: argparse.Namespace) -> Publicatio
         if noted is None:
             raise UserError(f"{folder.path}: its run had no push_to_hub; name a repository with --hf_repo_id USER/NAME")
         return noted
+    if arguments.merged and (folder.path / "adapter_config.json").is_file():
+        raise UserError(
+            f"--merged: the run in {folder.path} saved its adapters alone (merge_on_save false); leave it out"
+        )
     output = OutputConfig(
         hf_repo_id=arguments.hf_repo_id,
         hf_repo_revision=arguments.hf_repo_revision or "main",

@@ -5,7 +5,7 @@ from open_po.config.data import DataConfig
 from open_po.config.distributed import DistributedConfig
 from open_po.config.loss import LossConfig
 from open_po.config.mixture import MixturePart, parse_mixture
-from open_po.config.model import ModelConfig, Sharing
+from open_po.config.model import FOUR_BIT, ModelConfig, Sharing
 from open_po.config.output import OutputConfig
 from open_po.config.reading import help_text, load_config
 from open_po.config.reference import ReferenceConfig
@@ -14,6 +14,7 @@ from open_po.config.train import TrainConfig
 
 __all__ = [
     "FIELDS",
+    "FOUR_BIT",
     "DataConfig",
     "DistributedConfig",
     "LossConfig",

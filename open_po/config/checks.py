@@ -22,6 +22,7 @@ Section = TypeVar("Section", ModelConfig, DataConfig, OutputConfig, ReferenceCon
 
 def contradictions(config: RunConfig) -> Iterator[str]:
     """One line per value out of range or at odds with another."""
+    config = _with_implied(config)
     values = config.flat()
     for field in FIELDS.values():
         yield from field.out_of_range(values[field.name])
@@ -29,6 +30,7 @@ def contradictions(config: RunConfig) -> Iterator[str]:
         yield "model_name_or_path: is required, a local folder or a Hub name"
     yield from _data_problems(config.data)
     yield from _lacking(values, "model", "data", "reference")
+    yield from _lora_problems(config)
     yield from _loss_problems(config)
     yield from _lacking(values, "loss", "train", "output")
     yield from _hub_problems(config)
@@ -45,6 +47,28 @@ def contradictions(config: RunConfig) -> Iterator[str]:
         )
     if train.lr_scheduler_type == "constant" and train.warmup_ratio not in (0.0, TrainConfig.warmup_ratio):
         yield "warmup_ratio: lr_scheduler_type constant has no warm-up; use constant_with_warmup"
+
+
+def _with_implied(config: RunConfig) -> RunConfig:
+    """The fields that others switch on: 4-bit weights do not train, so what trains are adapters."""
+    if not config.model.use_qlora:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, use_lora=True))
+
+
+def _lora_problems(config: RunConfig) -> Iterator[str]:
+    model, output = config.model, config.output
+    if model.use_qlora and importlib.util.find_spec("bitsandbytes") is None:
+        yield "use_qlora: bitsandbytes is not installed; pip install bitsandbytes, or use_lora alone"
+    if model.lora_start == "continue":
+        own = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
+        for name in own:
+            if getattr(model, name) is not None and getattr(model, name) is not False:
+                yield f"{name}: comes with the adapters that lora_start continue trains on; leave it out"
+    if not output.merge_on_save and not model.use_lora:
+        yield "merge_on_save: false needs use_lora; a model without adapters has nothing to merge"
+    if not output.merge_on_save and output.hf_merged:
+        yield "hf_merged: contradicts merge_on_save false, which leaves no merged model; leave one of them out"
 
 
 def _lacking(values: dict[str, Any], *sections: str) -> Iterator[str]:
@@ -161,13 +185,14 @@ def _tracker_problems(output: OutputConfig) -> Iterator[str]:
 
 def resolve(config: RunConfig) -> RunConfig:
     """Defaults that depend on other fields, filled in."""
+    config = _with_implied(config)
     given = config.flat()
 
     def unset(**defaults: Any) -> dict[str, Any]:
         return {name: value for name, value in defaults.items() if given[name] is None}
 
     model, data, train, output = config.model, config.data, config.train, config.output
-    if model.use_lora:
+    if model.use_lora and model.lora_start == "new":
         lora = unset(lora_rank=64, lora_alpha=16.0, lora_dropout=0.0, lora_target_modules=["all-linear"])
         model = dataclasses.replace(model, **lora)
     loss = config.loss.resolved()

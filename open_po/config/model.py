@@ -8,6 +8,14 @@ from typing import Literal
 from open_po.config.field import option
 
 Sharing = Literal["auto", "on", "off"]
+LoraStart = Literal["new", "continue"]
+
+# What `use_qlora` keeps frozen weights in, as arguments of transformers' BitsAndBytesConfig (arXiv 2305.14314).
+FOUR_BIT: dict[str, str | bool] = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +48,13 @@ class ModelConfig:
         shapes_result=False,
     )
     use_lora: bool = option(False, "train LoRA adapters instead of all weights", scores=False)
+    lora_start: LoraStart = option(
+        "new",
+        "of a policy that is a folder of adapters: new: these are merged into their base and new ones trained on top; "
+        "continue: they are trained on, and the reference is what they were",
+        needs="use_lora",
+        scores=False,
+    )
     lora_rank: int = option(None, "LoRA rank; default 64", derived=True, above=0, needs="use_lora", scores=False)
     lora_alpha: float = option(None, "LoRA alpha; default 16", derived=True, above=0, needs="use_lora", scores=False)
     lora_dropout: float = option(
@@ -51,4 +66,21 @@ class ModelConfig:
         derived=True,
         needs="use_lora",
         scores=False,
+    )
+    use_rslora: bool = option(
+        False,
+        "scale adapters by alpha / sqrt(rank), not alpha / rank (arXiv 2312.03732)",
+        needs="use_lora",
+        scores=False,
+    )
+    use_dora: bool = option(
+        False,
+        "train the norm of each row of a weight apart from its direction (DoRA, arXiv 2402.09353); slower",
+        needs="use_lora",
+        scores=False,
+    )
+    use_qlora: bool = option(
+        False,
+        "use_lora, with linear layers but the head frozen in 4 bits (NF4, double quantisation; needs bitsandbytes); "
+        "also of a reference model and in score",
     )

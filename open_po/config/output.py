@@ -37,6 +37,12 @@ class OutputConfig:
     save_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "precision of the saved model; auto: that of dtype. Checkpoints are always exact", shapes_result=False
     )
+    merge_on_save: bool = option(
+        True,
+        "with use_lora: save the model with its adapters merged into it, and these by themselves in adapter/; false: "
+        "the adapters alone",
+        shapes_result=False,
+    )
     report_to: list[Tracker] | None = option(
         None,
         "trackers that get metrics, samples and the configuration besides metrics.jsonl: wandb, tensorboard, trackio, "

@@ -189,6 +189,8 @@ def _not_for(found: Parallelism, config: RunConfig) -> Iterator[str]:
     if config.output.async_checkpointing and found.zero_stage:
         yield f"async_checkpointing: DeepSpeed waits for its checkpoints (parallel {found.kind}); leave it out"
     yield from _not_for_update(found, config.train)
+    if config.model.use_qlora and found.kind not in ("single", "ddp"):
+        yield f"use_qlora: weights in 4 bits are whole on every rank, this run is {found.kind}; use parallel ddp"
     separate = config.reference.reference_model_name_or_path is not None
     if config.reference.reference_sharding == "on" and not (separate or found.divides_weights or found.is_free):
         yield (

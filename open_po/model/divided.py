@@ -21,7 +21,8 @@ from open_po.distributed.make_engine import divide
 from open_po.distributed.runtime import Runtime
 from open_po.distributed.skeleton import broadcast, without_weights
 from open_po.errors import UserError, first_line
-from open_po.model.load import apply_liger, load_scorer, model_settings
+from open_po.model.load import apply_liger, load_scorer, model_settings, starting_adapters
+from open_po.model.lora import add_adapters
 from open_po.model.numerics import Numerics
 from open_po.model.scorer import Scorer
 from open_po.model_files import ModelSource, adapter_base, safetensors_files
@@ -78,7 +79,11 @@ class HollowModel:
         self._names = _make_hollow(model)
         if numerics.use_liger:
             apply_liger(model)
-        self.scorer = Scorer(model, numerics, dropout, holds_adapters=base is not None)
+        started_with = starting_adapters(base, numerics)
+        scored = add_adapters(model, folder) if started_with == "apart" else model
+        self.scorer = Scorer(scored, numerics, dropout, started_with=started_with)
+        # The model whose weights `_open` may have to read as a whole: adapters that are apart are here already.
+        self._whole = base if base is not None and started_with == "apart" else source
         # Buffers of a model's state that are in its files; the others were computed when it was made.
         saved = model.state_dict()
         self._buffers = {id(buffer): name for name, buffer in model.named_buffers() if name in saved}
@@ -171,13 +176,13 @@ class HollowModel:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self.source.name}: its weights cannot be read ({first_line(error)})") from error
         wanted = {name: list(parameter.shape) for name, parameter in self._hollow()}
-        if not self.scorer.holds_adapters and all(
+        if self.scorer.started_with != "merged" and all(
             name in weights and weights.shape(name) == shape for name, shape in wanted.items()
         ):
             self._weights = weights
             return
         self.runtime.say(f"{self.source.name}: the files name weights in another way; rank 0 reads all of them first")
-        self._weights = load_scorer(self.source, self.numerics, _CPU).base.state_dict()
+        self._weights = load_scorer(self._whole, self.numerics, _CPU).base.state_dict()
 
     def _hollow(self) -> list[tuple[str, Tensor]]:
         tensors = [*self.scorer.parameters(), *self.scorer.buffers()]

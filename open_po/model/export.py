@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from open_po.distributed.engine import Placement
+from open_po.model import four_bit
 from open_po.model.scorer import Scorer
 
 _SHARD_BYTES = 5 * 10**9  # of a file of weights, which rank 0 holds while it collects them
@@ -27,7 +28,8 @@ def export_model(scorer: Scorer, dtype: torch.dtype, tokenizer: PreTrainedTokeni
     """Write a model in `dtype` that `AutoModelForCausalLM.from_pretrained(folder)` loads, and its tokenizer.
 
     All ranks call this, one of them with the folder, which is made; the others hand it their parts of the weights, one
-    after another. The model in memory stays as it is and can go on training. Adapters are written to `folder/adapter`
+    after another. The model in memory stays as it is and can go on training. Weights in 4 bits are written as what they
+    stand for, and adapters merged into that: it is the model that was trained. Adapters are written to `folder/adapter`
     too, but for those on top of merged ones: what they belong to is no model that their file could name. Raises OSError
     on the rank that writes, when all have come to the end.
     """
@@ -37,7 +39,7 @@ def export_model(scorer: Scorer, dtype: torch.dtype, tokenizer: PreTrainedTokeni
         if folder is not None:
             folder.mkdir(exist_ok=True)
             if adapter is not None:
-                _write_adapter(scorer, adapter, folder)
+                _write_adapter(scorer, adapter, folder / "adapter")
             _write_all_but_weights(scorer, dtype, folder)
             tokenizer.save_pretrained(folder)
             _write_weights(weights, folder)
@@ -47,7 +49,7 @@ def export_model(scorer: Scorer, dtype: torch.dtype, tokenizer: PreTrainedTokeni
 
 
 def export_adapter(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> None:
-    """As `export_model`, of the adapters and the tokenizer alone."""
+    """As `export_model`, of the adapters, in `folder` itself, and the tokenizer alone."""
     adapter = _adapter_weights(scorer)
     if folder is not None:
         folder.mkdir(exist_ok=True)
@@ -56,8 +58,8 @@ def export_adapter(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, folder: P
 
 
 def _write_adapter(scorer: Scorer, weights: dict[str, Tensor], folder: Path) -> None:
-    cast(Any, scorer.model).save_pretrained(folder / "adapter", state_dict=weights)
-    (folder / "adapter" / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
+    cast(Any, scorer.model).save_pretrained(folder, state_dict=weights)
+    (folder / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
 
 
 def _adapter_weights(scorer: Scorer) -> dict[str, Tensor]:
@@ -73,12 +75,17 @@ def _write_all_but_weights(scorer: Scorer, dtype: torch.dtype, folder: Path) -> 
     exported = copy.deepcopy(own)
     for name, rate in scorer.saved_dropout.items():
         setattr(exported, name, rate)
-    vars(exported).pop("distributed_config", None)  # the weights are whole already, and this rank is alone here
+    # The weights are whole already, and this rank is alone here; none of them is in 4 bits in the files.
+    for name in ("distributed_config", "quantization_config"):
+        vars(exported).pop(name, None)
+    quantizer = vars(model).pop("hf_quantizer", None)  # it would write the weights, in 4 bits, after all
     try:
         model.config = exported
         model.save_pretrained(folder, state_dict={})
     finally:
         model.config = own
+        if quantizer is not None:
+            model.hf_quantizer = quantizer
     # In place of the dtype in memory, which `save_pretrained` writes
     exported.dtype = str(dtype).removeprefix("torch.")
     exported.save_pretrained(folder)
@@ -147,34 +154,60 @@ class _Stored:
     name: str  # in the model, without adapters
     tensor: Tensor  # of which this rank may hold a part
     adapted: tuple[Any, str] | None  # the layer whose adapter is to be merged into it, and the weight's name in that
+    in_four: Any = None  # the layer that has it in 4 bits
 
     def hollow(self) -> Tensor:
         """One of its shape, without memory."""
         shape = getattr(self.tensor, "ds_shape", self.tensor.shape)  # ZeRO-3's parts have another one
+        if self.in_four is not None:
+            shape = four_bit.full_shape(self.in_four)
         return torch.empty(shape, dtype=self.tensor.dtype, device="meta")
 
     def whole(self, dtype: torch.dtype, placement: Placement) -> Tensor:
         """The weight on the host; all ranks call this."""
-        whole = placement.whole(self.tensor) if self.adapted is None else _merged(*self.adapted, dtype, placement)
+        if self.in_four is not None:
+            layer = self.in_four
+            full = (
+                four_bit.full_weight(layer) if self.adapted is None else four_bit.merged_weight(self.adapted[0], dtype)
+            )
+            whole = four_bit.as_in_files(full, layer)
+        elif self.adapted is not None:
+            whole = _merged(*self.adapted, dtype, placement)
+        else:
+            whole = placement.whole(self.tensor)
         return whole.to("cpu", dtype if whole.is_floating_point() else whole.dtype)
 
 
 def _stored(scorer: Scorer) -> Iterator[_Stored]:
     """Every weight that is saved; one that two names share comes once, under the first: loading ties them again."""
     adapted = _adapted_layers(scorer)
+    in_four = {f"{name}.weight": layer for name, layer in four_bit.four_bit_layers(scorer.base)}
+    of_adapters = _adapter_tensors(adapted.values())
     unsaved = scorer.base._keys_to_ignore_on_save or ()
     seen: set[int] = set()
     for name, tensor in scorer.base.state_dict(keep_vars=True).items():
         owner = next((layer for layer in adapted if name.startswith(f"{layer}.")), None)
-        if id(tensor) in seen or name in unsaved:
+        scales_of, is_scale, _ = name.partition(".weight.")
+        if id(tensor) in seen or name in unsaved or (is_scale and f"{scales_of}.weight" in in_four):
             continue
         if owner is None:
             seen.add(id(tensor))
-            yield _Stored(name, tensor, None)
-        elif name.startswith(f"{owner}.base_layer."):  # the adapter's own weights are in what they are merged into
+            yield _Stored(name, tensor, None, in_four.get(name))
+        elif id(tensor) not in of_adapters:  # these are in what they are merged into
             seen.add(id(tensor))
-            inside = name.removeprefix(f"{owner}.base_layer.")
-            yield _Stored(f"{owner}.{inside}", tensor, (adapted[owner], inside))
+            inside = name.removeprefix(f"{owner}.").replace("base_layer.", "")  # of experts an adapter wraps another
+            layer = in_four.get(name)
+            # Beside a weight in 4 bits stands a bias, which has no adapter.
+            merges = layer is not None or f"{owner}.base_layer.weight" not in in_four
+            yield _Stored(f"{owner}.{inside}", tensor, (adapted[owner], inside) if merges else None, layer)
+
+
+def _adapter_tensors(layers: Iterable[Any]) -> set[int]:
+    """The identities of all that layers with adapters hold besides their base layers' own."""
+    every = {id(tensor) for layer in layers for tensor in layer.state_dict(keep_vars=True).values()}
+    return every - {
+        id(tensor) for layer in layers for tensor in layer.get_base_layer().state_dict(keep_vars=True).values()
+    }
 
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
@@ -206,5 +239,8 @@ def _merged(layer: Any, name: str, dtype: torch.dtype, placement: Placement) -> 
     merged = copy.deepcopy(layer, whole)
     if dtype == torch.float32:  # a bfloat16 base would round the sum that float32 is asked for
         merged.to(dtype=dtype)
-    merged.merge()
+    adapter = merged
+    while hasattr(adapter, "base_layer"):  # of a mixture's experts each weight's adapter wraps that of another
+        adapter.merge()
+        adapter = adapter.base_layer
     return cast(Tensor, merged.get_base_layer().state_dict()[name])

@@ -1,53 +1,66 @@
-"""Models from files: weights, adapters merged into them, dropout off, kernels."""
+"""Models from files: weights, adapters merged into them or beside them, dropout off, kernels."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from open_po.errors import UserError, first_line
+from open_po.model import four_bit
+from open_po.model.lora import add_adapters
 from open_po.model.numerics import Numerics
-from open_po.model.scorer import Scorer
+from open_po.model.scorer import Scorer, StartingAdapters
 from open_po.model_files import ModelSource, adapter_base
 
 
 def load_scorer(source: ModelSource, numerics: Numerics, device: torch.device, mesh: Any = None) -> Scorer:
     """A causal language model on `device`, dropout off, its weights in `numerics.weights_dtype`.
 
-    A folder of adapters gives their base model with the adapters merged into it. Dropout would make the policy differ
-    from the reference it starts from. With a `mesh` of ranks each loads its part of every layer, as the model's plan
-    for tensor parallelism says. Raises UserError if the model cannot be loaded.
+    A folder of adapters gives their base model with the adapters merged into it, or, as `numerics` says, beside it.
+    Dropout would make the policy differ from the reference it starts from. With a `mesh` of ranks each loads its part
+    of every layer, as the model's plan for tensor parallelism says. Raises UserError if the model cannot be loaded.
     """
     folder = source.folder()
     base = adapter_base(folder, source.trust_remote_code)
     try:
         if mesh is not None and base is not None:
             raise UserError(f"{source.name}: is a folder of adapters, which parallel tp cannot merge; use fsdp")
-        model, dropout = _load(folder if base is None else base.folder(), source.trust_remote_code, numerics, mesh)
-        if base is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        whole = folder if base is None else base.folder()
+        model, dropout = _load(whole, source.trust_remote_code, numerics, device, mesh)
         # Adapters that are trained on it name it as their base: not by the folder of this machine's Hub cache.
         model.name_or_path = model.config._name_or_path = source.name
+        scored: Any = model
+        if base is not None:
+            scored = add_adapters(model, folder)
+            scored = scored if numerics.adapters_apart else scored.merge_and_unload()
+        if numerics.four_bit:
+            four_bit.make_ready(scored, numerics.compute_dtype, source.name)
     except UserError:
         raise
     except Exception as error:  # transformers raises whatever a bad folder makes it
         raise UserError(f"{source.name}: no causal language model can be loaded ({first_line(error)})") from error
     if numerics.use_liger:
         apply_liger(model)
-    return Scorer(cast(nn.Module, model).to(device), numerics, dropout, holds_adapters=base is not None)
+    return Scorer(scored.to(device), numerics, dropout, started_with=starting_adapters(base, numerics))
+
+
+def starting_adapters(base: ModelSource | None, numerics: Numerics) -> StartingAdapters:
+    """What becomes of the adapters of a folder, if it holds some, which are then for the model `base`."""
+    if base is None:
+        return "none"
+    return "apart" if numerics.adapters_apart else "merged"
 
 
 def _load(
-    folder: Path, trust_remote_code: bool, numerics: Numerics, mesh: Any
+    folder: Path, trust_remote_code: bool, numerics: Numerics, device: torch.device, mesh: Any
 ) -> tuple[PreTrainedModel, dict[str, float]]:
     """The model of a folder without adapters, and the dropout rates that were switched off."""
     settings, dropout = model_settings(folder, trust_remote_code, numerics)
+    if numerics.four_bit:
+        settings |= four_bit.loading_settings(numerics.compute_dtype, device)
     if mesh is not None:
         settings |= {"tp_plan": "auto", "device_mesh": mesh}
     return AutoModelForCausalLM.from_pretrained(folder, **settings), dropout
@@ -58,6 +71,11 @@ def model_settings(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """What a folder's model is made with, and the dropout rates that are switched off in it."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    quantised = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if quantised == "bitsandbytes" and not numerics.four_bit:
+        raise UserError(
+            f"{folder}: its weights are in 4 or 8 bits, which do not train; set use_qlora, or name whole ones"
+        )
     dropout = _switch_off_dropout(config)
     # PyTorch's attention, the default, cannot cap scores; transformers 5.17 uses it for Gemma 2 all the same.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None

@@ -23,10 +23,20 @@ class Numerics:
     compute_dtype: torch.dtype
     weights_dtype: torch.dtype
     use_liger: bool
+    four_bit: bool = False  # linear layers but the head are quantised from `weights_dtype`
+    adapters_apart: bool = False  # those that a folder holds are computed beside their base, not merged into it
+
+    def describe(self) -> str:
+        """In words, for the console."""
+        key = self.key()
+        weights = f"{key['weights_dtype']} and 4 bits" if self.four_bit else str(key["weights_dtype"])
+        return f"in {key['compute_dtype']} with weights in {weights}"
 
     def key(self) -> dict[str, str | int]:
         """What, besides weights and tokens, decides a log-prob: part of the reference cache's key."""
-        return {
+        more = {"quantisation": "nf4, double"} if self.four_bit else {}
+        more |= {"adapters": "apart"} if self.adapters_apart else {}
+        return more | {
             "compute_dtype": str(self.compute_dtype).removeprefix("torch."),
             "weights_dtype": str(self.weights_dtype).removeprefix("torch."),
             "kernels": "liger" if self.use_liger else "torch",  # of the head too
@@ -42,20 +52,28 @@ def policy_numerics(config: ModelConfig, device: torch.device) -> Numerics:
     Under adapters the weights do not train. Raises UserError as `frozen_numerics`.
     """
     frozen = frozen_numerics(config, device)
-    return frozen if config.use_lora else dataclasses.replace(frozen, weights_dtype=torch.float32)
+    if config.use_lora:
+        continues = config.lora_start == "continue"
+        return dataclasses.replace(frozen, adapters_apart=frozen.adapters_apart or continues)
+    return dataclasses.replace(frozen, weights_dtype=torch.float32)
 
 
 def frozen_numerics(config: ModelConfig, device: torch.device) -> Numerics:
     """How a model computes that does nothing but score: its weights are kept in what they compute in.
 
-    Raises UserError if Liger's kernels are asked for where they cannot run.
+    With `use_qlora` in 4 bits, as those of the policy: log-ratios of one base then hold no quantisation error, and what
+    the policy has room for the reference has. Adapters are not merged into 4 bits, which would round them away. Raises
+    UserError if Liger's kernels are asked for where they cannot run.
     """
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
     compute = auto if config.dtype == "auto" else cast(torch.dtype, getattr(torch, config.dtype))
     use_liger = device.type == "cuda" if config.use_liger_kernel is None else config.use_liger_kernel
     if use_liger and device.type != "cuda" and not _triton_interprets():
         raise UserError(f"use_liger_kernel: Liger's kernels need CUDA, this device is {device.type}; leave it out")
-    return Numerics(compute_dtype=compute, weights_dtype=compute, use_liger=use_liger)
+    four_bit = config.use_qlora
+    return Numerics(
+        compute_dtype=compute, weights_dtype=compute, use_liger=use_liger, four_bit=four_bit, adapters_apart=four_bit
+    )
 
 
 def saved_dtype(output: OutputConfig, numerics: Numerics) -> torch.dtype:

@@ -15,6 +15,7 @@ from open_po.distributed.runtime import Runtime
 from open_po.distributed.tensor_parallel import tensor_parallel_mesh
 from open_po.distributed.update import UpdateRules
 from open_po.errors import UserError
+from open_po.model import four_bit
 from open_po.model.divided import HollowModel
 from open_po.model.layout_check import choose_layout
 from open_po.model.load import checkpoint_gradients, load_scorer
@@ -86,9 +87,13 @@ def is_divided(source: ModelSource, numerics: Numerics, config: ReferenceConfig,
 
     Raises UserError if there are none to divide it among.
     """
+    if numerics.four_bit and config.reference_sharding == "on":
+        raise UserError(
+            "reference_sharding: on divides no weights in 4 bits (use_qlora), of which each rank has a copy"
+        )
     if config.reference_sharding == "on" and runtime.world_size == 1:
         raise UserError("reference_sharding: on needs several ranks, this run has one; use off, or more processes")
-    if config.reference_sharding != "auto" or runtime.world_size == 1:
+    if config.reference_sharding != "auto" or runtime.world_size == 1 or numerics.four_bit:
         return config.reference_sharding == "on"
     return not runtime.on_every_rank(HollowModel, source, numerics, runtime).fits_whole()
 
@@ -131,13 +136,16 @@ def load_policy(
             scorer, fill = hollow.scorer, hollow.fill
         else:
             scorer = load_scorer(source, numerics, _loading_device(runtime))
+        if numerics.four_bit:
+            runtime.say(f"Policy: {four_bit.describe(scorer)}")
         check_fits(scorer, data)
         if config.loss.load_balancing_loss:
             scorer.balance_experts()
         if model.gradient_checkpointing:
             checkpoint_gradients(scorer)
         if model.use_lora:
-            attach_lora(scorer, model)
+            if model.lora_start == "new":
+                attach_lora(scorer, model)
             if runtime.parallelism.zero_stage == 3:  # its layers run their backward pass only if their input has one
                 scorer.base.enable_input_require_grads()
         engine = make_engine(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from open_po.model.numerics import Numerics
 from open_po.model.rope import forget_longer_rows, rope_limit
 from open_po.packing import LastLayer, Layout, PackedBatch
 
+# Of a model whose folder holds adapters these are merged into its weights, or apart from them.
+StartingAdapters = Literal["none", "merged", "apart"]
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -41,13 +44,18 @@ class Scorer(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, numerics: Numerics, saved_dropout: dict[str, float], *, holds_adapters: bool = False
+        self,
+        model: nn.Module,
+        numerics: Numerics,
+        saved_dropout: dict[str, float],
+        *,
+        started_with: StartingAdapters = "none",
     ) -> None:
         super().__init__()
         self.model = model  # a PreTrainedModel, or a PeftModel around one
         self.numerics = numerics
         self.saved_dropout = saved_dropout  # rates that were switched off, to be saved with the model
-        self.holds_adapters = holds_adapters  # merged into the weights when they were loaded
+        self.started_with = started_with  # of adapters: those that were loaded with the weights
         self.layout: Layout = "rows"  # of the packs it takes; see use_layout
         # Whether rows must be computed alone and unpadded, because the longest row of a batch changes the others.
         self.row_by_row = rope_limit(self.base.config) is not None
@@ -65,7 +73,7 @@ class Scorer(nn.Module):
     @property
     def saves_adapters(self) -> bool:
         """Whether its adapters are saved by themselves too; those on top of merged ones belong to no model's files."""
-        return self.has_adapters and not self.holds_adapters
+        return self.has_adapters and self.started_with != "merged"
 
     @property
     def has_adapters(self) -> bool:
@@ -273,12 +281,12 @@ class Scorer(nn.Module):
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Score as the weights the run started from: without gradients, adapters off."""
+        """Score as the weights the run started from, before its first step: without gradients, new adapters off."""
         training = self.training
         self.eval()
         try:
             with torch.no_grad():
-                if self.has_adapters:
+                if self.has_adapters and self.started_with != "apart":
                     with self.model.disable_adapter():  # type: ignore[operator]
                         yield
                 else:

@@ -63,7 +63,7 @@ def card_metadata(facts: CardFacts, records: Sequence[Metrics], place: Place) ->
     mix = config.loss.mix()
     tags = ["open_po", *(["preference-optimization"] if mix.needs_rejected else [])]
     tags += [name for name in config.loss.names if name in LOSSES]
-    tags += ["lora"] if config.model.use_lora else []
+    tags += ["lora"] * config.model.use_lora + ["qlora"] * config.model.use_qlora
     mixture = dict.fromkeys(part.name for part in config.data.mixture)
     license: dict[str, Any] = dict(facts.base.license)
     return ModelCardData(

@@ -37,6 +37,7 @@ class CardFacts:
     hardware: str
     parallel: str  # the engine
     has_chat_template: bool
+    adapters_on: tuple[str, str | None] | None = None  # the model that adapters load on and its revision, if not `base`
     repository: str | None = None  # on the Hub, if the model goes there
     revision: str | None = None
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import yaml
 from huggingface_hub.constants import HUGGINGFACE_CO_URL_HOME as HUB
 
-from open_po.config import FIELDS
+from open_po.config import FIELDS, FOUR_BIT
 from open_po.losses import DIVERGENCES, LOSSES, NOTATION, Loss, Value
 from open_po.output import markdown
 from open_po.output.card_facts import CardFacts, Place
@@ -119,17 +119,26 @@ def _loading(facts: CardFacts, place: Place) -> str:
     where = json.dumps(facts.repository or facts.folder, ensure_ascii=False)
     more = _revision(facts.revision if facts.repository else None)
     trust = ", trust_remote_code=True" if facts.config.model.trust_remote_code else ""
-    model = [f"model = AutoModelForCausalLM.from_pretrained(name{more}{trust})"]
+    model: list[str] = []
     imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     inside = ""
     if place.is_adapter:
         imports.insert(0, "from peft import PeftModel")
         inside = "" if place.subfolder is None else f', subfolder="{place.subfolder}"'
-        base, of_base = json.dumps(facts.base.name, ensure_ascii=False), _revision(facts.config.model.model_revision)
-        model = [
+        whole, revision = facts.adapters_on or (facts.base.name, facts.config.model.model_revision)
+        base, of_base = json.dumps(whole, ensure_ascii=False), _revision(revision)
+        if facts.config.model.use_qlora:  # on whole weights the adapters score differently than they did in training
+            imports[-1] += ", BitsAndBytesConfig"
+            settings = ", ".join(f"{name}={value!r}" for name, value in FOUR_BIT.items())
+            compute = facts.result.numerics["compute_dtype"]
+            of_base += f', quantization_config=four_bit, dtype="{compute}"'
+            model = [f'four_bit = BitsAndBytesConfig({settings}, bnb_4bit_compute_dtype="{compute}")']
+        model += [
             f"base = AutoModelForCausalLM.from_pretrained({base}{of_base}{trust})",
             f"model = PeftModel.from_pretrained(base, name{inside}{more})",
         ]
+    else:
+        model = [f"model = AutoModelForCausalLM.from_pretrained(name{more}{trust})"]
     lines = [*imports, "", f"name = {where}", f"tokenizer = AutoTokenizer.from_pretrained(name{more}{trust})", *model]
     if facts.has_chat_template:
         lines += [
@@ -258,12 +267,18 @@ def _run(facts: CardFacts) -> str:
         ["reference", _reference(facts)],
         ["hardware", f"{markdown.plain(facts.hardware)}; {processes} process{'es' if processes > 1 else ''}"],
         ["peak memory", f"{facts.result.peak_memory_bytes / 1e9:.2f} GB"],
-        ["precision", f"{numerics['compute_dtype']}, weights in {numerics['weights_dtype']}"],
+        ["precision", f"{numerics['compute_dtype']}, weights in {numerics['weights_dtype']}{_four_bit(facts)}"],
         ["layout", f"`{train.layout}`, engine `{facts.parallel}`"],
     ]
     words = shlex.join(["python", "dpo_tune_cache.py", *command_without_folders(facts.command, facts.config)])
     started = "" if processes == 1 else f", by {processes} processes of a launcher,"
     return f"{markdown.table(['what', 'value'], rows)}\n\nStarted{started} as\n\n{markdown.block(words, 'bash')}"
+
+
+def _four_bit(facts: CardFacts) -> str:
+    if not facts.config.model.use_qlora:
+        return ""
+    return ", those of linear layers in 4 bits; a merged model has what they stand for"
 
 
 def _reference(facts: CardFacts) -> str:

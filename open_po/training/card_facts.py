@@ -35,12 +35,15 @@ def card_facts(
     mixture = [*config.data.mixture, *config.data.held_out_mixture]
     other = reference_source(config)
     repository, revision = trainer.folder.hub_branch()
+    started_from = policy_source(config)
+    beneath = adapter_base(started_from.folder(), started_from.trust_remote_code)
     return CardFacts(
         config=config,
         command=words,
         result=result,
         held_out=None if data.held_out is None else data.held_out.totals(),
-        base=base_model(policy_source(config)),
+        base=base_model(started_from),
+        adapters_on=None if beneath is None else (_name(beneath), beneath.revision),
         hub_datasets={part.name for part in mixture if not is_data_file(part.name) and _may_be_hub_name(part.name)},
         reference_name=None if other is None else _name(other),
         reference_key=None if reference is None else reference.store.folder.name,

@@ -22,9 +22,10 @@ from open_po.hub.background import HubUploader
 from open_po.hub.fetch import fetch_checkpoint
 from open_po.losses import LossMix, PairLogps
 from open_po.model.divided import HollowModel
-from open_po.model.export import export_model
+from open_po.model.export import export_adapter, export_model
+from open_po.model.lora import refuse_wrong_start
 from open_po.model.memory import peak_memory_bytes
-from open_po.model.numerics import Numerics, policy_numerics, saved_dtype
+from open_po.model.numerics import Numerics, policy_numerics, reference_numerics, saved_dtype
 from open_po.model.prepare import Policy, is_divided, load_policy
 from open_po.model.scorer import Scorer
 from open_po.model_files import agreed_identity, policy_source
@@ -51,7 +52,7 @@ def run(config: RunConfig, runtime: Runtime, words: Sequence[str] = ()) -> None:
     """The whole job; `words` are those of the command line. Raises UserError for whatever a user can cause."""
     folder = RunFolder(Path(config.output.output_dir))
     numerics = runtime.from_main(policy_numerics, config.model, runtime.device)
-    if runtime.parallelism.is_free:
+    if runtime.parallelism.is_free and not numerics.four_bit:
         runtime = runtime.on_every_rank(HollowModel, policy_source(config), numerics, runtime).settle(config)
     try:
         mine = runtime.from_main(folder.claim, config)
@@ -100,9 +101,12 @@ def _train(
     """Everything from the data to the saved model; returns all observers of the run."""
     needs_reference = config.loss.mix().needs_reference
     source = policy_source(config)
+    runtime.on_each_node(refuse_wrong_start, config, runtime.parallelism)
     if needs_reference:
         runtime.on_each_node(open_cache, config)
     data = prepare_data(config, runtime)
+    if needs_reference:
+        _tell_of_other_numerics(config, numerics, runtime)
     reference = separate_reference(config, runtime, data) if needs_reference else None
     identity = agreed_identity(source, Path(config.reference.reference_cache_dir), runtime)
     # Whole copies, where they fit, need no gathering of weights, and no rank waits for another.
@@ -130,6 +134,13 @@ def _train(
         trainer.observers.stopped(error)
         raise
     return trainer.observers
+
+
+def _tell_of_other_numerics(config: RunConfig, numerics: Numerics, runtime: Runtime) -> None:
+    """Say so if the reference does not compute as the policy does, whose log-probs it is compared with."""
+    reference = runtime.from_main(reference_numerics, config, runtime.device)
+    if reference.describe() != numerics.describe():
+        runtime.say(f"Reference model: computes {reference.describe()}, the policy {numerics.describe()}")
 
 
 def make_trainer(
@@ -217,7 +228,10 @@ def finish(
 def _save_model(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, mine: bool) -> None:
     """The model into the run's folder; all ranks call this, and the one whose folder is `mine` writes."""
     with trainer.folder.staging() if mine else nullcontext() as staged:
-        export_model(trainer.scorer, dtype, tokenizer, staged)
+        if trainer.config.output.merge_on_save:
+            export_model(trainer.scorer, dtype, tokenizer, staged)
+        else:
+            export_adapter(trainer.scorer, tokenizer, staged)
 
 
 def _write_results(

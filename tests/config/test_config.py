@@ -604,6 +604,7 @@ NOT_SHAPING = {
     "hub_strategy",
     "hf_entity",
     "hf_merged",
+    "merge_on_save",
     "output_dir",
     "checkpointing_steps",
     "keep_last_n_checkpoints",
