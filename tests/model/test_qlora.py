@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import open_po.config.checks
+from open_po.commands import score as score_command
 from open_po.config import ModelConfig
 from open_po.data.tokenizer import load_tokenizer
 from open_po.errors import UserError
@@ -206,6 +207,7 @@ def test_the_reference_in_4_bits_is_never_that_of_whole_weights(trained: Path, l
     assert cli.summary(again)["numerics"]["quantisation"] == "nf4, double"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_weights(trained: Path, llama: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
@@ -229,15 +231,14 @@ def test_adapters_alone_are_scored_in_4_bits_as_they_were_trained(trained: Path,
     run = cli.train(trained / "adapter", data, tmp_path / "run", **fields)
     evaluated = [record["eval/logps/chosen"] for record in cli.metrics(run) if "eval/logps/chosen" in record]
     assert evaluated[0] == pytest.approx(cli.summary(trained)["eval"]["logps/chosen"], rel=1e-6)
-    assert cli.steps(run)[0]["rewards/chosen"] == pytest.approx(0, abs=1e-4)
+    first = next(record for record in cli.metrics(run) if "eval/logps/chosen" in record)
+    assert first["eval/rewards/chosen"] == pytest.approx(0, abs=1e-4)  # training has the adapters' own dropout
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= cli.files(run)
     assert not {"model.safetensors", "config.json"} & cli.files(run)
     assert "BitsAndBytesConfig(load_in_4bit=True" in (run / "README.md").read_text()
-    from open_po.commands import score as command
-
     out = tmp_path / "scores.jsonl"
     words = cli.flags(model=run, data=data, out=out, reference_cache_dir=tmp_path / "scores", use_qlora=True)
-    assert command.main(words) == 0
+    assert score_command.main(words) == 0
     scores = [json.loads(line)["chosen_logps"] for line in out.read_text().splitlines()]
     assert sum(scores) / len(scores) == pytest.approx(evaluated[-1], rel=1e-5)
 
