@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -79,6 +80,8 @@ def run_command(read: Callable[[], RunConfig], load: Callable[[], Job]) -> int:
         config = read()
     except ConfigError as error:
         return refused(error)
+    # Imported by other libraries, it advises, on some CPUs, of kernels that no run takes.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with _uncollected():
         job = load()
         from open_po.distributed.runtime import Runtime

@@ -255,6 +255,5 @@ def _quieten_libraries() -> None:
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity(logging.ERROR)
     datasets.logging.set_verbosity(logging.CRITICAL)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which advises of kernels that no run takes
     if not sys.stderr.isatty() or int(os.environ.get("RANK", "0")) > 0:
         datasets.disable_progress_bars()  # of downloads and the like; tokenising has one of ours

@@ -349,6 +349,24 @@ def test_wrong_types_on_the_command_line(flags: list[str], message: str) -> None
         ("--lora_dropout 0", "lora_dropout: needs use_lora"),
         ("--use_lora --lora_dropout 1", "lora_dropout: must be below 1, got 1.0"),
         ("--use_lora --lora_rank 0", "lora_rank: must be above 0, got 0"),
+        ("--use_dora", "use_dora: needs use_lora"),
+        ("--lora_start continue", "lora_start: needs use_lora"),
+        (
+            "--use_lora --lora_start continue --lora_dropout 0",
+            "lora_dropout: comes with the adapters that lora_start continue trains on; leave it out",
+        ),
+        (
+            "--use_qlora --lora_start continue --use_rslora",
+            "use_rslora: comes with the adapters that lora_start continue trains on; leave it out",
+        ),
+        (
+            "--merge_on_save false",
+            "merge_on_save: false needs use_lora; a model without adapters has nothing to merge",
+        ),
+        (
+            "--use_lora --merge_on_save false --push_to_hub --hf_merged",
+            "hf_merged: contradicts merge_on_save false, which leaves no merged model; leave one of them out",
+        ),
         (
             "--lr_scheduler_type constant --warmup_ratio 0.2",
             "warmup_ratio: lr_scheduler_type constant has no warm-up; use constant_with_warmup",
@@ -519,6 +537,10 @@ def test_defaults_that_depend_on_other_fields() -> None:
     lora = parse("--use_lora", "--lora_rank", "8").model
     assert (lora.lora_rank, lora.lora_alpha, lora.lora_dropout) == (8, 16.0, 0.0)
     assert lora.lora_target_modules == ["all-linear"]
+    four_bit = parse("--use_qlora", "--lora_rank", "8", "--lora_dropout", "0.05").model
+    assert (four_bit.use_lora, four_bit.lora_rank, four_bit.lora_alpha, four_bit.lora_dropout) == (True, 8, 16.0, 0.05)
+    continued = parse("--use_lora", "--lora_start", "continue").model
+    assert continued.lora_rank is continued.lora_alpha is continued.lora_target_modules is None
     assert parse("--max_tokens_per_batch", "7", "--output_dir", "d").train.max_tokens_per_batch == 7
 
 

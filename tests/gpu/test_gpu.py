@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,15 @@ from transformers import AutoModelForCausalLM
 
 import open_po.model.prepare
 from open_po.commands.train import main
+from open_po.config import ModelConfig
+from open_po.data.tokenizer import load_tokenizer
+from open_po.model import four_bit
 from open_po.model.attention import Segments, _by_flash, _by_sdpa
+from open_po.model.export import export_model
 from open_po.model.layout_check import choose_layout
 from open_po.model.load import checkpoint_gradients, load_scorer
 from open_po.model.logprobs import Head, fused_logprobs
+from open_po.model.lora import attach_lora
 from open_po.model.numerics import Numerics
 from open_po.model.scorer import Scorer
 from open_po.model_files import ModelSource
@@ -146,7 +152,11 @@ def test_bfloat16_training_moves_weights_at_a_tiny_learning_rate(tmp_path: Path)
         assert (moved.abs() > 0.5e-7).float().mean() > 0.95
 
 
-@pytest.mark.parametrize("lora", [[], ["--use_lora", "--lora_rank", "4"]], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora",
+    [[], ["--use_lora", "--lora_rank", "4"], ["--use_qlora", "--lora_rank", "4"]],
+    ids=["full", "lora", "qlora"],
+)
 @pytest.mark.parametrize("checkpointing", [[], ["--gradient_checkpointing"]], ids=["plain", "checkpointing"])
 def test_a_run_on_the_gpu_learns(lora: list[str], checkpointing: list[str], tmp_path: Path) -> None:
     folder = tiny.make_model_folder(tmp_path / "model")
@@ -160,6 +170,44 @@ def test_a_run_on_the_gpu_learns(lora: list[str], checkpointing: list[str], tmp_
     assert summary["numerics"]["compute_dtype"] == "bfloat16"
     assert abs(summary["eval_before"]["rewards/margin"]) < 0.05
     assert summary["eval"]["rewards/accuracy"] > 0.9
+
+
+def test_a_base_in_4_bits_takes_half_a_byte_a_weight_and_saves_what_it_trained(tmp_path: Path) -> None:
+    """In bfloat16: loading never holds whole weights, gradients reach adapters, the merged model agrees."""
+    size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 8}
+    folder = tiny.make_model_folder(tmp_path / "model", **size)
+    bfloat16 = Numerics(compute_dtype=torch.bfloat16, weights_dtype=torch.bfloat16, use_liger=True)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    numerics = replace(bfloat16, four_bit=True, adapters_apart=True)
+    scorer = load_scorer(ModelSource(name=str(folder)), numerics, torch.device("cuda"))
+    held, peak = torch.cuda.memory_allocated() - start, torch.cuda.max_memory_allocated() - start
+    assert held <= 1.05 * four_bit.weight_bytes(scorer)
+    assert peak <= held + 64e6  # a layer's weights at a time
+    assert choose_layout(scorer, PAIRS, "auto", longest=128, pad=2).layout == "shared"
+    config = ModelConfig(
+        model_name_or_path=str(folder),
+        lora_rank=4,
+        lora_alpha=8.0,
+        lora_dropout=0.0,
+        lora_target_modules=["all-linear"],
+    )
+    attach_lora(scorer, config)
+    for name, parameter in scorer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    logps = as_matrix(scorer.score(pack(PAIRS, layout="shared", pad_token_id=2)).logps)
+    logps.sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in scorer.parameters())
+    assert all(p.grad.abs().max() > 0 for name, p in scorer.named_parameters() if "lora_A" in name)
+    export_model(scorer, torch.float32, load_tokenizer(config), tmp_path / "saved")
+    saved = load_scorer(ModelSource(name=str(tmp_path / "saved")), bfloat16, torch.device("cuda"))
+    saved.use_layout("shared")
+    with torch.no_grad():
+        again = as_matrix(saved.score(pack(PAIRS, layout="shared", pad_token_id=2)).logps)
+    tokens = max(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in PAIRS)
+    assert (again - logps).abs().max() <= 0.1 * tokens
 
 
 def test_peak_memory_does_not_grow_with_tokens_times_vocabulary() -> None:

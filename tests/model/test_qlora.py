@@ -208,6 +208,16 @@ def test_the_reference_in_4_bits_is_never_that_of_whole_weights(trained: Path, l
 
 
 @pytest.mark.slow
+def test_two_ranks_train_as_one(llama: Path, tmp_path: Path) -> None:
+    data = tiny.write_jsonl(tmp_path / "pairs.jsonl", tiny.text_rows(16))
+    fields = QLORA | {"lr_scheduler_type": "constant"}
+    one = cli.train(llama, data, tmp_path / "one", per_device_train_batch_size=8, **fields)
+    words = cli.arguments(llama, data, tmp_path / "two", **fields | {"per_device_train_batch_size": 4})
+    assert cli.forked_ranks(words) == [0, 0]
+    cli.assert_close_weights(cli.weights(tmp_path / "two"), cli.weights(one), cli.weights(llama), share=1e-3)
+
+
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_weights(trained: Path, llama: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
