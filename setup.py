@@ -46,7 +46,9 @@ setup(
             "types-PyYAML",
             "tensorboard",
             "mlflow-skinny",
+            "bitsandbytes>=0.50",
         ],
+        "quantised": ["bitsandbytes>=0.50"],  # use_qlora, optimizers with states in 8 bits or paged
         "trackers": ["tensorboard", "mlflow-skinny", "trackio"],  # W&B comes with the package
     },
 )

@@ -59,7 +59,7 @@ def _with_implied(config: RunConfig) -> RunConfig:
 def _lora_problems(config: RunConfig) -> Iterator[str]:
     model, output = config.model, config.output
     if model.use_qlora and importlib.util.find_spec("bitsandbytes") is None:
-        yield "use_qlora: bitsandbytes is not installed; pip install bitsandbytes, or use_lora alone"
+        yield "use_qlora: bitsandbytes is not installed; pip install 'bitsandbytes>=0.50', or use_lora alone"
     if model.lora_start == "continue":
         own = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
         for name in own:
