@@ -20,6 +20,7 @@ def dry_run(config: RunConfig, words: Sequence[str], place: Place, pairs: int | 
         f"Engine: parallel {config.distributed.parallel}",
         f"Global batch: {_batch(config, place)}",
         f"Steps: {_steps(config, place, pairs)}",
+        f"Tokens of a forward pass: {_tokens(config, place)}",
         "",
     ]
     for node in range(place.nodes):
@@ -48,6 +49,13 @@ def _batch(config: RunConfig, place: Place) -> str:
         f"{_global_batch(config, place)} pairs = per_device_train_batch_size {train.per_device_train_batch_size} x "
         f"gradient_accumulation_steps {train.gradient_accumulation_steps} x {counted(place.ranks, 'rank')}"
     )
+
+
+def _tokens(config: RunConfig, place: Place) -> str:
+    asked = config.train.max_tokens_per_batch
+    if asked != "auto":
+        return f"{asked:,} (max_tokens_per_batch)"
+    return f"max_tokens_per_batch auto, {'what fits in memory' if place.devices else 'measured'} when training begins"
 
 
 def _node_command(words: Sequence[str], place: Place, node: int, restarts: int) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from open_po.data.examples import choose_examples
 from open_po.data.facts import known_prompts, shared, special_tokens
 from open_po.data.run_data import Data, load_data
 from open_po.distributed.runtime import Runtime
+from open_po.model.token_budget import SMALLEST, usual
 from open_po.output.files import disk_faults, write_atomically
 from open_po.packing import Layout, Planner, Sampler, plan_epoch
 from open_po.training.optimizer import total_steps
@@ -108,7 +111,7 @@ def _steps(config: RunConfig, pairs: PairDataset, ranks: int) -> RenderableType:
     layout: Layout = "unshared" if config.model.prompt_sharing == "off" else "shared"
     planner = Planner(
         dataset=pairs,
-        max_tokens=train.max_tokens_per_batch,
+        max_tokens=SMALLEST,
         layout=layout,
         with_rejected=config.loss.mix().needs_rejected,
     )
@@ -118,5 +121,8 @@ def _steps(config: RunConfig, pairs: PairDataset, ranks: int) -> RenderableType:
         seed=train.seed,
         prompt_numbers=pairs.prompt_numbers if train.group_pairs_by_prompt else None,
     )
-    plan = plan_epoch(planner, sampler, ranks)
-    return steps_table(config, sampler, total_steps(train, sampler.steps_per_epoch), ranks, plan, layout)
+    tokens = train.max_tokens_per_batch
+    if tokens == "auto":  # which needs the model and the machine; this is what it is where nothing can be measured
+        tokens = usual(math.ceil(planner.pair_tokens().mean()))
+    plan = plan_epoch(dataclasses.replace(planner, max_tokens=tokens), sampler, ranks)
+    return steps_table(config, sampler, total_steps(train, sampler.steps_per_epoch), ranks, plan, layout, tokens)

@@ -212,8 +212,10 @@ def _difference(pairs: PairDataset) -> Text:
     )
 
 
-def steps_table(config: RunConfig, sampler: Sampler, steps: int, ranks: int, plan: EpochPlan, layout: Layout) -> Table:
-    """How the pairs become steps and forward passes, `steps` of the whole run on so many `ranks`."""
+def steps_table(
+    config: RunConfig, sampler: Sampler, steps: int, ranks: int, plan: EpochPlan, layout: Layout, tokens: int
+) -> Table:
+    """How the pairs become steps and forward passes of `tokens`, `steps` of the whole run on so many `ranks`."""
     train, table = config.train, _table("Steps", "what", "value")
     batch = (
         f"{train.per_device_train_batch_size} per_device_train_batch_size x {train.gradient_accumulation_steps} "
@@ -221,14 +223,16 @@ def steps_table(config: RunConfig, sampler: Sampler, steps: int, ranks: int, pla
     )
     table.add_row("global batch", f"{sampler.global_batch:,} pairs: {batch}")
     table.add_row("steps", f"{sampler.steps_per_epoch:,} an epoch, {steps:,} in all")
+    auto = train.max_tokens_per_batch == "auto"
     shares = plan.packing.summary()
     over = (
         f", {plan.packing.over_budget:,} of them longer because a pair is not cut" if plan.packing.over_budget else ""
     )
     table.add_row(
         "packs",
-        f"{plan.packing.packs:,} in the first epoch, of at most {train.max_tokens_per_batch:,} tokens{over}; "
-        f"{shares['fill']:.0%} full; {plan.forward_passes / sampler.steps_per_epoch:,.1f} forward passes a step",
+        f"{plan.packing.packs:,} in the first epoch, of at most {tokens:,} tokens{over}; "
+        f"{shares['fill']:.0%} full; {plan.forward_passes / sampler.steps_per_epoch:,.1f} forward passes a step"
+        f"{'; max_tokens_per_batch auto may find another number at the start' if auto else ''}",
     )
     saved = 1 - plan.packing.computed / plan.tokens_otherwise
     table.add_row(

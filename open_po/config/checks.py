@@ -191,7 +191,7 @@ def resolve(config: RunConfig) -> RunConfig:
     def unset(**defaults: Any) -> dict[str, Any]:
         return {name: value for name, value in defaults.items() if given[name] is None}
 
-    model, data, train, output = config.model, config.data, config.train, config.output
+    model, data, output = config.model, config.data, config.output
     if model.use_lora and model.lora_start == "new":
         lora = unset(lora_rank=64, lora_alpha=16.0, lora_dropout=0.0, lora_target_modules=["all-linear"])
         model = dataclasses.replace(model, **lora)
@@ -199,14 +199,12 @@ def resolve(config: RunConfig) -> RunConfig:
     if loss.load_balancing_loss:
         loss = dataclasses.replace(loss, **unset(load_balancing_weight=0.001))
     output = dataclasses.replace(output, report_to=_trackers(output) or None, with_tracking=False)
-    tokens = 2 * train.per_device_train_batch_size * data.max_seq_length
     return dataclasses.replace(
         config,
         model=_expand_home(model),
         data=_expand_home(_with_training_list(data)),
         reference=_expand_home(config.reference),
         loss=loss,
-        train=dataclasses.replace(train, **unset(max_tokens_per_batch=tokens)),
         output=_expand_home(dataclasses.replace(output, **unset(output_dir=f"output/{output.exp_name}"))),
     )
 

@@ -83,7 +83,7 @@ class Field:
     def out_of_range(self, value: Any) -> Iterator[str]:
         """What is wrong with its value, a line each."""
         about = self.about
-        if value is None:
+        if value is None or isinstance(value, str):  # one of a field's words, as auto
             return
         if about.above is not None and not about.above < value < float("inf"):
             yield f"{self.name}: must be above {about.above}, got {value}"

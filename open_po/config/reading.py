@@ -234,7 +234,8 @@ def _describe(hint: Any) -> str:
     parts = []
     for alternative in _alternatives(hint):
         if typing.get_origin(alternative) is Literal:
-            parts.append("one of " + ", ".join(map(str, typing.get_args(alternative))))
+            *others, last = map(str, typing.get_args(alternative))
+            parts.append("one of " + ", ".join([*others, last]) if others else last)
         elif typing.get_origin(alternative) is list:
             (item, *_) = typing.get_args(alternative)
             choices = typing.get_args(item) if typing.get_origin(item) is Literal else ()

@@ -41,10 +41,10 @@ class ReferenceConfig:
         not_negative=True,
         shapes_result=False,
     )
-    reference_max_tokens_per_batch: int | None = option(
-        None,
-        "tokens of one forward pass of the reference, which keeps no activations; default 4 x max_tokens_per_batch on "
-        "CUDA, max_tokens_per_batch on a CPU. If memory runs out it is halved and the pass goes on",
+    reference_max_tokens_per_batch: int | Literal["auto"] = option(
+        "auto",
+        "tokens of one forward pass of the reference, which keeps no activations; auto: found as for "
+        "max_tokens_per_batch. If memory runs out it is halved and the pass goes on",
         above=0,
         shapes_result=False,
     )

@@ -20,13 +20,11 @@ class TrainConfig:
     gradient_accumulation_steps: int = option(
         8, "the global batch is per_device_train_batch_size x gradient_accumulation_steps x ranks, in pairs", above=0
     )
-    max_tokens_per_batch: int = option(
-        None,
+    max_tokens_per_batch: int | Literal["auto"] = option(
+        "auto",
         "tokens of one forward pass, shared prompts counted once, padding included (a pair that needs more goes "
-        "alone); default "
-        "2 x per_device_train_batch_size x max_seq_length. "
-        "Changes memory and speed, never a step's value",
-        derived=True,
+        "alone). auto: as many as a GPU has memory for; on a CPU what is fastest, by a short measurement. "
+        "Changes memory and speed, never a step's value. If memory runs out in a step it is done again with half",
         above=0,
         shapes_result=False,
         scores=True,
@@ -86,3 +84,9 @@ class TrainConfig:
         256, "longest such answer, in tokens", above=0, needs="sample_during_eval", shapes_result=False
     )
     logging_steps: int = option(1, "write metrics every so many steps", above=0, shapes_result=False)
+
+    @property
+    def token_budget(self) -> int:
+        """`max_tokens_per_batch` once it is a number, as in a run that has begun to train."""
+        assert self.max_tokens_per_batch != "auto", "max_tokens_per_batch is not settled yet"
+        return self.max_tokens_per_batch

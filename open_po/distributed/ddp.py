@@ -25,6 +25,8 @@ from open_po.distributed.update import UpdateRules
 class DdpEngine(SingleEngine):
     """As a single process on every rank; gradients are summed in the last pack of a step, or after it."""
 
+    can_retry = False  # in its last pack other ranks may have this one's gradients already, or wait for them
+
     def __init__(
         self, model: nn.Module, make_optimizer: OptimizerMaker, runtime: Runtime, *, rules: UpdateRules
     ) -> None:

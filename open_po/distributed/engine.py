@@ -58,6 +58,8 @@ class Engine(Placement, ABC):
     lockstep_packs = False
     portable = True  # whether another number of ranks can load what `save` writes
     files_together = False  # whether ranks talk to one another in `save` and `load`
+    can_discard = False  # whether `discard` leaves nothing of the packs of a step that has not been updated
+    can_retry = False  # whether a step may begin anew after `discard`, on this rank alone
     optimizer: Optimizer  # whose groups a schedule gives their learning rates
 
     @property
@@ -76,6 +78,10 @@ class Engine(Placement, ABC):
     @abstractmethod
     def backward(self, value: Tensor) -> None:
         """Add the gradient of `value`, this rank's part of a sum over all ranks."""
+
+    def discard(self) -> None:
+        """Drop the gradients that the packs of a step have added so far; only with `can_discard`."""
+        raise NotImplementedError(type(self).__name__)
 
     @abstractmethod
     def update(self) -> float:

@@ -28,6 +28,9 @@ _WEIGHTS, _OPTIMIZER = "weights.safetensors", "optimizer.pt"
 class SingleEngine(Engine):
     """One process with the whole model."""
 
+    can_discard = True
+    can_retry = True
+
     def __init__(
         self, model: nn.Module, make_optimizer: OptimizerMaker, runtime: Runtime, *, rules: UpdateRules
     ) -> None:
@@ -89,6 +92,9 @@ class SingleEngine(Engine):
             self._in_backward.backward(value)
         else:
             value.backward()
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad()
 
     def update(self) -> float:
         if self._in_backward is not None and self._in_backward.active:

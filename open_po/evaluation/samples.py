@@ -37,7 +37,7 @@ class AnswerSampler:
         ]
         special = set(tokenizer.all_special_ids)
         self._turn_ends = {token for pair in pairs for token in pair.chosen_ids[-_ENDING:] if token in special}
-        self._longest, self._budget = train.sample_max_new_tokens, train.max_tokens_per_batch
+        self._longest, self._budget = train.sample_max_new_tokens, train.token_budget
 
     def sample(self, scorer: Scorer, step: int, runtime: Runtime) -> list[Sample]:
         """The answers after so many steps; all ranks call this.

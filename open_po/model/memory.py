@@ -7,6 +7,7 @@ import gc
 import resource
 from contextlib import suppress
 
+import psutil
 import torch
 
 
@@ -15,6 +16,17 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def free_memory_bytes(device: torch.device, processes: int = 1) -> int:
+    """Memory that tensors can still take: of a GPU what is free or kept by PyTorch for more, else a process's share.
+
+    `processes` are those of this machine.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(psutil.virtual_memory().available) // processes
 
 
 def release_memory() -> None:

@@ -79,6 +79,11 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"output_dir {self.path}: cannot be written ({error.strerror})") from error
 
+    def note(self, config: RunConfig) -> None:
+        """Write the run's configuration, with what has been settled since."""
+        with disk_faults(str(self.config), "nothing is trained yet"):
+            write_atomically(self.config, lambda path: path.write_text(config.to_yaml()))
+
     def refuse_unless_shared(self, config: str) -> None:
         """Raises UserError on a rank that does not see the `config` that rank 0 sees here."""
         if not self.config.is_file() or self.config.read_text() != config:

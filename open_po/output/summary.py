@@ -37,6 +37,7 @@ class ReferenceTotals:
     pairs_reused: int
     responses_computed: int  # by this run's processes; others may have computed the rest at the same time
     rows_verified: int
+    max_tokens_per_batch: int | None  # as settled; None if nothing was computed
     packing: dict[str, float] | None  # of the first rank's packs, see `PackingStats.summary`; None if there were none
 
 
@@ -50,6 +51,7 @@ class TrainTotals:
     tokens: int  # prompt and response tokens, prompts counted with each response
     response_tokens: int
     layout: str
+    max_tokens_per_batch: int  # as settled, and what memory has made of it since
     packing: dict[str, float]
 
 

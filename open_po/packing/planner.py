@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Generic, NamedTuple, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from open_po.data import PairDataset
 from open_po.losses import Counts
 from open_po.packing.batch import Group, Layout, PackedBatch, pack, pack_responses
@@ -101,6 +104,17 @@ class Planner:
     def packs_of_all(self, indices: Sequence[int], world_size: int) -> list[list[list[int]]]:
         """Every rank's packs of the pairs `indices`."""
         return [self._cut(share) for share in self._shares(indices, world_size)]
+
+    def pair_tokens(self) -> NDArray[np.int64]:
+        """Tokens of each pair of the data in a pack of its own."""
+        data, sides = self.dataset, 2 if self.with_rejected else 1
+        longest = data.chosen_lengths
+        if self.with_rejected:
+            longest = np.maximum(longest, data.rejected_lengths)
+        if self.layout == "rows":
+            return sides * (data.prompt_lengths + longest)
+        tokens = data.prompt_lengths * (1 if self.layout == "shared" else sides) + data.chosen_lengths
+        return tokens + data.rejected_lengths if self.with_rejected else tokens
 
     def rounds(self, indices: Sequence[int], world_size: int) -> int:
         """How many packs the rank has that has the most."""

@@ -27,6 +27,7 @@ from open_po.output.summary import ReferenceTotals
 from open_po.packing import Group, PackingStats, pack_responses
 from open_po.reference.fill import ReferencePass
 from open_po.reference.lockstep import LockstepPass
+from open_po.reference.pass_budget import settle_pass_tokens
 from open_po.reference.store import ReferenceStore, StoreKey, read_manifest
 
 T = TypeVar("T")
@@ -133,21 +134,24 @@ def ensure_reference(
         runtime.say(f"Reference log-probs: {pairs - missing:,} pairs from the cache {store.folders()}")
     samples = runtime.from_main(_samples, store, data, config.reference.verify_reference_rows)
     done, computed = PackingStats(), 0
+    max_tokens: int | None = None
     if missing or samples:
         scorer = load()
         runtime.on_every_rank(_verify, samples, store, scorer, source, data)
-        max_tokens = _pass_tokens(config, runtime)
-        for part in data.parts if missing else ():
-            work = runtime.on_every_rank(_pass, store, scorer, part, runtime, max_tokens, data.pad)
-            runtime.on_every_rank(store.prepare, key, {"model": source.name, "revision": source.revision})
-            runtime.on_every_rank(work.run)
-            done, computed = done + work.stats, computed + work.computed
+        if missing:
+            max_tokens = settle_pass_tokens(config, runtime, scorer, store, data)
+            for part in data.parts:
+                work = runtime.on_every_rank(_pass, store, scorer, part, runtime, max_tokens, data.pad)
+                runtime.on_every_rank(store.prepare, key, {"model": source.name, "revision": source.revision})
+                runtime.on_every_rank(work.run)
+                done, computed = done + work.stats, computed + work.computed
     totals = ReferenceTotals(
         seconds=time.monotonic() - start,
         pairs_computed=missing,
         pairs_reused=pairs - missing,
         responses_computed=sum(runtime.gather(computed)),
         rows_verified=len(samples),
+        max_tokens_per_batch=max_tokens,
         packing=done.summary() if done.packs else None,
     )
     return FilledStore(store=store, totals=totals)
@@ -170,12 +174,6 @@ def _open_store(key: StoreKey, config: RunConfig, runtime: Runtime) -> Reference
     level = reference.reference_cache_level
     by_token = level == "token" or (level == "auto" and config.loss.mix().ld_alpha != 1.0)
     return ReferenceStore(folder, beneath=beneath, by_token=by_token, warn=runtime.say_here)
-
-
-def _pass_tokens(config: RunConfig, runtime: Runtime) -> int:
-    """Tokens of one forward pass, which keeps no activations: a GPU has room for more than in training."""
-    usual = (4 if runtime.device.type == "cuda" else 1) * config.train.max_tokens_per_batch
-    return config.reference.reference_max_tokens_per_batch or usual
 
 
 def _missing_pairs(store: ReferenceStore, part: PairDataset) -> int:

@@ -74,6 +74,8 @@ class TrainingProgress:
     response_tokens: int = 0  # scored tokens
     seconds: float = 0.0  # spent in training steps
     packing: PackingStats = field(default_factory=PackingStats)  # of this rank's packs
+    max_tokens: int = 0  # of a pack, as settled at the start, or since memory ran out; 0: not yet
+    max_tokens_asked: int | str | None = None  # what the configuration said when it was settled
     tracker_ids: dict[str, str] = field(default_factory=dict)  # of this run in its trackers, by the tracker's name
     running_means: list[RunningMean] = field(default_factory=list)  # one for each part of the loss
 

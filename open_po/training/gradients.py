@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +11,15 @@ from torch import Tensor
 from open_po.config import RunConfig
 from open_po.distributed.gathering import gather_logps
 from open_po.distributed.runtime import Runtime
+from open_po.errors import is_out_of_memory
 from open_po.losses import Counts, LossMix, PairLogps
+from open_po.model.memory import release_memory
 from open_po.model.scorer import Scorer, Scores
 from open_po.packing import PackedBatch, Planner
 from open_po.reference import select_pairs
 from open_po.training.checkpoint import RandomState, TrainingState
 from open_po.training.coupled_loss import GlobalLoss, global_loss
+from open_po.training.out_of_memory import Shortage, StepStart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,7 @@ class StepGradients:
         self.config, self.runtime, self.scorer, self.state = config, runtime, scorer, state
         self.engine = state.engine
         self.loss, self.planner, self.reference, self.pad = loss, planner, reference, pad
+        self._at_work: list[int] = []  # the pack that is being computed
 
     def size(self, indices: list[int]) -> StepSize:
         data = self.planner.dataset
@@ -63,7 +68,32 @@ class StepGradients:
         """Gradients of the step's loss: every pack adds its losses over the step's global counts.
 
         Returns whether each of this rank's pairs has a loss that is not finite; nothing here waits for the device.
+        Where memory runs out the step is done once more in smaller packs, if the engine can; raises UserError else.
         """
+        before = StepStart.of(self.state)
+        try:
+            return self._backward(indices, size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            shortage = Shortage(error, self._at_work, self.planner, self.state.progress.step + 1, self.runtime)
+            shortage.refuse_unless_divided(self.engine)
+        # Outside the handler, whose error would keep the failed pass's tensors alive.
+        self.engine.discard()
+        before.put_back(self.state)
+        release_memory()
+        self.state.progress.max_tokens = shortage.smaller
+        self.planner = dataclasses.replace(self.planner, max_tokens=shortage.smaller)
+        self.runtime.say_here(shortage.describe())
+        try:
+            return self._backward(indices, size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            again = Shortage(error, self._at_work, self.planner, self.state.progress.step + 1, self.runtime)
+            raise again.final() from error
+
+    def _backward(self, indices: list[int], size: StepSize) -> dict[int, Tensor]:
         counts = size.counts
         packs = self.planner.packs(indices, rank=self.runtime.replica, world_size=self.runtime.replicas)
         whole = self._whole_step(indices, packs, counts) if self.loss.batch_coupled else None
@@ -72,7 +102,7 @@ class StepGradients:
         idle = self._idle_packs(indices, packs, least=1)
         with self.engine.step(packs=len(packs) + len(idle)):
             for position, pack in enumerate([*packs, *idle]):
-                counted = position < len(packs)
+                counted, self._at_work = position < len(packs), pack
                 with self.engine.pack(last=position == len(packs) + len(idle) - 1):
                     batch = self.planner.batch(pack, self.pad)
                     scores = self._score(batch)
@@ -116,7 +146,10 @@ class StepGradients:
         """
         random = RandomState.take()
         with torch.no_grad():
-            scored = [(pack, self._score(self.planner.batch(pack, self.pad)).logps) for pack in packs]
+            scored = []
+            for pack in packs:
+                self._at_work = pack
+                scored.append((pack, self._score(self.planner.batch(pack, self.pad)).logps))
             if self.scorer.lockstep:
                 for pack in self._idle_packs(indices, packs, least=0):
                     self._score(self.planner.batch(pack, self.pad))

@@ -23,6 +23,7 @@ def run_result(
             tokens=done.tokens,
             response_tokens=done.response_tokens,
             layout=trainer.scorer.layout,
+            max_tokens_per_batch=done.max_tokens,
             packing=done.packing.summary(),
         ),
         eval=held_out[-1] if held_out else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -28,6 +29,7 @@ from open_po.model.memory import peak_memory_bytes
 from open_po.model.numerics import Numerics, policy_numerics, reference_numerics, saved_dtype
 from open_po.model.prepare import Policy, is_divided, load_policy
 from open_po.model.scorer import Scorer
+from open_po.model.token_budget import SMALLEST
 from open_po.model_files import agreed_identity, policy_source
 from open_po.output.card import write_card
 from open_po.output.files import disk_faults
@@ -45,6 +47,7 @@ from open_po.training.model_of_step import ModelOfStep
 from open_po.training.optimizer import make_optimizer
 from open_po.training.result import run_result
 from open_po.training.start import start_or_resume
+from open_po.training.step_budget import settle_budget
 from open_po.training.trainer import Trainer
 
 
@@ -160,6 +163,10 @@ def make_trainer(
     scorer, loss = policy.scorer, config.loss.mix()
     start = start_or_resume(config, runtime, data.train, policy.engine, identity, folder, Observers(observers).needs)
     progress = start.state.progress
+    planner = _planner(data.train, scorer, loss, SMALLEST, with_rejected=loss.needs_rejected)
+    tokens = settle_budget(config, runtime, scorer, planner, loss, start, data.pad)
+    config = _settled(config, tokens, reference)
+    runtime.on_main(folder.note, config)
     resumed = progress.step if start.resumed else None
     trackers = runtime.on_main(make_trackers, config, folder, resumed, progress.tracker_ids, runtime.say) or []
     return Trainer(
@@ -168,7 +175,7 @@ def make_trainer(
         scorer=scorer,
         state=start.state,
         loss=loss,
-        planner=_planner(data.train, scorer, loss, config, with_rejected=loss.needs_rejected),
+        planner=dataclasses.replace(planner, max_tokens=tokens),
         sampler=start.sampler,
         steps=start.steps,
         reference=_reference_logps(reference, data.train, loss.ld_alpha, runtime),
@@ -179,6 +186,16 @@ def make_trainer(
     )
 
 
+def _settled(config: RunConfig, tokens: int, reference: FilledStore | None) -> RunConfig:
+    """The configuration with the numbers that `auto` has become."""
+    train = dataclasses.replace(config.train, max_tokens_per_batch=tokens)
+    found = None if reference is None else reference.totals.max_tokens_per_batch
+    if found is None:
+        return dataclasses.replace(config, train=train)
+    of_reference = dataclasses.replace(config.reference, reference_max_tokens_per_batch=found)
+    return dataclasses.replace(config, train=train, reference=of_reference)
+
+
 def _held_out(
     config: RunConfig, runtime: Runtime, data: Data, scorer: Scorer, reference: FilledStore | None
 ) -> HeldOut | None:
@@ -186,19 +203,21 @@ def _held_out(
         return None
     loss = config.loss.mix()
     return HeldOut(
-        planner=_planner(data.held_out, scorer, loss, config),  # both responses, whatever the loss needs
+        planner=_planner(
+            data.held_out, scorer, loss, config.train.token_budget
+        ),  # both responses, whatever the loss needs
         reference=_reference_logps(reference, data.held_out, loss.ld_alpha, runtime),
         sampler=AnswerSampler(data.held_out, data.tokenizer, config.train) if config.train.sample_during_eval else None,
     )
 
 
 def _planner(
-    dataset: PairDataset, scorer: Scorer, loss: LossMix, config: RunConfig, *, with_rejected: bool = True
+    dataset: PairDataset, scorer: Scorer, loss: LossMix, max_tokens: int, *, with_rejected: bool = True
 ) -> Planner:
     return Planner(
         dataset=dataset,
         layout=scorer.layout,
-        max_tokens=config.train.max_tokens_per_batch,
+        max_tokens=max_tokens,
         with_rejected=with_rejected,
         with_prompt="prompt" in loss.extras,
     )

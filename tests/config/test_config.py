@@ -529,8 +529,7 @@ def test_trackers_by_their_new_name_and_the_old(write: Callable[..., str], monke
 
 def test_defaults_that_depend_on_other_fields() -> None:
     config = parse("--per_device_train_batch_size", "3", "--max_seq_length", "100", "--exp_name", "x")
-    assert config.train.max_tokens_per_batch == 600
-    assert config.reference.reference_max_tokens_per_batch is None, "it depends on the device"
+    assert config.train.max_tokens_per_batch == config.reference.reference_max_tokens_per_batch == "auto"
     assert (config.model.prompt_sharing, config.train.group_pairs_by_prompt) == ("auto", False)
     assert config.output.output_dir == "output/x"
     assert config.model.lora_rank is config.model.lora_alpha is config.model.lora_target_modules is None
@@ -562,8 +561,8 @@ _fields = st.fixed_dictionaries(
         "eval_mixer_list": st.just(["b", "3", "c", "1e-2"]),
         "max_train_samples": st.none() | _positive,
         "max_seq_length": st.integers(2, 10**6),
-        "max_tokens_per_batch": st.none() | _positive,
-        "reference_max_tokens_per_batch": st.none() | _positive,
+        "max_tokens_per_batch": st.just("auto") | _positive,
+        "reference_max_tokens_per_batch": st.just("auto") | _positive,
         "prompt_sharing": st.sampled_from(["auto", "on", "off"]),
         "group_pairs_by_prompt": st.booleans(),
         "loss_type": st.sampled_from(sorted(LOSSES)),

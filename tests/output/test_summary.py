@@ -23,10 +23,23 @@ from tests import cli
 
 RESULT = RunResult(
     reference=ReferenceTotals(
-        seconds=1.5, pairs_computed=3, pairs_reused=4, responses_computed=6, rows_verified=2, packing={"packs": 1.0}
+        seconds=1.5,
+        pairs_computed=3,
+        pairs_reused=4,
+        responses_computed=6,
+        rows_verified=2,
+        max_tokens_per_batch=1024,
+        packing={"packs": 1.0},
     ),
     train=TrainTotals(
-        seconds=2.5, steps=7, pairs=14, tokens=100, response_tokens=60, layout="shared", packing={"packs": 2.0}
+        seconds=2.5,
+        steps=7,
+        pairs=14,
+        tokens=100,
+        response_tokens=60,
+        layout="shared",
+        max_tokens_per_batch=2048,
+        packing={"packs": 2.0},
     ),
     eval={"loss": 0.5, "training_step": 7},
     eval_before={"loss": 0.7, "training_step": 0},

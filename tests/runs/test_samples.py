@@ -135,7 +135,7 @@ def test_a_turn_that_ends_without_eos_ends_the_answer(tmp_path: Path, pairs_file
         def __getitem__(self, index: int) -> Any:
             return pair
 
-    train = type("Train", (), {"sample_during_eval": 1, "sample_max_new_tokens": 4, "max_tokens_per_batch": 99})
+    train = type("Train", (), {"sample_during_eval": 1, "sample_max_new_tokens": 4, "token_budget": 99})
     assert AnswerSampler(Rows(), tokenizer, train)._turn_ends == {len(tokenizer) - 1}
 
 

@@ -1,0 +1,88 @@
+"""A step in which memory ran out: what is put back before it is done again, in smaller packs, and what is said of it.
+
+How a step is cut into packs does not change its value, so nothing about the run does but its memory and speed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from open_po.distributed.engine import Engine
+from open_po.distributed.runtime import Runtime
+from open_po.errors import UserError, first_line
+from open_po.model.memory import free_memory_bytes
+from open_po.packing import PackingStats, Planner
+from open_po.training.checkpoint import RandomState, RunningMean, TrainingState
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepStart:
+    """What a step changes before its update: the random state, and what is counted and noted of its packs."""
+
+    random: RandomState
+    packing: PackingStats
+    running_means: list[RunningMean]
+    sums: dict[str, Tensor]  # of the window's metrics; adding to one makes another tensor
+
+    @staticmethod
+    def of(state: TrainingState) -> StepStart:
+        """As a step begins."""
+        progress = state.progress
+        return StepStart(
+            random=RandomState.take(),
+            packing=progress.packing,
+            running_means=copy.deepcopy(progress.running_means),
+            sums=dict(state.window.meter.sums),
+        )
+
+    def put_back(self, state: TrainingState) -> None:
+        """As if the step had not begun, but for gradients."""
+        state.progress.packing, state.progress.running_means = self.packing, self.running_means
+        state.window.meter.sums = self.sums
+        self.random.put_back()
+
+
+class Shortage:
+    """Memory that ran out while a pack of a step was computed."""
+
+    def __init__(self, error: RuntimeError, pack: Sequence[int], planner: Planner, step: int, runtime: Runtime) -> None:
+        self.said = first_line(error)
+        self.pairs = len(pack)
+        self.tokens = planner.stats([pack]).computed
+        self.smaller = max(1, self.tokens // 2)
+        self._step, self._budget = step, planner.max_tokens
+        self._origin = planner.dataset.origins[pack[0]]
+        self._free = free_memory_bytes(runtime.device, runtime.local_world_size)
+
+    def refuse_unless_divided(self, engine: Engine) -> None:
+        """Raises UserError if the pack cannot be cut, or the step not be done again."""
+        if self.pairs == 1 or not (engine.can_retry and engine.can_discard):
+            raise self.final()
+
+    def describe(self) -> str:
+        """What happens now, in one line."""
+        return (
+            f"{self._what()}: the step is done again, and the run goes on, with at most {self.smaller:,} tokens at a "
+            "time; its values are the same"
+        )
+
+    def final(self) -> UserError:
+        """The error where nothing more is tried."""
+        if self.pairs == 1:
+            return UserError(
+                f"{self._what()}, the pair {self._origin} alone ({self.said}); lower max_seq_length, or set "
+                "gradient_checkpointing"
+            )
+        return UserError(
+            f"{self._what()} ({self.said}); lower max_tokens_per_batch to {self.smaller}, or set gradient_checkpointing"
+        )
+
+    def _what(self) -> str:
+        return (
+            f"Step {self._step}: out of memory in a pack of {self.tokens:,} tokens (max_tokens_per_batch "
+            f"{self._budget}, {self._free / 1e9:.1f} GB were free)"
+        )

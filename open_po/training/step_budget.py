@@ -1,0 +1,150 @@
+"""How many tokens a step's packs have: as the run says, as it had before, or by what is found for `auto`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from open_po.config import RunConfig
+from open_po.distributed.engine import Engine, trained
+from open_po.distributed.runtime import Runtime
+from open_po.errors import is_out_of_memory
+from open_po.losses import LossMix
+from open_po.model.memory import free_memory_bytes, release_memory
+from open_po.model.scorer import Scorer
+from open_po.model.token_budget import (
+    Demand,
+    Timing,
+    TokenBudget,
+    budget_book,
+    filling_budget,
+    measured_budget,
+    tokens_that_fill,
+)
+from open_po.optimizers import OPTIMIZERS
+from open_po.packing import Planner
+from open_po.training.checkpoint import RandomState
+from open_po.training.start import Start
+
+
+def settle_budget(
+    config: RunConfig, runtime: Runtime, scorer: Scorer, planner: Planner, loss: LossMix, start: Start, pad: int
+) -> int:
+    """`max_tokens_per_batch` of the run, as a number; all ranks call this.
+
+    A run that goes on keeps what its checkpoint had come to, unless another number is asked for than at its beginning.
+    """
+    asked, progress = config.train.max_tokens_per_batch, start.state.progress
+    if start.resumed and progress.max_tokens and progress.max_tokens_asked == asked:
+        if progress.max_tokens != asked:
+            runtime.say(TokenBudget(progress.max_tokens, "as before").describe("max_tokens_per_batch"))
+        return progress.max_tokens
+    tokens = asked
+    if tokens == "auto":
+        found = _find(config, runtime, scorer, planner, loss, start, pad)
+        runtime.say(found.describe("max_tokens_per_batch"))
+        tokens = found.tokens
+    progress.max_tokens, progress.max_tokens_asked = tokens, asked
+    return tokens
+
+
+def _find(
+    config: RunConfig, runtime: Runtime, scorer: Scorer, planner: Planner, loss: LossMix, start: Start, pad: int
+) -> TokenBudget:
+    engine, lengths = start.state.engine, planner.pair_tokens()
+    demand = _demand(lengths, planner, start, runtime)
+    room = free_memory_bytes(runtime.device, runtime.local_world_size) - _to_come(config, engine, runtime)
+    fits = tokens_that_fill(room, scorer, trains=True)
+    if runtime.device.type == "cuda":
+        return filling_budget(demand, fits, runtime)
+    book = budget_book(Path(config.reference.reference_cache_dir), "training", scorer, demand)
+    if not engine.can_discard:
+        return measured_budget(demand, None, fits, book, runtime)
+    steps = range(min(2, start.sampler.steps_per_epoch))
+    first = [pair for step in steps for pair in start.sampler.step_pairs(step)]
+    with StepTrial(scorer, engine, planner, loss, first, pad, runtime) as trial:
+        return measured_budget(demand, trial, fits, book, runtime)
+
+
+def _demand(lengths: NDArray[np.int64], planner: Planner, start: Start, runtime: Runtime) -> Demand:
+    sampler, ranks = start.sampler, runtime.replicas
+    steps = (int(lengths[sampler.step_pairs(step)].sum()) for step in range(min(sampler.steps_per_epoch, start.steps)))
+    return Demand(
+        together=math.ceil(max(steps) / ranks),
+        total=int(lengths.mean() * sampler.global_batch * start.steps) // ranks,
+        pair=math.ceil(lengths.mean()),
+        longest=planner.dataset.longest_row,
+    )
+
+
+def _to_come(config: RunConfig, engine: Engine, runtime: Runtime) -> int:
+    """Bytes on this rank that training takes besides activations: gradients and the optimizer's states."""
+    states = OPTIMIZERS[config.train.optimizer].state_bytes
+    weights = trained(engine.module).values()
+    needed = sum(weight.numel() * (weight.itemsize + states(weight.itemsize)) for weight in weights)
+    return int(needed / (runtime.world_size if runtime.parallelism.divides_weights else 1))
+
+
+class StepTrial:
+    """Times the forward and backward passes of a run's first pairs, and leaves no trace of it in what is trained.
+
+    As a context: no gradient is left behind, and the random state is as before.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        engine: Engine,
+        planner: Planner,
+        loss: LossMix,
+        pairs: Sequence[int],
+        pad: int,
+        runtime: Runtime,
+    ) -> None:
+        self._scorer, self._engine, self._planner, self._loss = scorer, engine, planner, loss
+        self._pairs, self._pad, self._runtime = list(pairs), pad, runtime
+        self._ends = np.cumsum(planner.pair_tokens()[self._pairs])
+
+    def __enter__(self) -> StepTrial:
+        self._random, self._training = RandomState.take(), self._scorer.training
+        self._scorer.train()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.discard()
+        self._scorer.train(self._training)
+        self._random.put_back()
+        release_memory()
+
+    def __call__(self, budget: int, tokens: int) -> Timing:
+        """The time of the first pairs that come to so many tokens, in packs of `budget`, on the slowest rank."""
+        count = max(1, int(np.searchsorted(self._ends, tokens, side="right")))
+        planner = dataclasses.replace(self._planner, max_tokens=budget)
+        packs = planner.packs(self._pairs[:count])
+        try:
+            seconds = self._seconds(planner, packs)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            seconds = math.inf
+        self._engine.discard()
+        return Timing(max(self._runtime.gather(seconds)), planner.stats(packs).computed)
+
+    def _seconds(self, planner: Planner, packs: Sequence[Sequence[int]]) -> float:
+        begin = time.perf_counter()
+        with self._engine.step():
+            for pack in packs:
+                with self._engine.pack(last=False):
+                    batch = planner.batch(pack, self._pad)
+                    scores = self._scorer.score(batch, extras=self._loss.extras, ld_alpha=self._loss.ld_alpha)
+                    value = scores.logps.chosen.sum() - scores.logps.rejected.sum()
+                    if scores.load_balancing is not None:
+                        value = value + scores.load_balancing
+                    self._engine.backward(value)
+        return time.perf_counter() - begin
