@@ -15,6 +15,10 @@ scores its longest batch first, so that both begin warm. A step from its first f
 optimizer's step, as each trainer's own loop sees it; the first step is not counted. Memory is the process's peak over
 reference pass and training.
 
+`--defaults`: open_po has no setting but batch and length, nor anything in its environment, and is measured as it comes:
+what it measures of the machine is measured in each of its processes anew, within the time of the reference pass. Stock
+TRL has its fastest settings, by the search.
+
 `--preset cuda` without a GPU, or `--dry-run`, prints what would run. `--settings FILE.json` takes settings that an
 earlier run found (it writes them beside --out) instead of searching.
 """
@@ -39,6 +43,7 @@ from trl_side import TrlSettings, config_arguments
 from workloads import Workload, build_command, counts, skipped_flops, useful_flops
 
 NOISE = 0.02  # of a speed that was measured once
+RATE_TOKENS = 2048  # of the packs whose matmul rate is measured where open_po chooses by itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +141,8 @@ def compare(bench: Bench, settings: dict[str, Settings], steps: int, repeats: in
     computed = [useful - skipped_flops(workload.shape, pairs) for useful, pairs in zip(flops, drawn, strict=True)]
     ours = settings["open_po"]
     assert isinstance(ours, OpenPoSettings)
-    tokens = min(ours.tokens, round(counts(bench.ids)["distinct"] * preset.global_batch))
+    step = round(counts(bench.ids)["distinct"] * preset.global_batch)
+    tokens = min(ours.tokens or RATE_TOKENS, step)
 
     def read_rate() -> float:
         rate, others = bench.matmul_rate(tokens)
@@ -162,7 +168,7 @@ def compare(bench: Bench, settings: dict[str, Settings], steps: int, repeats: in
         rows.append(
             comparison_report.Row(
                 side=name,
-                settings=str(settings[name]),
+                settings="; ".join(dict.fromkeys([str(settings[name]), *(run.chosen for run in runs if run.chosen)])),
                 training=[run.training_rate(preset.global_batch) for run in runs],
                 reference=[run.reference_rate() for run in runs],
                 peak_bytes=[run.peak_bytes for run in runs],
@@ -206,7 +212,7 @@ def describe(arguments: argparse.Namespace) -> None:
         say(f"  {comparison_report.work_line(shape, ids)}")
         say(f"  useful FLOPs of the first step: {useful_flops(shape, [ids[i] for i in bench.steps(1)[0]]):.3g}")
         say(f"  build: {' '.join(build_command(shape, bench.folder / 'model', seed)[1:])}")
-        for side in sides_of(preset, workload):
+        for side in sides_of(preset, workload, defaults=arguments.defaults):
             tried = dict.fromkeys(s for stage in side.stages for s in candidates(side.start, stage)) or [side.start]
             say(f"  {side.name}: search over {search_steps} steps each, every later stage with the best so far")
             for settings in tried:
@@ -227,11 +233,11 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def load_settings(earlier: dict[str, Any], workload: Workload, preset: Preset) -> dict[str, Settings]:
-    """What an earlier run found for this workload."""
+def load_settings(earlier: dict[str, Any], workload: Workload, sides: Sequence[Side]) -> dict[str, Settings]:
+    """What an earlier run found for this workload; defaults are what they are."""
     found = earlier[workload.name]
-    types = {side.name: type(side.start) for side in sides_of(preset, workload)}
-    return {name: types[name](**found[name]) for name in types}
+    fixed = OpenPoSettings.defaults()
+    return {side.name: side.start if side.start == fixed else type(side.start)(**found[side.name]) for side in sides}
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
@@ -246,6 +252,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--attempts", type=int, help="at a measurement that other work on the machine disturbs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="of every process, on a CPU")
+    parser.add_argument("--defaults", action="store_true", help="open_po with nothing set but batch and length")
     parser.add_argument("--settings", type=Path, help="JSON of an earlier run's settings, instead of a search")
     parser.add_argument("--out", type=Path, help="Markdown file; a plot and the settings are written beside it")
     parser.add_argument("--dry-run", action="store_true", help="print what would run")
@@ -295,6 +302,7 @@ def main(words: Sequence[str] | None = None) -> int:
         threads=arguments.threads,
         global_batch=preset.global_batch,
         about=(PRESETS[arguments.preset_name].__doc__ or "").splitlines()[0],
+        defaults=arguments.defaults,
     )
     chosen: dict[str, dict[str, Any]] = {}
     failed = 0
@@ -302,10 +310,11 @@ def main(words: Sequence[str] | None = None) -> int:
         say(f"{workload.name}: {workload.about}")
         try:
             with built(preset, workload, arguments.seed, arguments.threads) as bench:
+                sides = sides_of(preset, workload, defaults=arguments.defaults)
                 if arguments.settings:
-                    settings, tables = load_settings(arguments.settings, workload, preset), {}
+                    settings, tables = load_settings(arguments.settings, workload, sides), {}
                 else:
-                    settings, tables = find_settings(bench, sides_of(preset, workload), arguments.search_steps)
+                    settings, tables = find_settings(bench, sides, arguments.search_steps)
                 comparison = compare(bench, settings, arguments.steps, arguments.repeats)
         except MeasurementError as error:
             say(f"  {workload.name} is left out: {error}")

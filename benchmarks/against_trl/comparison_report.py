@@ -13,6 +13,12 @@ from workloads import Ids, Shape, repeated_flops, useful_flops
 
 BUSY = 0.05  # a share of the CPUs' time taken by others from which on a measurement is disturbed
 
+_DEFAULTS = (
+    " open_po has no setting but batch and length and nothing in its environment; stock TRL has its fastest settings, by "
+    "search, and an allocator set to keep freed memory where that is faster. What open_po measures of the machine it "
+    "measures in each process anew, within the time of the reference pass."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
@@ -189,6 +195,7 @@ class Report:
     threads: int
     global_batch: int
     about: str  # what the preset is
+    defaults: bool = False  # whether open_po ran as it comes
     comparisons: list[Comparison] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
@@ -198,16 +205,16 @@ class Report:
         path.write_text("\n".join(self.lines(path.with_suffix(".png").name)) + "\n")
 
     def lines(self, picture: str) -> list[str]:
-        cpu = self.device == "cpu"
+        cpu, mode = self.device == "cpu", " --defaults" if self.defaults else ""
         lines = [
-            f"Made by `python benchmarks/against_trl`. {machine(self.device, self.threads, 'trl')}. {self.about}",
+            f"Made by `python benchmarks/against_trl{mode}`. {machine(self.device, self.threads, 'trl')}. {self.about}",
             "",
             f"Global batch {self.global_batch} pairs, {'float32' if cpu else 'bfloat16 over float32 weights'}, AdamW; "
             "every figure is a median over rounds (with its range), of fresh processes that take turns. Differences "
             "are |x - y| / max(1, |y|) to the first round of stock TRL, over the reference log-probs of all pairs and "
             "the losses of all steps. The share is that of useful FLOP/s (a prompt counted once, response tokens only "
             "in the head, nothing recomputed) in the rate at which this machine multiplies matrices of the model's "
-            "shapes.",
+            "shapes." + (_DEFAULTS if self.defaults else ""),
             "",
             f"![pairs/s relative to TRL]({picture})",
             "",

@@ -44,6 +44,7 @@ class Measurement:
     peak_bytes: int
     losses: list[float]
     reference_logps: list[list[float]]  # of each pair: chosen, rejected
+    chosen: str = ""  # what the trainer has chosen by itself
     others: float = 0.0  # share of the CPUs' time that other processes took meanwhile
 
     def training_rate(self, pairs: int) -> float:

@@ -18,12 +18,19 @@ PROGRAM = str(Path(__file__).resolve().parents[2] / "dpo_tune_cache.py")
 class OpenPoSettings:
     """What the search varies."""
 
-    tokens: int  # of one forward and backward pass
-    reference_tokens: int  # of one forward pass of the reference
+    tokens: int | None  # of one forward and backward pass; None: as it is by default
+    reference_tokens: int | None  # of one forward pass of the reference
     allocator: str = "keep"
     checkpointing: bool = False
 
+    @staticmethod
+    def defaults() -> OpenPoSettings:
+        """What a user gets who sets nothing, the environment included."""
+        return OpenPoSettings(tokens=None, reference_tokens=None, allocator="default")
+
     def __str__(self) -> str:
+        if self == OpenPoSettings.defaults():
+            return "no setting but batch and length, nothing in the environment"
         parts = [f"{self.tokens} tokens", f"reference {self.reference_tokens} tokens"]
         parts += ["checkpointing"] if self.checkpointing else []
         return ", ".join([*parts, f"allocator: {self.allocator}"])
@@ -56,8 +63,6 @@ class OpenPoJob:
             "beta": self.beta,
             "per_device_train_batch_size": self.global_batch,
             "gradient_accumulation_steps": 1,
-            "max_tokens_per_batch": self.settings.tokens,
-            "reference_max_tokens_per_batch": self.settings.reference_tokens,
             "num_epochs": -(-self.num_steps * self.global_batch // self.num_pairs),
             "max_train_steps": self.num_steps,
             "learning_rate": self.learning_rate,
@@ -65,10 +70,15 @@ class OpenPoJob:
             "warmup_ratio": 0.0,
             "weight_decay": 0.0,
             "max_grad_norm": 1.0,
-            "dtype": "bfloat16" if self.device == "cuda" else "float32",
-            "logging_steps": 1,
             "seed": self.seed,
         }
+        if self.settings.tokens is not None:
+            fields |= {
+                "max_tokens_per_batch": self.settings.tokens,
+                "reference_max_tokens_per_batch": self.settings.reference_tokens,
+                "dtype": "bfloat16" if self.device == "cuda" else "float32",
+                "logging_steps": 1,
+            }
         if self.settings.checkpointing:
             fields["gradient_checkpointing"] = "true"
         flags = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
@@ -93,7 +103,10 @@ def read_result(job: OpenPoJob, ids: Sequence[Ids]) -> dict[str, Any]:
             logps |= zip(shard.keys.tolist(), shard.logps.tolist(), strict=True)
     keys = [(response_key(p, a), response_key(p, b)) for p, a, b in ids]
     assert set(logps) == {key for pair in keys for key in pair}, "open_po's token ids differ from the workload's"
+    budgets = summary["train"]["max_tokens_per_batch"], summary["reference"]["max_tokens_per_batch"]
+    chosen = "it took {:,} tokens, in the reference pass {:,}".format(*budgets)
     return {
+        "chosen": chosen if job.settings.tokens is None else "",
         "reference_seconds": summary["reference"]["seconds"],
         "step_seconds": [job.global_batch / record["perf/pairs_per_second"] for record in records],
         "peak_bytes": summary["peak_memory_bytes"],

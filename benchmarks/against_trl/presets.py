@@ -211,9 +211,12 @@ class Side:
     stages: list[Stage]
 
 
-def sides_of(preset: Preset, workload: Workload) -> list[Side]:
+def sides_of(preset: Preset, workload: Workload, *, defaults: bool = False) -> list[Side]:
+    """The trainers that are compared; with `defaults` stock TRL at its fastest and open_po with nothing set."""
     start = TrlSettings(allocator="keep" if preset.device == "cpu" else "default")
     sides = [Side(name="trl", start=start, stages=preset.trl_stages)]
+    if defaults:
+        return [*sides, Side(name="open_po", start=OpenPoSettings.defaults(), stages=[])]
     if preset.patched_stages is not None:
         sides.append(Side(name="trl-patched", start=replace(start, head="logits"), stages=preset.patched_stages))
     stages = preset.open_po_stages(workload)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import gc
 import logging
@@ -9,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar, cast
@@ -31,6 +33,9 @@ T = TypeVar("T")
 Arguments = ParamSpec("Arguments")
 _PATIENCE = timedelta(hours=6)  # for other ranks: rank 0 may tokenise for hours
 _BOTH = "cuda:nccl,cpu:gloo"
+# mallopt's M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD: nothing is mapped by itself, the heap grows by 256 MiB and never
+# shrinks by itself.
+_MALLOC = {-4: 0, -1: -1, -2: 2**28}
 
 
 def _for_all(error: Exception) -> Exception:
@@ -60,6 +65,8 @@ class Runtime:
         Raises ConfigError if `config` and the program that launched this one do not go together.
         """
         _quieten_libraries()
+        if not torch.cuda.is_available():
+            _keep_freed_memory()
         stop = StopRequest(None if config is None else config.train.max_run_time)
         stop.listen()
         wish, ranks = LauncherWish.from_environment(), int(os.environ.get("WORLD_SIZE", "1"))
@@ -243,6 +250,20 @@ def _prepare_engine(group: dict[str, Any]) -> None:
     if not torch.distributed.is_initialized():
         backend = {"backend": "nccl" if torch.cuda.is_available() else "gloo"} | group
         torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1, **backend)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what large tensors free for the next ones, instead of mapping and clearing pages each time.
+
+    `release_memory` gives it back to the system all the same. Whoever has chosen an allocator, or settings of it, keeps
+    them.
+    """
+    if any(name.startswith("MALLOC_") or name in ("LD_PRELOAD", "GLIBC_TUNABLES") for name in os.environ):
+        return
+    with suppress(OSError, AttributeError):  # not glibc
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for parameter, value in _MALLOC.items():
+            mallopt(parameter, value)
 
 
 def _quieten_libraries() -> None:

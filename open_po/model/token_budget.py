@@ -26,7 +26,8 @@ from open_po.output.files import write_atomically
 SMALLEST = 1024  # tokens; less was never faster
 _GAIN = 0.03  # by so much more tokens must be faster, or fewer are taken, which need less memory
 _TURNS = 3  # in which two budgets are timed one after the other; the least time of each counts
-_SHARE, _LEAST, _MOST = 0.02, 3.0, 10.0  # a measurement's time: a share of the pass's, between so many seconds
+_SHARE, _MOST = 0.02, 10.0  # of a pass's time that a measurement may take, and the most seconds
+_OF_SHORT, _LEAST = 0.1, 3.0  # the same of a pass so short that these are more: what is found is kept for the next
 _PAIRS = 3  # a pack holds so many of mean length where nothing is measured
 _FULL = 0.9  # of the memory that is free; the rest is lost between tensors
 _STEP = 256  # a budget that memory decides is a multiple of this
@@ -88,7 +89,7 @@ def fastest(budgets: Sequence[int], trial: Trial, total: int) -> tuple[int, list
     best = budgets[0]
     timed: list[int] = []
     for larger in budgets[1:]:
-        limit = min(_MOST, max(_LEAST, _SHARE * total / rate))
+        limit = min(_MOST, max(_SHARE * total / rate, min(_LEAST, _OF_SHORT * total / rate)))
         least = {best: math.inf, larger: math.inf}
         for _ in range(_TURNS):
             if spent + 2 * larger / rate > limit:
@@ -136,7 +137,8 @@ class BudgetBook:
             content = json.loads(self.path.read_text())
         except (OSError, ValueError):
             return {}
-        return {key: value for key, value in content.items() if isinstance(value, dict)} if content else {}
+        entries = content.items() if isinstance(content, dict) else ()
+        return {key: value for key, value in entries if isinstance(value, dict)}
 
 
 def budget_book(folder: Path, purpose: str, scorer: Scorer, demand: Demand) -> BudgetBook:

@@ -43,7 +43,7 @@ def settle_budget(
     asked, progress = config.train.max_tokens_per_batch, start.state.progress
     if start.resumed and progress.max_tokens and progress.max_tokens_asked == asked:
         if progress.max_tokens != asked:
-            runtime.say(TokenBudget(progress.max_tokens, "as before").describe("max_tokens_per_batch"))
+            runtime.say(f"max_tokens_per_batch: {progress.max_tokens:,} tokens, as before")
         return progress.max_tokens
     tokens = asked
     if tokens == "auto":
