@@ -14,9 +14,9 @@ from workloads import Ids, Shape, repeated_flops, useful_flops
 BUSY = 0.05  # a share of the CPUs' time taken by others from which on a measurement is disturbed
 
 _DEFAULTS = (
-    " open_po has no setting but batch and length and nothing in its environment; stock TRL has its fastest settings, by "
-    "search, and an allocator set to keep freed memory where that is faster. What open_po measures of the machine it "
-    "measures in each process anew, within the time of the reference pass."
+    " open_po has no setting but batch and length and nothing in its environment; stock TRL has its fastest settings, "
+    "by search, and an allocator set to keep freed memory where that is faster. What open_po measures of the machine "
+    "it measures in each process anew, within the time of the reference pass."
 )
 
 
