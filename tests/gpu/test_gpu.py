@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -27,7 +28,7 @@ from open_po.model.numerics import Numerics
 from open_po.model.scorer import Scorer
 from open_po.model_files import ModelSource
 from open_po.packing import Segment, pack
-from tests import tiny
+from tests import cli, tiny
 from tests.naive import gradients, make, naive_logprobs
 from tests.scoring import PAIRS, as_matrix, scores_one_by_one
 
@@ -259,3 +260,35 @@ def test_a_separate_reference_model_gives_its_memory_back(tmp_path: Path, monkey
     before, loaded, freed, _ = seen
     assert loaded - before > 10e6
     assert freed - before <= 1e6
+
+
+def test_auto_fills_the_card_and_trains(tmp_path: Path) -> None:
+    """With nothing set, a step of many pairs goes in packs that fit; the numbers are where a run's settings are."""
+    model = tiny.make_model_folder(tmp_path / "model")
+    data = tiny.write_jsonl(tmp_path / "pairs.jsonl", tiny.text_rows(64))
+    fields = {"per_device_train_batch_size": 64, "max_train_steps": 2}
+    run = cli.train(model, data, tmp_path / "run", **fields)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert isinstance(settings["max_tokens_per_batch"], int)
+    assert isinstance(settings["reference_max_tokens_per_batch"], int)
+    assert cli.summary(run)["train"]["packing"]["packs"] == 2, "a step of this size is one pack on any card"
+
+
+def test_a_step_that_does_not_fit_is_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The process may have what packs of a bit more than half of the step need, and somewhat more."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 320}
+    model = tiny.make_model_folder(tmp_path / "model", **sizes)
+    data = tiny.write_jsonl(tmp_path / "pairs.jsonl", tiny.text_rows(2000))
+    fields: dict[str, Any] = {"per_device_train_batch_size": 2000, "max_train_steps": 1, "learning_rate": 1e-4}
+    torch.cuda.reset_peak_memory_stats()
+    small = cli.train(model, data, tmp_path / "small", **fields, max_tokens_per_batch=40_000)
+    before = torch.cuda.max_memory_allocated()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 1.3 * before / total))
+    try:
+        capsys.readouterr()
+        retried = cli.train(model, data, tmp_path / "retried", **fields, max_tokens_per_batch=1_000_000)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "Step 1: out of memory in a pack of" in capsys.readouterr().out
+    cli.assert_close_weights(cli.weights(retried), cli.weights(small), cli.weights(model), share=0.05)
