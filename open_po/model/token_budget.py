@@ -143,7 +143,10 @@ class BudgetBook:
 
 def budget_book(folder: Path, purpose: str, scorer: Scorer, demand: Demand) -> BudgetBook:
     """The book's entry for a model of this shape on this machine, and rows of about this length."""
-    shapes = [(name, list(weight.shape), weight.requires_grad) for name, weight in scorer.named_parameters()]
+    shapes = [  # DeepSpeed leaves empty tensors where weights are divided
+        (name, list(getattr(weight, "ds_shape", weight.shape)), weight.requires_grad)
+        for name, weight in scorer.named_parameters()
+    ]
     what = {
         "purpose": purpose,
         "model": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16],
@@ -193,7 +196,7 @@ def tokens_that_fill(room_bytes: int, scorer: Scorer, *, trains: bool) -> int:
     a checkpointed one keeps its input, and a pass without gradients no layer but the one that is at work.
     """
     config = scorer.base.config.get_text_config(decoder=True)
-    width = scorer.head().weight.shape[-1]
+    width = int(getattr(config, "hidden_size", None) or scorer.head().weight.shape[-1])
     inner = int(getattr(config, "intermediate_size", None) or 4 * width)
     layer = 16 * width + 4 * inner
     layers = int(config.num_hidden_layers)

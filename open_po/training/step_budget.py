@@ -86,8 +86,10 @@ def _demand(lengths: NDArray[np.int64], planner: Planner, start: Start, runtime:
 def _to_come(config: RunConfig, engine: Engine, runtime: Runtime) -> int:
     """Bytes on this rank that training takes besides activations: gradients and the optimizer's states."""
     states = OPTIMIZERS[config.train.optimizer].state_bytes
-    weights = trained(engine.module).values()
-    needed = sum(weight.numel() * (weight.itemsize + states(weight.itemsize)) for weight in weights)
+    needed = 0.0
+    for weight in trained(engine.module).values():
+        count = int(getattr(weight, "ds_numel", weight.numel()))  # DeepSpeed leaves empty tensors where it divides
+        needed += count * (weight.itemsize + states(weight.itemsize))
     return int(needed / (runtime.world_size if runtime.parallelism.divides_weights else 1))
 
 
