@@ -68,7 +68,10 @@ class Engine(Placement, ABC):
         return False
 
     def step(self, *, packs: int) -> AbstractContextManager[object]:
-        """The context of all packs of a step, so many; what a step that failed has left is gone."""
+        """The context of all packs of a step, so many; what a step that failed has left is gone.
+
+        0: packs that are tried, which no update follows.
+        """
         return nullcontext()
 
     def pack(self, *, last: bool) -> AbstractContextManager[object]:

@@ -45,6 +45,10 @@ class GradientSums:
         dtype = dtype_of_sums(parameters, rules, runtime)
         return None if dtype is None else GradientSums(parameters, dtype)
 
+    def clear(self) -> None:
+        """Drop what has been added up so far."""
+        self._sums.clear()
+
     @contextmanager
     def step(self, *, adding: bool) -> Iterator[None]:
         """A step whose packs are added up here, or, if it is one pack, are left where PyTorch puts them."""

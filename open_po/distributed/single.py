@@ -58,10 +58,7 @@ class SingleEngine(Engine):
 
     @contextmanager
     def step(self, *, packs: int) -> Iterator[None]:
-        for parameter in self._parameters:
-            parameter.grad = None
-        if self._host is not None:
-            self._host.begin()
+        self.discard()
         if self._in_backward is not None:
             self._in_backward.begin(active=packs == 1)
             if packs > 1 and self._rules.optimizer_in_backward == "on" and not self._told:
@@ -94,7 +91,14 @@ class SingleEngine(Engine):
             value.backward()
 
     def discard(self) -> None:
-        self.optimizer.zero_grad()
+        for parameter in self._parameters:
+            parameter.grad = None
+        if self._sums is not None:
+            self._sums.clear()
+        if self._host is not None:
+            self._host.begin()
+        if self._in_backward is not None:
+            self._in_backward.begin(active=False)
 
     def update(self) -> float:
         if self._in_backward is not None and self._in_backward.active:

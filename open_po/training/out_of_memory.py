@@ -60,6 +60,11 @@ class Shortage:
 
     def refuse_unless_divided(self, engine: Engine) -> None:
         """Raises UserError if the pack cannot be cut, or the step not be done again."""
+        if engine.weights_changed:
+            raise UserError(
+                f"{self._what()} ({self.said}), when optimizer_in_backward had changed weights already; lower "
+                f"max_tokens_per_batch to {self.smaller}, and go on with --resume_from_checkpoint auto"
+            )
         if self.pairs == 1 or not (engine.can_retry and engine.can_discard):
             raise self.final()
 

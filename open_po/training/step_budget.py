@@ -140,7 +140,7 @@ class StepTrial:
 
     def _seconds(self, planner: Planner, packs: Sequence[Sequence[int]]) -> float:
         begin = time.perf_counter()
-        with self._engine.step():
+        with self._engine.step(packs=0):
             for pack in packs:
                 with self._engine.pack(last=False):
                     batch = planner.batch(pack, self._pad)
