@@ -269,7 +269,7 @@ def test_without_bitsandbytes_one_line_says_so(
     monkeypatch.setattr(open_po.config.checks.importlib.util, "find_spec", lambda name: None)
     assert cli.main(cli.arguments(llama, pairs_file, tmp_path / "run", use_qlora=True)) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "config error: use_qlora: bitsandbytes is not installed; pip install bitsandbytes, or use_lora alone"
+        "config error: use_qlora: bitsandbytes is not installed; pip install 'bitsandbytes>=0.50', or use_lora alone"
     ]
 
 
