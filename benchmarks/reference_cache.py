@@ -128,7 +128,7 @@ def measure_pass(pairs: int, rounds: int) -> str:
         config = load_config([*words, "--reference_cache_dir", str(folder / "unused")])
         runtime = Runtime.start(0)
         source = policy_source(config)
-        numerics = policy_numerics(config.model, runtime.device)
+        numerics = policy_numerics(config, runtime.device)
         scorer = load_scorer(source, numerics, runtime.device)
         with redirect_stdout(StringIO()):
             data = prepare_data(config, runtime)

@@ -35,11 +35,8 @@ def contradictions(config: RunConfig) -> Iterator[str]:
     yield from _lacking(values, "loss", "train", "output")
     yield from _hub_problems(config)
     yield from _tracker_problems(config.output)
+    yield from _optimizer_problems(config)
     train = config.train
-    if train.optimizer not in OPTIMIZERS:
-        yield f"optimizer: expects one of {', '.join(OPTIMIZERS)}, got {train.optimizer!r}"
-    elif train.weight_decay and not OPTIMIZERS[train.optimizer].decays:
-        yield f"weight_decay: is not applied by optimizer {train.optimizer}; set it to 0 or use adamw"
     if train.optimizer_in_backward == "on" and train.max_grad_norm:
         yield (
             f"optimizer_in_backward: on cannot clip, which needs all gradients first; set max_grad_norm to 0, got "
@@ -109,6 +106,23 @@ def _with_training_list(data: DataConfig) -> DataConfig:
         return data
     words = [word for name, amount in data.dataset_mixer.items() for word in (name, amount)]
     return dataclasses.replace(data, mixer_list=words, dataset_mixer=None)
+
+
+def _optimizer_problems(config: RunConfig) -> Iterator[str]:
+    train, model = config.train, config.model
+    spec = OPTIMIZERS.get(train.optimizer)
+    if spec is None:
+        yield f"optimizer: expects one of {', '.join(OPTIMIZERS)}, got {train.optimizer!r}"
+        return
+    if train.weight_decay and not spec.decays:
+        yield f"weight_decay: is not applied by optimizer {spec.name}; set it to 0 or use adamw"
+    if not spec.is_installed:
+        lacking = f"{spec.package}, which is not installed; pip install {spec.package}"
+        yield f"optimizer: {spec.name} needs {lacking}, or use adamw"
+    if model.weights_dtype == "bfloat16" and model.use_lora:
+        yield "weights_dtype: bfloat16 contradicts use_lora, whose adapters train in float32; leave it out"
+    if model.weights_dtype == "bfloat16" and model.dtype == "float32":
+        yield "weights_dtype: bfloat16 contradicts dtype float32; set dtype to bfloat16 or auto"
 
 
 def _hub_problems(config: RunConfig) -> Iterator[str]:

@@ -30,7 +30,13 @@ class ModelConfig:
     )
     trust_remote_code: bool = option(False, "run model code that comes with a Hub repository")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "compute precision; auto: bfloat16 on CUDA, else float32. Trained weights are always float32"
+        "auto", "compute precision; auto: bfloat16 on CUDA, else float32. What is trained: see weights_dtype"
+    )
+    weights_dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
+        "precision of trained weights; auto: bfloat16 if they compute in it and the optimizer keeps small updates of "
+        "such weights (adamw_kahan, adamw_sr, adamw_8bit), else float32. Adapters are always float32",
+        scores=False,
     )
     gradient_checkpointing: bool = option(
         False,

@@ -40,7 +40,11 @@ class TrainConfig:
         "linear", "linear, cosine, constant or constant_with_warmup"
     )
     warmup_ratio: float = option(0.1, "share of the steps in which the learning rate rises", not_negative=True, below=1)
-    weight_decay: float = option(0.0, "decoupled weight decay of adamw; not on norms and biases", not_negative=True)
+    weight_decay: float = option(
+        0.0,
+        "decoupled weight decay of adamw, its variants, adafactor and muon; not on norms and biases",
+        not_negative=True,
+    )
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never", not_negative=True)
     grad_dtype: GradDtype = option(
         "auto",

@@ -10,7 +10,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from torch.optim import Optimizer
 
 from open_po.distributed.runtime import Runtime
 from open_po.distributed.vocabulary import VocabularyShards
+from open_po.optimizers import COMPENSATION
 
 OptimizerMaker = Callable[[Iterable[nn.Parameter]], Optimizer]
 Fill = Callable[[nn.Module], None]  # gives the weights of a module their values, on all ranks
@@ -35,6 +38,14 @@ class Placement:
     def whole(self, weight: Tensor) -> Tensor:
         """A weight, of which a rank may hold a part, as a whole on every rank; all of them call this alike."""
         return weight.detach()
+
+
+class Held(NamedTuple):
+    """A rank's part of a trained weight, its own memory."""
+
+    values: Tensor  # flat
+    compensation: Tensor | None  # what the optimizer keeps besides of each number, if it does
+    whole: int  # how many numbers all ranks' parts are
 
 
 class Saving:
@@ -93,6 +104,15 @@ class Engine(Placement, ABC):
         Returns the norm that they had. If it is not finite no weight has changed, unless `weights_changed` says so.
         """
 
+    def held(self) -> list[Held]:
+        """This rank's part of the trained weights."""
+        found = []
+        for parameter in chain.from_iterable(group["params"] for group in self.optimizer.param_groups):
+            besides = self.optimizer.state.get(parameter, {}).get(COMPENSATION)
+            flat = None if besides is None else part_of(besides).view(-1)
+            found.append(Held(part_of(parameter.detach()).view(-1), flat, parameter.numel()))
+        return found
+
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write trained weights and the optimizer's state; all ranks call this. Raises OSError."""
@@ -105,6 +125,12 @@ class Engine(Placement, ABC):
     @abstractmethod
     def load(self, folder: Path) -> None:
         """Take over what `save` wrote; all ranks call this. Raises whatever a reader makes of a damaged file."""
+
+
+def part_of(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that ranks may divide."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -191,6 +191,16 @@ def _not_for(found: Parallelism, config: RunConfig) -> Iterator[str]:
     yield from _not_for_update(found, config.train)
     if config.model.use_qlora and found.kind not in ("single", "ddp"):
         yield f"use_qlora: weights in 4 bits are whole on every rank, this run is {found.kind}; use parallel ddp"
+    spec = OPTIMIZERS[config.train.optimizer]
+    if found.kind not in spec.parallel:
+        yield f"optimizer: {spec.name} does not go with parallel {found.kind}; use adamw, or {', '.join(spec.parallel)}"
+    if spec.needs_cuda and not _has_cuda():
+        yield f"optimizer: {spec.name} needs CUDA, which is not here; use adamw"
+    if config.model.weights_dtype == "bfloat16" and found.zero_stage:
+        yield (
+            f"weights_dtype: bfloat16 does not go with parallel {found.kind}, whose optimizer keeps float32 weights; "
+            "use fsdp, or leave it out"
+        )
     separate = config.reference.reference_model_name_or_path is not None
     if config.reference.reference_sharding == "on" and not (separate or found.divides_weights or found.is_free):
         yield (

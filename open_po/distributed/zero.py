@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from open_po.distributed.engine import Engine, Fill, OptimizerMaker, trained
+from open_po.distributed.engine import Engine, Fill, Held, OptimizerMaker, trained
 from open_po.distributed.parallelism import Parallelism
 from open_po.distributed.runtime import Runtime
 
@@ -68,6 +68,20 @@ class ZeroEngine(Engine):
 
         with GatheredParameters([weight]):
             return weight.detach().clone()
+
+    def held(self) -> list[Held]:
+        # Not those of the optimizer, which DeepSpeed has given copies that come and go.
+        parameters: Iterable[Any] = trained(self.module).values()
+        if self._stage < 3:
+            return [Held(parameter.detach().view(-1), None, parameter.numel()) for parameter in parameters]
+        found = []
+        for parameter in parameters:
+            part, whole = parameter.ds_tensor.detach().view(-1), int(parameter.ds_numel)
+            real = min(
+                len(part), max(0, whole - torch.distributed.get_rank() * len(part))
+            )  # the last part is filled up
+            found.append(Held(part[:real], None, whole))
+        return found
 
     def step(self, *, packs: int) -> AbstractContextManager[object]:
         # Stage 2 reduces gradients in the order of the backward pass, which need not be the same on every rank.

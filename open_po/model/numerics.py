@@ -14,6 +14,7 @@ from open_po.errors import UserError
 from open_po.model.attention import ATTENTION_VERSION
 from open_po.model.logprobs import LOGPROB_VERSION
 from open_po.model_files import reference_source
+from open_po.optimizers import OPTIMIZERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,25 +38,33 @@ class Numerics:
         more = {"quantisation": "nf4, double"} if self.four_bit else {}
         more |= {"adapters": "apart"} if self.adapters_apart else {}
         return more | {
-            "compute_dtype": str(self.compute_dtype).removeprefix("torch."),
-            "weights_dtype": str(self.weights_dtype).removeprefix("torch."),
+            "compute_dtype": _name(self.compute_dtype),
+            "weights_dtype": _name(self.weights_dtype),
             "kernels": "liger" if self.use_liger else "torch",  # of the head too
             "attention_version": ATTENTION_VERSION,
             "logprob_version": LOGPROB_VERSION,
         }
 
 
-def policy_numerics(config: ModelConfig, device: torch.device) -> Numerics:
+def policy_numerics(config: RunConfig, device: torch.device) -> Numerics:
     """How the policy computes on `device`; its own weights as the reference compute alike.
 
-    Weights that train are float32, whatever they compute in: an update at a learning rate of 1e-7 is lost in bfloat16.
-    Under adapters the weights do not train. Raises UserError as `frozen_numerics`.
+    Weights that train are float32, whatever they compute in, unless the optimizer keeps small updates of bfloat16
+    ones: an update at a learning rate of 1e-7 is lost in bfloat16. Under adapters the weights do not train. Raises
+    UserError as `frozen_numerics`, and for bfloat16 weights that are to compute in float32.
     """
-    frozen = frozen_numerics(config, device)
-    if config.use_lora:
-        continues = config.lora_start == "continue"
+    frozen = frozen_numerics(config.model, device)
+    wanted = config.model.weights_dtype
+    if config.model.use_lora:
+        continues = config.model.lora_start == "continue"
         return dataclasses.replace(frozen, adapters_apart=frozen.adapters_apart or continues)
-    return dataclasses.replace(frozen, weights_dtype=torch.float32)
+    if wanted == "bfloat16" and frozen.compute_dtype != torch.bfloat16:
+        raise UserError(
+            f"weights_dtype: bfloat16 needs dtype bfloat16, this run computes in {_name(frozen.compute_dtype)}; set it"
+        )
+    if wanted == "auto":
+        wanted = "bfloat16" if OPTIMIZERS[config.train.optimizer].keeps_small_updates else "float32"
+    return frozen if wanted == "bfloat16" else dataclasses.replace(frozen, weights_dtype=torch.float32)
 
 
 def frozen_numerics(config: ModelConfig, device: torch.device) -> Numerics:
@@ -85,7 +94,11 @@ def saved_dtype(output: OutputConfig, numerics: Numerics) -> torch.dtype:
 def reference_numerics(config: RunConfig, device: torch.device) -> Numerics:
     """How the reference computes: as the policy where it is the policy's start, else as a model that only scores."""
     is_policy = reference_source(config) is None
-    return policy_numerics(config.model, device) if is_policy else frozen_numerics(config.model, device)
+    return policy_numerics(config, device) if is_policy else frozen_numerics(config.model, device)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _triton_interprets() -> bool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, get_args
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from open_po.config import ReferenceConfig, RunConfig, Sharing
 from open_po.data.run_data import Data
-from open_po.distributed.engine import Engine, Fill, OptimizerMaker
+from open_po.distributed.engine import Engine, Fill
 from open_po.distributed.make_engine import deal_out, make_engine
 from open_po.distributed.runtime import Runtime
 from open_po.distributed.tensor_parallel import tensor_parallel_mesh
@@ -117,11 +120,12 @@ def _is_filled(unit: nn.Module) -> None:
 
 
 def load_policy(
-    config: RunConfig, numerics: Numerics, runtime: Runtime, data: Data, make_optimizer: OptimizerMaker
+    config: RunConfig, numerics: Numerics, runtime: Runtime, data: Data, make_optimizer: Callable[..., Optimizer]
 ) -> Policy:
     """The policy at its starting weights, spread over the ranks, with adapters if the run trains them.
 
-    It is checked against its own forward. All ranks call this, and an error is raised on all of them.
+    `make_optimizer` gets the trained parameters and, as `layers`, the model's layers. The policy is checked against its
+    own forward. All ranks call this, and an error is raised on all of them.
     """
 
     def load() -> Policy:
@@ -152,7 +156,7 @@ def load_policy(
             scorer,
             scorer.decoder_layers(),
             fill,
-            make_optimizer,
+            partial(make_optimizer, layers=scorer.decoder_layers()),
             runtime,
             rules=UpdateRules.of(config.train),
             head_weight=scorer.head().weight,

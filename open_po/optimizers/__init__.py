@@ -1,6 +1,6 @@
 """What updates the weights: each optimizer is an entry of the catalogue, with the memory it takes."""
 
 from open_po.optimizers.catalogue import OPTIMIZERS
-from open_po.optimizers.spec import OptimizerSpec
+from open_po.optimizers.spec import COMPENSATION, OptimizerSpec, Settings
 
-__all__ = ["OPTIMIZERS", "OptimizerSpec"]
+__all__ = ["COMPENSATION", "OPTIMIZERS", "OptimizerSpec", "Settings"]

@@ -6,21 +6,28 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from open_po.optimizers.spec import Settings
 
-def adamw(parameters: list[nn.Parameter], learning_rate: float, weight_decay: float) -> Optimizer:
+
+def adamw(parameters: list[nn.Parameter], settings: Settings) -> Optimizer:
     """AdamW. Norms and biases are not decayed."""
     # Fused: one pass over a parameter's memory instead of about ten, on a CPU too.
-    return torch.optim.AdamW(decay_groups(parameters, weight_decay), lr=learning_rate, fused=True)
+    return torch.optim.AdamW(decay_groups(parameters, settings.weight_decay), lr=settings.learning_rate, fused=True)
 
 
-def rmsprop(parameters: list[nn.Parameter], learning_rate: float, weight_decay: float) -> Optimizer:
+def rmsprop(parameters: list[nn.Parameter], settings: Settings) -> Optimizer:
     """RMSprop with PyTorch's defaults."""
-    return torch.optim.RMSprop(parameters, lr=learning_rate)
+    return torch.optim.RMSprop(parameters, lr=settings.learning_rate)
 
 
-def sgd(parameters: list[nn.Parameter], learning_rate: float, weight_decay: float) -> Optimizer:
+def adafactor(parameters: list[nn.Parameter], settings: Settings) -> Optimizer:
+    """Adafactor with PyTorch's defaults. Norms and biases are not decayed."""
+    return torch.optim.Adafactor(decay_groups(parameters, settings.weight_decay), lr=settings.learning_rate)
+
+
+def sgd(parameters: list[nn.Parameter], settings: Settings) -> Optimizer:
     """Gradient descent."""
-    return torch.optim.SGD(parameters, lr=learning_rate)
+    return torch.optim.SGD(parameters, lr=settings.learning_rate)
 
 
 def decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:

@@ -23,6 +23,7 @@ REWARD_MARGIN = "rewards/margin"
 LEARNING_RATE = "learning_rate"
 EPOCH = "epoch"
 GRAD_NORM = "grad_norm"  # before clipping
+UPDATE_FRACTION = "optim/update_fraction"  # of trained weights, that changed in the step; docs/numerics.md
 TOKENS_PER_SECOND = "perf/tokens_per_second"
 PAIRS_PER_SECOND = "perf/pairs_per_second"
 PEAK_MEMORY_GB = "perf/peak_memory_gb"

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from open_po.config import TrainConfig
-from open_po.optimizers import OPTIMIZERS
+from open_po.model.numerics import Numerics
+from open_po.optimizers import OPTIMIZERS, Settings
+
+# AdamW moves a weight by about the learning rate. A step of less than half the distance to the next bfloat16 number
+# is rounded to none: that is 2^-14 (6.1e-5) at weights of 0.016 to 0.031, as most of a language model are.
+_TYPICAL_WEIGHT, _SMALLEST_STEP = 0.02, 2.0**-14
 
 
 def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
@@ -21,9 +27,28 @@ def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     return steps if config.max_train_steps is None else min(steps, config.max_train_steps)
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> Optimizer:
-    """The optimizer that the configuration names, of these parameters."""
-    return OPTIMIZERS[config.optimizer].make(list(parameters), config.learning_rate, config.weight_decay)
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], config: TrainConfig, *, layers: Sequence[nn.Module] = ()
+) -> Optimizer:
+    """The optimizer that the configuration names, of these parameters of a model with these layers."""
+    settings = Settings(
+        learning_rate=config.learning_rate, weight_decay=config.weight_decay, seed=config.seed, layers=layers
+    )
+    return OPTIMIZERS[config.optimizer].make(list(parameters), settings)
+
+
+def lost_updates(config: TrainConfig, numerics: Numerics) -> str | None:
+    """A line about updates that the weights are too coarse for, if the configuration has them lost."""
+    if numerics.weights_dtype != torch.bfloat16 or OPTIMIZERS[config.optimizer].keeps_small_updates:
+        return None
+    if config.learning_rate >= _SMALLEST_STEP:
+        return None
+    keeping = " or ".join(name for name, spec in OPTIMIZERS.items() if spec.keeps_small_updates)
+    return (
+        f"Warning: weights in bfloat16 lose most updates of {config.optimizer} at a learning rate of "
+        f"{config.learning_rate:g}, since numbers near {_TYPICAL_WEIGHT:g} are {2 * _SMALLEST_STEP:.1g} apart there; "
+        f"use optimizer {keeping}, or weights_dtype float32"
+    )
 
 
 def make_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LRScheduler:

@@ -44,7 +44,7 @@ from open_po.reference import FilledStore, ensure_reference, log_probs_of, open_
 from open_po.training.card_facts import card_facts
 from open_po.training.checkpoint_folders import latest_checkpoint
 from open_po.training.model_of_step import ModelOfStep
-from open_po.training.optimizer import make_optimizer
+from open_po.training.optimizer import lost_updates, make_optimizer
 from open_po.training.result import run_result
 from open_po.training.start import start_or_resume
 from open_po.training.step_budget import settle_budget
@@ -54,7 +54,7 @@ from open_po.training.trainer import Trainer
 def run(config: RunConfig, runtime: Runtime, words: Sequence[str] = ()) -> None:
     """The whole job; `words` are those of the command line. Raises UserError for whatever a user can cause."""
     folder = RunFolder(Path(config.output.output_dir))
-    numerics = runtime.from_main(policy_numerics, config.model, runtime.device)
+    numerics = runtime.from_main(policy_numerics, config, runtime.device)
     if runtime.parallelism.is_free and not numerics.four_bit:
         runtime = runtime.on_every_rank(HollowModel, policy_source(config), numerics, runtime).settle(config)
     try:
@@ -117,6 +117,8 @@ def _train(
     by_itself = runtime.parallelism.kind == "tp"  # whose forward passes are of one pack on all ranks
     if divides and (by_itself or not is_divided(source, numerics, config.reference, runtime)):
         reference = log_probs_of(source, numerics, config, runtime, data, label="Policy as reference")
+    if line := lost_updates(config.train, numerics):
+        runtime.say(line)
     policy = load_policy(config, numerics, runtime, data, partial(make_optimizer, config=config.train))
     if needs_reference and reference is None:
         reference = ensure_reference(lambda: policy.scorer, source, identity, numerics, config, runtime, data)

@@ -28,6 +28,7 @@ from open_po.output.metrics import (
     STEP,
     TOKENS_PER_SECOND,
     TRAIN_LOSS,
+    UPDATE_FRACTION,
     Metrics,
     short_figures,
 )
@@ -39,6 +40,7 @@ from open_po.packing import Planner, Sampler
 from open_po.training.checkpoint import TrainingState, UnfinishedCheckpoint, Window
 from open_po.training.checkpoint_folders import prune
 from open_po.training.gradients import StepGradients, StepSize
+from open_po.training.update_fraction import WeightSample
 
 
 class Trainer:
@@ -131,6 +133,9 @@ class Trainer:
         progress = self.state.progress
         indices = self.sampler.step_pairs(progress.step)
         size = self.gradients.size(indices)
+        number = progress.step + 1
+        due = _due(number, self.config.train.logging_steps) or number == self.steps
+        weights = WeightSample.take(self.engine) if due else None
         self._stop_if_not_finite(self.gradients.backward(indices, size))
         learning_rate = float(self.state.schedule.get_last_lr()[0])
         grad_norm = self.engine.update()
@@ -142,9 +147,9 @@ class Trainer:
         progress.tokens += size.tokens
         progress.response_tokens += size.response_tokens
         self._count(size, time.monotonic() - start)
-        if not (_due(progress.step, self.config.train.logging_steps) or progress.step == self.steps):
+        if weights is None:
             return size, {}
-        return size, self._log(learning_rate, grad_norm)
+        return size, self._log(learning_rate, grad_norm, weights.changed(self.runtime))
 
     def _stop_if_not_finite(self, not_finite: dict[int, Tensor]) -> None:
         flags = torch.stack(list(not_finite.values())).tolist() if not_finite else []
@@ -179,7 +184,7 @@ class Trainer:
         window.tokens += size.tokens
         window.seconds += seconds
 
-    def _log(self, learning_rate: float, grad_norm: float) -> Metrics:
+    def _log(self, learning_rate: float, grad_norm: float, update_fraction: float) -> Metrics:
         window, self.state.window = self.state.window, Window()
         means = window.meter.means(self.runtime, window.steps)
         metrics = {
@@ -189,6 +194,7 @@ class Trainer:
             TRAIN_LOSS: means.pop(LOSS),
             **means,
             GRAD_NORM: grad_norm,
+            UPDATE_FRACTION: update_fraction,
             TOKENS_PER_SECOND: window.tokens / window.seconds,
             PAIRS_PER_SECOND: window.pairs / window.seconds,
             PEAK_MEMORY_GB: peak_memory_bytes() / 1e9,
