@@ -22,6 +22,7 @@ from open_po.config.loss import LOSS_PARAMETERS
 from open_po.distributed.runtime import Runtime
 from open_po.errors import ConfigError
 from open_po.losses import LOSSES
+from open_po.optimizers import OPTIMIZERS
 
 DPO = "beta, label_smoothing, reference_free, f_divergence_type, f_alpha_divergence_coef"  # what loss_type dpo takes
 
@@ -237,7 +238,7 @@ def test_an_unknown_field_like_no_other() -> None:
         ("exp_name: true", "exp_name: expects text, got True"),
         ("exp_name: ''", "exp_name: expects text, got ''"),
         ("dtype: float16", "dtype: expects one of auto, float32, bfloat16, got 'float16'"),
-        ("optimizer: lion", "optimizer: expects one of adamw, rmsprop, sgd, got 'lion'"),
+        ("optimizer: lion", f"optimizer: expects one of {', '.join(OPTIMIZERS)}, got 'lion'"),
         ("eval_mixer_list: {a: 1}", "eval_mixer_list: expects a list of words, got {'a': '1'}"),
         ("eval_mixer_list: []", "eval_mixer_list: expects a list of words, got []"),
         ("eval_mixer_list: [a, true]", "eval_mixer_list: expects a list of words, got ['a', True]"),
@@ -374,6 +375,14 @@ def test_wrong_types_on_the_command_line(flags: list[str], message: str) -> None
         (
             "--optimizer rmsprop --weight_decay 0.1",
             "weight_decay: is not applied by optimizer rmsprop; set it to 0 or use adamw",
+        ),
+        (
+            "--weights_dtype bfloat16 --use_lora",
+            "weights_dtype: bfloat16 contradicts use_lora, whose adapters train in float32; leave it out",
+        ),
+        (
+            "--weights_dtype bfloat16 --dtype float32",
+            "weights_dtype: bfloat16 contradicts dtype float32; set dtype to bfloat16 or auto",
         ),
         ("--warmup_ratio 1", "warmup_ratio: must be below 1, got 1.0"),
         ("--learning_rate nan", "learning_rate: must be above 0, got nan"),

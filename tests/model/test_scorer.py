@@ -6,19 +6,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from open_po.config import ModelConfig
+from open_po.config import ModelConfig, RunConfig, load_config
 from open_po.data.tokenizer import load_tokenizer, pad_token_id
 from open_po.errors import UserError
 from open_po.model import logprobs
 from open_po.model.layout_check import choose_layout
 from open_po.model.load import checkpoint_gradients
-from open_po.model.numerics import Numerics, frozen_numerics, policy_numerics
+from open_po.model.numerics import Numerics, frozen_numerics, policy_numerics, reference_numerics
+from open_po.optimizers import OPTIMIZERS
 from open_po.packing import pack
-from tests import tiny
+from tests import cli, tiny
 from tests.scoring import CPU, FLOAT32, PAIRS, as_matrix, load, scores_one_by_one
 
 
@@ -150,15 +152,40 @@ def test_a_tokenizer_without_pad_fills_up_with_eos(tmp_path: Path) -> None:
     assert pad_token_id(tokenizer) == tokenizer.eos_token_id
 
 
+def run_config(optimizer: str = "adamw", **fields: Any) -> RunConfig:
+    return load_config(cli.flags(model_name_or_path="m", mixer_list=["d", "1.0"], optimizer=optimizer, **fields))
+
+
 def test_numerics_follow_the_device() -> None:
-    config = ModelConfig(model_name_or_path="m")
-    cuda = policy_numerics(config, torch.device("cuda"))
+    cuda = policy_numerics(run_config(), torch.device("cuda"))
     assert cuda == Numerics(compute_dtype=torch.bfloat16, weights_dtype=torch.float32, use_liger=True)
-    frozen = frozen_numerics(config, torch.device("cuda"))
+    frozen = frozen_numerics(run_config().model, torch.device("cuda"))
     assert frozen.weights_dtype == torch.bfloat16
-    assert policy_numerics(config, CPU) == FLOAT32
+    assert policy_numerics(run_config(), CPU) == FLOAT32
     with pytest.raises(UserError, match="use_liger_kernel: Liger's kernels need CUDA"):
-        policy_numerics(ModelConfig(model_name_or_path="m", use_liger_kernel=True), CPU)
+        policy_numerics(run_config(use_liger_kernel=True), CPU)
+
+
+KEEPING = {"adamw_kahan", "adamw_sr", "adamw_8bit"}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_weights_follow_the_optimizer(optimizer: str) -> None:
+    coarse = torch.bfloat16 if optimizer in KEEPING else torch.float32
+    assert policy_numerics(run_config(optimizer), torch.device("cuda")).weights_dtype == coarse
+    assert policy_numerics(run_config(optimizer, dtype="bfloat16"), CPU).weights_dtype == coarse
+    assert policy_numerics(run_config(optimizer), CPU) == FLOAT32
+    for given in ("float32", "bfloat16"):
+        asked = run_config(optimizer, dtype="bfloat16", weights_dtype=given)
+        assert policy_numerics(asked, CPU).weights_dtype == getattr(torch, given)
+        # A policy that is its own reference is one in the same numerics.
+        assert reference_numerics(asked, CPU).key() == policy_numerics(asked, CPU).key()
+    assert frozen_numerics(run_config(optimizer).model, CPU) == FLOAT32
+
+
+def test_weights_in_bfloat16_compute_in_it() -> None:
+    with pytest.raises(UserError, match="weights_dtype: bfloat16 needs dtype bfloat16, this run computes in float32"):
+        policy_numerics(run_config(weights_dtype="bfloat16"), CPU)
 
 
 _INTERPRETED = """
