@@ -193,7 +193,8 @@ def _not_for(found: Parallelism, config: RunConfig) -> Iterator[str]:
         yield f"use_qlora: weights in 4 bits are whole on every rank, this run is {found.kind}; use parallel ddp"
     spec = OPTIMIZERS[config.train.optimizer]
     if found.kind not in spec.parallel:
-        yield f"optimizer: {spec.name} does not go with parallel {found.kind}; use adamw, or parallel {', '.join(spec.parallel)}"
+        others = ", ".join(spec.parallel)
+        yield f"optimizer: {spec.name} does not go with parallel {found.kind}; use adamw, or parallel {others}"
     if spec.needs_cuda and not _has_cuda():
         yield f"optimizer: {spec.name} needs CUDA, which is not here; use adamw"
     if config.model.weights_dtype == "bfloat16" and found.zero_stage:

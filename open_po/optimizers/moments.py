@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,18 +75,16 @@ class EightBits:
         return self._encoded("exp_avg", mean, signed=True) | self._encoded("exp_avg_sq", square, signed=False)
 
     def _decoded(self, name: str, *, signed: bool) -> Tensor:
-        from bitsandbytes.functional import dequantize_blockwise
-
         codes, scales = self._read(name), self._read(f"{name}_scale")
-        values: Tensor = dequantize_blockwise(
+        values: Tensor = _bitsandbytes().dequantize_blockwise(
             codes, absmax=scales, code=_table(signed, codes.device), blocksize=self._block
         )
         return values
 
     def _encoded(self, name: str, values: Tensor, *, signed: bool) -> dict[str, Tensor]:
-        from bitsandbytes.functional import quantize_blockwise
-
-        codes, how = quantize_blockwise(values, code=_table(signed, values.device), blocksize=self._block)
+        codes, how = _bitsandbytes().quantize_blockwise(
+            values, code=_table(signed, values.device), blocksize=self._block
+        )
         return {name: codes, f"{name}_scale": how.absmax}
 
 
@@ -99,9 +100,14 @@ def block_of(weight: Tensor | nn.Parameter) -> int | None:
 
 
 @functools.cache
+def _bitsandbytes() -> Any:
+    """Its functions. On a CPU it complains of a kernel of 4 bits that it lacks, and that is not used here."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    return import_module("bitsandbytes.functional")
+
+
+@functools.cache
 def _table(signed: bool, device: torch.device) -> Tensor:
     """The numbers that codes stand for."""
-    from bitsandbytes.functional import create_dynamic_map
-
-    table: Tensor = create_dynamic_map(signed=signed).to(device)
+    table: Tensor = _bitsandbytes().create_dynamic_map(signed=signed).to(device)
     return table

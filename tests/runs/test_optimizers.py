@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from open_po.config import TrainConfig
 from open_po.distributed import parallelism
@@ -133,7 +134,7 @@ def test_8_bit_states_go_to_other_ranks(engine: str, count: int, model: Path, pa
     cli.assert_close_weights(cli.weights(tmp_path / "moved"), cli.weights(tmp_path / "whole"), start, share=0.02)
 
 
-# ------------------------------------------------------------------------------------------------- optim/update_fraction
+# ------------------------------------------------------------------------------------------------ optim/update_fraction
 
 
 def fractions(folder: Path) -> list[float]:
@@ -152,7 +153,7 @@ def test_the_share_of_weights_that_change(llama: Path, pairs: Path, tmp_path: Pa
             continue
         for step in (2, 3):
             before, after = (
-                torch.cat([value.flatten() for value in cli.load_file(path / "weights.safetensors").values()])
+                torch.cat([value.flatten() for value in load_file(path / "weights.safetensors").values()])
                 for path in (folder / "checkpoints" / f"step_{number:06d}" for number in (step - 1, step))
             )
             assert shares[name][step - 1] == pytest.approx(float((before != after).float().mean()), abs=1e-6)
