@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from open_po.optimizers.spec import SHAPED, OptimizerSpec
+from open_po.optimizers.spec import SHAPED, WHOLE, OptimizerSpec
 
 _PLAIN = "open_po.optimizers.plain"
 _COMPACT = "open_po.optimizers.compact"
@@ -50,7 +50,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
             maker="open_po.optimizers.paged:adamw_paged",
             state_bytes=lambda weight: 8,
             decays=True,
-            parallel=("single", "ddp", "layers"),
+            parallel=WHOLE,
             needs_cuda=True,
             package="bitsandbytes",
         ),
@@ -67,7 +67,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
             maker=f"{_PLAIN}:adafactor",
             state_bytes=lambda weight: 0.01,  # a row and a column of a matrix; vectors have as many as weights
             decays=True,
-            parallel=SHAPED,
+            parallel=WHOLE,  # PyTorch's takes no distributed tensors
         ),
         OptimizerSpec(
             name="muon",

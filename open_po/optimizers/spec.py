@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 EVERYWHERE = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp", "layers", "tp")
 # Those under which a parameter keeps its shape; DeepSpeed's lay all parameters into one row of numbers.
 SHAPED = ("single", "ddp", "fsdp", "layers")
+WHOLE = ("single", "ddp", "layers")  # and those under which a rank has all of it
 # What an optimizer keeps of a bfloat16 weight besides the weight is in its state under this name.
 COMPENSATION = "compensation"
 

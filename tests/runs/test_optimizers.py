@@ -23,6 +23,7 @@ from tests import cli, tiny
 Capture = pytest.CaptureFixture[str]
 KEEPING = ["adamw_kahan", "adamw_sr", "adamw_8bit"]
 HERE = [name for name, spec in OPTIMIZERS.items() if not spec.needs_cuda]
+ON_RANKS = [(engine, name) for engine in ("ddp", "fsdp") for name in HERE if engine in OPTIMIZERS[name].parallel]
 SLOW = pytest.mark.slow
 # 9 pairs in steps of 4, 4 and 1, twice
 FIELDS: dict[str, Any] = {"dtype": "bfloat16", "save_dtype": "float32", "num_epochs": 2, "checkpointing_steps": 2}
@@ -78,8 +79,8 @@ def test_killed_and_resumed(name: str, in_background: bool, model: Path, pairs: 
     same(tmp_path / "killed", whole)
 
 
-@pytest.mark.parametrize("name", [name for name in HERE if "fsdp" in OPTIMIZERS[name].parallel])
-@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=SLOW), pytest.param("fsdp", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "name"), ON_RANKS)
 def test_killed_ranks_resume(engine: str, name: str, model: Path, pairs: Path, tmp_path: Path) -> None:
     fields = RESUMED | {"optimizer": name, "parallel": engine, "per_device_train_batch_size": 2}
     assert cli.forked_ranks(cli.arguments(model, pairs, tmp_path / "whole", **fields)) == [0, 0]
@@ -89,8 +90,8 @@ def test_killed_ranks_resume(engine: str, name: str, model: Path, pairs: Path, t
     same(tmp_path / "killed", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", [name for name in HERE if "fsdp" in OPTIMIZERS[name].parallel])
-@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=SLOW), pytest.param("fsdp", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "name"), ON_RANKS)
 def test_two_ranks_take_the_steps_of_one(engine: str, name: str, model: Path, pairs: Path, tmp_path: Path) -> None:
     """In float32, where two ranks and one differ by rounding alone; sgd at a rate that moves it."""
     fields = FIELDS | {"dtype": "float32", "optimizer": name, "max_grad_norm": 0}
