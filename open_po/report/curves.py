@@ -27,6 +27,7 @@ from open_po.output.metrics import (
     STEP,
     TOKENS_PER_SECOND,
     TRAIN_LOSS,
+    UPDATE_FRACTION,
 )
 from open_po.report.runs import ReportedRun
 from open_po.report.series import Series, all_series
@@ -62,6 +63,7 @@ PANELS = (
     Panel(CHOSEN_REWARDS, "Reward of chosen responses", "reward"),
     Panel(REJECTED_REWARDS, "Reward of rejected responses", "reward"),
     Panel(GRAD_NORM, "Gradient norm", "norm before clipping"),
+    Panel(UPDATE_FRACTION, "Weights changed", "share of trained weights, in a step", ".2%", ".3~%"),
     Panel(LEARNING_RATE, "Learning rate", "learning rate", ticks=".3~e", noisy=False),
     Panel(PAIRS_PER_SECOND, "Throughput in pairs", "pairs per second"),
     Panel(TOKENS_PER_SECOND, "Throughput in tokens", "tokens per second"),

@@ -10,7 +10,7 @@ import pytest
 
 from tests import cli
 
-SHORT = {"hidden": 64, "layers": 2, "vocabulary": 128, "pairs": 8, "steps": 30}
+SHORT = {"hidden": 64, "layers": 2, "vocabulary": 128, "pairs": 8, "steps": 24}
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def check(benchmark: Any, fields: dict[str, Any], names: tuple[str, ...], *, noi
     for name in set(names) - {"adamw_kahan", "adamw"}:
         by_chance = compared[name]
         assert by_chance.along == pytest.approx(1, abs=noise)
-        assert by_chance.logps > 0.99 - noise
+        assert by_chance.logps > 1 - noise / 5
         # The noise is that of probability, to what a few weights near 1, whose neighbours are far away, change in it.
         assert by_chance.cosine == pytest.approx(bound, rel=2 * noise)
         assert by_chance.length == pytest.approx(1 / bound, rel=2 * noise)

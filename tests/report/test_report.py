@@ -33,6 +33,7 @@ TITLES = {  # by the name in metrics.jsonl
     "rewards/rejected": "Reward of rejected responses",
     "rewards/average": "rewards/average",
     "grad_norm": "Gradient norm",
+    "optim/update_fraction": "Weights changed",
     "learning_rate": "Learning rate",
     "perf/pairs_per_second": "Throughput in pairs",
     "perf/tokens_per_second": "Throughput in tokens",

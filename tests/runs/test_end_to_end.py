@@ -210,6 +210,7 @@ TRAINING = {
     "rewards/accuracy",
     "rewards/margin",
     "grad_norm",
+    "optim/update_fraction",
     "perf/tokens_per_second",
     "perf/pairs_per_second",
     "perf/peak_memory_gb",
