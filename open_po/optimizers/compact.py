@@ -79,25 +79,30 @@ class CompactAdamW(Optimizer):
         super().__init__(groups, {"lr": settings.learning_rate, "betas": (0.9, 0.999), "eps": 1e-8})
         self._compensated, self._eight_bits = rounding == "compensated", eight_bits
         self._noise = Noise(settings.seed)
+        # Of all, in an order that stays: a step may be taken of some of them alone.
+        self._numbers = {parameter: number for number, parameter in enumerate(self._all())}
+
+    def _all(self) -> Iterator[nn.Parameter]:
+        for group in self.param_groups:
+            yield from group["params"]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        first = 0
         for group in self.param_groups:
-            for piece in self._pieces(group["params"], first):
+            for piece in self._pieces(group["params"]):
                 self._update(piece, group)
-            first += len(group["params"])
 
-    def _pieces(self, parameters: list[nn.Parameter], first: int) -> Iterator[_Piece]:
+    def _pieces(self, parameters: list[nn.Parameter]) -> Iterator[_Piece]:
         """The parameters' numbers in pieces: large ones are cut, small ones are put together.
 
-        `first` is the number of the first parameter. Those of a piece are on one device, in one dtype and kind.
+        Those of a piece are on one device, in one dtype and kind.
         """
         open_pieces: dict[tuple[object, ...], _Piece] = {}
-        for number, parameter in enumerate(parameters, first):
+        for parameter in parameters:
             if parameter.grad is None:
                 continue
+            number = self._numbers[parameter]
             state = self._state(parameter)
             block = block_of(parameter) if "exp_avg_scale" in state else None
             kept = {"weight": parameter, "grad": parameter.grad, **state}
