@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 
 from open_po.config import RunConfig
 from open_po.distributed.runtime import Runtime
-from open_po.errors import UserError
+from open_po.errors import UserError, first_line
 from open_po.output.files import write_atomically
 
 _SAFE = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
@@ -52,6 +52,30 @@ class ModelSource:
         Raises UserError if it cannot be reached or holds no weights.
         """
         return Path(self.name) if Path(self.name).is_dir() else _downloaded(self.name, self.revision)
+
+    def config_folder(self) -> Path:
+        """A folder with the model's config.json, and its code; of the base model, if its files are adapters.
+
+        Raises UserError if it cannot be reached.
+        """
+        folder = Path(self.name) if Path(self.name).is_dir() else _described(self.name, self.revision)
+        base = adapter_base(folder, self.trust_remote_code)
+        if base is not None:
+            return base.config_folder()
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{self.name}: has no config.json")
+        return folder
+
+
+@functools.cache
+def _described(name: str, revision: str | None) -> Path:
+    """The snapshot folder of a Hub model, with what describes it and no weights."""
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["config.json", _ADAPTER[0], "*.py"]))
+    except Exception as error:  # the client's own errors, or those of the HTTP library it is built on
+        raise UserError(
+            f"{name}: neither a local folder nor a Hub model that can be reached ({first_line(error)})"
+        ) from error
 
 
 @functools.cache  # a branch may move, but not during a run

@@ -17,6 +17,7 @@ ROOMS = [
         "optimizers",
         "config",
         "output",
+        "memory_plan",
         "watch",
         "report",
         "hub",

@@ -1,0 +1,20 @@
+"""How much memory a run takes, before it takes any: bytes by part, what fits, what to change. Nothing here needs torch."""
+
+from open_po.memory_plan.plan import CONTEXT_BYTES, FRAGMENTED, MemoryPlan, Passes
+from open_po.memory_plan.shape import EngineName, ModelBytes, PassBytes, TrainingShape, WeightBytes
+from open_po.memory_plan.states import RankBytes, rank_bytes, share_out
+
+__all__ = [
+    "CONTEXT_BYTES",
+    "FRAGMENTED",
+    "EngineName",
+    "MemoryPlan",
+    "ModelBytes",
+    "PassBytes",
+    "Passes",
+    "RankBytes",
+    "TrainingShape",
+    "WeightBytes",
+    "rank_bytes",
+    "share_out",
+]

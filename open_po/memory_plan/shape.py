@@ -1,0 +1,103 @@
+"""The plain facts that a memory plan is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+EngineName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3", "layers"]
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingShape:
+    """All that decides how much memory training takes, besides the model.
+
+    `training_shape` (`open_po/model/planning.py`) makes it from a configuration.
+    """
+
+    device: Literal["cuda", "cpu"]
+    engine: EngineName = "single"
+    ranks: int = 1
+    # Bytes of one number
+    weight: int = 4  # of a weight that is no adapter
+    compute: int = 4
+    gradient: float = 4.0  # what a trained weight's gradient adds up in, compensation included
+    optimizer: float = 8.0  # states of a trained weight on the device
+    optimizer_host: float = 0.0  # and in the host's memory
+    four_bit: bool = False  # the layers' frozen matrices are kept in NF4
+    # How a step goes
+    gradients_whole: bool = True  # False: the update is part of the backward pass, and frees each gradient
+    offload_weights: bool = False  # a rank's part of the weights waits in the host's memory
+    checkpoint_every: int = 0  # each so many layers' activations are made again in the backward pass; 0: none
+    offload_activations: bool = False
+    liger: bool = False
+    layout: Literal["shared", "unshared", "rows"] = "shared"
+    # Its data
+    prompt_tokens: int = 1024  # of a typical pair
+    response_tokens: int = 1024
+    pairs_of_rank: int = 1  # of one step
+    max_tokens: int = 8192  # of a pack
+    reference_tokens: int = 8192  # of a pack of the reference pass
+    # The reference
+    separate_reference: bool = False  # loaded before the policy, and gone then
+    no_reference: bool = False
+
+    @property
+    def pair_tokens(self) -> int:
+        """Tokens of the typical pair, as it is laid out."""
+        prompts = 1 if self.layout == "shared" else 2
+        return prompts * self.prompt_tokens + 2 * self.response_tokens
+
+    @property
+    def several_packs(self) -> bool:
+        """Whether gradients of one pack are there while another is computed."""
+        return self.pairs_of_rank * self.pair_tokens > self.max_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightBytes:
+    """The weights of a part of a model."""
+
+    parameters: int  # as many as the architecture has, whatever they are packed into
+    trained: int
+    size: float  # bytes as they are kept, those that train included
+    trained_size: float
+
+    def __add__(self, other: WeightBytes) -> WeightBytes:
+        return WeightBytes(
+            parameters=self.parameters + other.parameters,
+            trained=self.trained + other.trained,
+            size=self.size + other.size,
+            trained_size=self.trained_size + other.trained_size,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelBytes:
+    """A model's weights: those of each decoder layer, and what is around the layers."""
+
+    layers: tuple[WeightBytes, ...]
+    around: WeightBytes
+
+    @property
+    def whole(self) -> WeightBytes:
+        return sum(self.layers, self.around)
+
+    @property
+    def largest_layer(self) -> WeightBytes:
+        return max(self.layers, key=lambda layer: layer.size, default=self.around)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassBytes:
+    """What one pack holds on the device besides weights, whole gradients and optimizer states, by moments."""
+
+    tokens: int
+    activations: float  # when the last layer has been computed: what the backward pass needs, the head not yet
+    head_peak: float  # most, until the backward pass reaches the layers
+    layers_peak: float  # most, from there on
+
+    @property
+    def peak(self) -> float:
+        return max(self.head_peak, self.layers_peak)
