@@ -12,6 +12,7 @@ from open_po.commands.command_line import show
 # A module in `open_po/commands/` each, with a `main` that takes the words behind the command.
 COMMANDS = {
     "cache": "build, info, verify, prune, merge: the reference log-probs on disk",
+    "plan": "the memory that a run takes, what fits, what to change; needs no GPU and no weights",
     "inspect": "what the model will really see: tokens, lengths, what is left out, packs",
     "score": "log-probs and implicit rewards of every pair of a data set",
     "sweep": "one reference pass, then a run for each setting of a grid",

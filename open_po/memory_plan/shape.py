@@ -33,6 +33,7 @@ class TrainingShape:
     offload_activations: bool = False
     liger: bool = False
     layout: Literal["shared", "unshared", "rows"] = "shared"
+    short_last_layer: bool = True  # where the model can: computed for scored tokens only
     # Its data
     prompt_tokens: int = 1024  # of a typical pair
     response_tokens: int = 1024

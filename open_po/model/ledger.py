@@ -18,7 +18,7 @@ _GRANULE = 512  # bytes, that CUDA's allocator rounds up to
 _CPU = torch.device("cpu")
 
 
-def _histogram(values: Tensor, bins: int = 100, **_: Any) -> Tensor:
+def _histogram(values: Tensor, bins: int = 100, *_: Any) -> Tensor:
     return values.new_empty(bins)
 
 

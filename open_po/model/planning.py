@@ -15,7 +15,6 @@ from open_po.model.numerics import policy_numerics
 from open_po.model.rehearsal import Rehearsal
 from open_po.model_files import policy_source, reference_source
 from open_po.optimizers import OPTIMIZERS
-from open_po.packing import Layout
 
 DeviceType = Literal["cuda", "cpu"]
 
@@ -76,22 +75,21 @@ def plan_memory(
     shape = dataclasses.replace(shape or training_shape(config, device), engine=engine, ranks=ranks)
     folder = policy_source(config).config_folder()
     refused: list[str] = []
-    for layout in _layouts(shape.layout):
-        laid_out = dataclasses.replace(shape, layout=layout)
+    for laid_out in _layouts(shape):
         rehearsal = Rehearsal(folder, config.model, laid_out)
         plan = MemoryPlan(laid_out, rehearsal.model, rehearsal, card)
         try:
             plan.rehearse()
         except Exception as error:  # whatever a model's own code makes of tensors without values
-            refused.append(f"{layout}: {first_line(error)}")
+            refused.append(f"{laid_out.layout}: {first_line(error)}")
         else:
             return plan
     raise UserError(f"{config.model.model_name_or_path}: its memory cannot be planned ({'; '.join(refused)})")
 
 
-def _layouts(first: Layout) -> Iterator[Layout]:
+def _layouts(shape: TrainingShape) -> Iterator[TrainingShape]:
     """The layouts in which a model is tried; a run finds the right one by comparing log-probs."""
-    yield first
-    if first != "rows":
-        yield "rows"
-
+    if shape.layout != "rows":
+        yield shape
+        yield dataclasses.replace(shape, short_last_layer=False)
+    yield dataclasses.replace(shape, layout="rows")

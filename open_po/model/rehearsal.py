@@ -11,7 +11,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +37,7 @@ from open_po.model.scorer import Scorer
 from open_po.model.stand_in import GPU, as_on_cuda
 from open_po.packing import Group, PackedBatch, group_pairs, pack, pack_responses
 
+_warm: list[bool] = []
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
@@ -63,6 +64,10 @@ class Rehearsal:
         self._layers = RepeatedLayers.of(layers, self._settings["config"], shape.checkpoint_every)
         self._training: dict[int, PassBytes] = {}
         self._scoring: dict[int, float] = {}
+        if shape.liger and not _warm:  # its first calls import what is kept with what they were called with
+            _warm.append(True)
+            with suppress(Exception):  # which is told when it matters
+                self._train(self._layers.few, 64)
 
     def training(self, tokens: int) -> PassBytes:
         """What a pack of `tokens` holds in training."""
@@ -76,7 +81,7 @@ class Rehearsal:
     def scoring(self, tokens: int) -> float:
         """Most that a pack of `tokens` holds in the reference pass."""
         if tokens not in self._scoring:
-            (self._scoring[tokens],) = self._layers.extend(lambda depth: (self._score(depth, tokens),))
+            self._scoring[tokens] = self._score(self._layers.more, tokens)  # one layer after another: as many as need be
         return self._scoring[tokens]
 
     def _train(self, depth: int, tokens: int) -> tuple[float, float, float]:
@@ -84,7 +89,7 @@ class Rehearsal:
         moments: list[float] = []
         batch = self._batch(tokens)
         with self._scorer(with_layers(self._settings["config"], depth)) as scorer:
-            known = [*scorer.parameters(), *scorer.buffers(), *self._gradients(scorer)]
+            known = [*scorer.parameters(), *scorer.buffers(), *self._gradients(scorer), *_tensors(batch)]
             ledger = Ledger(known)
 
             def note(module: nn.Module, args: Any, output: Any) -> None:
@@ -114,7 +119,7 @@ class Rehearsal:
     def _score(self, depth: int, tokens: int) -> float:
         batch = self._batch(tokens, responses_alone=True)
         with self._scorer(with_layers(self._settings["config"], depth)) as scorer:
-            ledger = Ledger([*scorer.parameters(), *scorer.buffers()])
+            ledger = Ledger([*scorer.parameters(), *scorer.buffers(), *_tensors(batch)])
             with self._running(scorer, ledger), scorer.as_reference():
                 scorer.token_logprobs(batch)
         return float(ledger.peak)
@@ -140,32 +145,34 @@ class Rehearsal:
         with _quiet(), without_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **settings)
         model.tie_weights()
-        with self._mode:
-            _without_memory(model)
         # Liger changes functions of the model's module too, which other models of this process have as well.
         module = vars(sys.modules[type(model).__module__])
         functions = dict(module)
         try:
             if self.numerics.use_liger:
                 apply_liger(model)
-            yield self._dressed(Scorer(cast(nn.Module, model), self.numerics, {}))
+            with _quiet(), without_weights():
+                scorer = self._dressed(Scorer(cast(nn.Module, model), self.numerics, {}))
+            with self._mode:
+                _without_memory(scorer)
+            scorer.placement.device = torch.device("cpu")
+            yield scorer
         finally:
             module.update(functions)
 
     def _dressed(self, scorer: Scorer) -> Scorer:
         """With what training adds to a model."""
         shape, layers = self.shape, scorer.decoder_layers()
-        with _quiet(), self._mode:
-            if shape.checkpoint_every:
-                checkpoint_gradients(scorer)
-                for number, layer in enumerate(layers):
-                    layer.gradient_checkpointing = number % shape.checkpoint_every == 0  # type: ignore[assignment]
-            if shape.four_bit:
-                keep_in_four_bits(layers, self.numerics.compute_dtype)
-            if self.config.use_lora:
-                attach_lora(scorer, self.config)
-            scorer.use_layout(shape.layout)
-        if layers and shape.layout != "rows":
+        if shape.checkpoint_every:
+            checkpoint_gradients(scorer)
+            for number, layer in enumerate(layers):
+                layer.gradient_checkpointing = number % shape.checkpoint_every == 0  # type: ignore[assignment]
+        if shape.four_bit:
+            keep_in_four_bits(layers, self.numerics.compute_dtype)
+        if self.config.use_lora:
+            attach_lora(scorer, self.config)
+        scorer.use_layout(shape.layout)
+        if layers and shape.layout != "rows" and shape.short_last_layer:
             scorer.shorten_last_layer(layers[-1])
         scorer.train()
         return scorer
@@ -242,6 +249,15 @@ def _model_bytes(scorer: Scorer) -> ModelBytes:
         )
 
     return ModelBytes(layers=tuple(map(of, layers)), around=of(scorer))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those of a dataclass, also further in."""
+    for item in vars(value).values():
+        if isinstance(item, Tensor):
+            yield item
+        elif dataclasses.is_dataclass(item):
+            yield from _tensors(item)
 
 
 def _forget_gradient(weight: Tensor) -> None:

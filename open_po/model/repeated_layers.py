@@ -26,7 +26,7 @@ class RepeatedLayers:
         count = len(kinds)
         for start in range(min(_LONGEST_START, count)):
             for period in range(1, _LONGEST_PERIOD + 1):
-                few = start + (count - start) % period + 2 * period
+                few = start + (count - start) % period + (3 if period == 1 else 2 * period)
                 if few + period >= count:
                     continue
                 if all(kinds[i] == kinds[i + period] for i in range(start, count - period)):

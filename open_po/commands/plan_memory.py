@@ -1,0 +1,79 @@
+"""What `python -m open_po plan` shows."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from open_po.config import RunConfig
+from open_po.config.run_config import FIELDS
+from open_po.errors import UserError
+from open_po.memory_plan import EngineName, MemoryPlan
+from open_po.memory_plan.advice import Change, advice
+from open_po.memory_plan.shape import ENGINES
+from open_po.memory_plan.tables import advice_table, engines_table
+from open_po.model.planning import DeviceType, plan_memory
+from open_po.output.console import make_console
+
+_DEFAULT_ROOM = 80e9
+_NOTHING_FITS = 3
+
+
+def show(config: RunConfig, arguments: argparse.Namespace) -> int:
+    """Print the plan; returns the exit code. Raises UserError if the model cannot be made."""
+    room: float = arguments.gpu_memory or _DEFAULT_ROOM
+    ranks: int = arguments.gpus
+    first = plan_memory(config, arguments.device, card=room)
+    plans = {engine: first.under(engine, ranks) for engine in _engines(config, ranks)}
+    budgets = {name: plan.tokens_that_fill(room) for name, plan in plans.items()}
+    console = make_console()
+    console.print(_model_line(config, first))
+    title = f"{ranks} x {room / 1e9:,.0f} GB, packs of {first.shape.max_tokens:,} tokens"
+    console.print(engines_table(dict(plans), room, dict(budgets), title))
+    if any(plan.fits(room) for plan in plans.values()):
+        return 0
+    base = min(plans.values(), key=lambda plan: plan.peak)
+
+    def replan(change: Change) -> MemoryPlan | None:
+        return _after(change, config, arguments.device, base.shape.engine, ranks, room)
+
+    found = advice(base, config.flat(), replan, ranks)
+    console.print(advice_table(found, room))
+    return _NOTHING_FITS
+
+
+def _engines(config: RunConfig, ranks: int) -> tuple[EngineName, ...]:
+    """Those that a run on so many GPUs could have, the one that it asks for first."""
+    if ranks == 1:
+        return ("single",)
+    wanted = config.distributed.parallel
+    rest = [engine for engine in ENGINES if engine not in ("single", wanted)]
+    return tuple([engine for engine in ENGINES if engine == wanted] + rest)
+
+
+def _after(
+    change: Change, config: RunConfig, device: DeviceType, engine: EngineName, ranks: int, room: float
+) -> MemoryPlan | None:
+    sections: dict[str, dict[str, object]] = {}
+    for name, value in change.fields.items():
+        sections.setdefault(FIELDS[name].section, {})[name] = value
+    if "use_lora" in change.fields and config.model.lora_rank is None:
+        sections["model"] |= {"lora_rank": 64, "lora_alpha": 16.0, "lora_dropout": 0.0}
+        sections["model"]["lora_target_modules"] = ["all-linear"]
+    changed = dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    )
+    engine = next((name for name in ENGINES if name == change.fields.get("parallel")), engine)
+    try:
+        return plan_memory(changed, device, engine=engine, ranks=ranks, card=room)
+    except (UserError, KeyError):  # an optimizer that this version does not have
+        return None
+
+
+def _model_line(config: RunConfig, plan: MemoryPlan) -> str:
+    whole = plan.model.whole
+    trained = "all" if whole.trained == whole.parameters else f"{whole.trained / 1e9:,.2f}"
+    return (
+        f"{config.model.model_name_or_path}: {whole.parameters / 1e9:,.2f} billion weights, {trained} of them trained; "
+        f"layout {plan.shape.layout}"
+    )

@@ -1,0 +1,87 @@
+"""What to change where a run does not fit: each change is planned anew, so what it saves is counted, not guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from open_po.memory_plan.plan import MemoryPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A field with another value, and what it costs."""
+
+    fields: dict[str, Any]
+    slower: float  # share of a step's time that it adds, roughly
+    reason: str  # of that
+    several_ranks: bool = False
+    another_training: bool = False  # it trains something else than all weights
+
+
+# Of fields that a version does not have nothing is said.
+CHANGES = (
+    Change(fields={"optimizer_in_backward": "on"}, slower=0.0, reason="the same work in another order"),
+    Change(
+        fields={"weights_dtype": "bfloat16", "optimizer": "adamw_kahan"},
+        slower=0.0,
+        reason="fewer bytes to move; compensated, so that small updates count",
+    ),
+    Change(fields={"optimizer": "adamw_8bit"}, slower=0.02, reason="states are unpacked at each update"),
+    Change(fields={"gradient_checkpointing": True}, slower=0.33, reason="one more forward pass of three"),
+    Change(
+        fields={"gradient_checkpointing": True, "gradient_checkpointing_every": 2},
+        slower=0.17,
+        reason="one more forward pass, of every second layer",
+    ),
+    Change(fields={"offload_activations": True}, slower=0.15, reason="activations go to the host and back"),
+    Change(fields={"mlp_tile_tokens": 2048}, slower=0.05, reason="smaller products"),
+    Change(fields={"offload_optimizer": True}, slower=0.3, reason="the host updates, gradients go there"),
+    Change(fields={"parallel": "zero1"}, slower=0.05, reason="weights are sent after each update", several_ranks=True),
+    Change(fields={"parallel": "fsdp"}, slower=0.1, reason="weights are gathered for each pack", several_ranks=True),
+    Change(fields={"use_lora": True}, slower=0.0, reason="trains adapters, not the weights", another_training=True),
+    Change(
+        fields={"use_lora": True, "use_qlora": True},
+        slower=0.3,
+        reason="4-bit weights are unpacked for each product; trains adapters",
+        another_training=True,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change that saves memory."""
+
+    change: Change
+    plan: MemoryPlan  # with it
+    saved: float  # bytes
+
+    @property
+    def words(self) -> str:
+        return ", ".join(f"{name}: {str(value).lower()}" for name, value in self.change.fields.items())
+
+
+def advice(
+    now: MemoryPlan, values: dict[str, Any], replan: Callable[[Change], MemoryPlan | None], ranks: int
+) -> list[Advice]:
+    """Changes that save a hundredth of the plan or more, most bytes for the time they cost first.
+
+    `values` are those of all fields; `replan` gives the plan after a change, or None where it cannot be made.
+    """
+    found = []
+    for change in _open(CHANGES, values, ranks):
+        plan = replan(change)
+        if plan is not None and now.peak - plan.peak >= 0.01 * now.peak:
+            found.append(Advice(change, plan, now.peak - plan.peak))
+    return sorted(found, key=lambda item: (item.change.another_training, -item.saved / (item.change.slower + 0.02)))
+
+
+def _open(changes: Iterable[Change], values: dict[str, Any], ranks: int) -> Iterator[Change]:
+    """Those that would change something, of fields that there are."""
+    for change in changes:
+        known = all(name in values for name in change.fields)
+        if known and (ranks > 1 or not change.several_ranks):
+            if any(values[name] != value for name, value in change.fields.items()):
+                yield change
