@@ -10,6 +10,7 @@ import torch
 from open_po.commands.dry_run import dry_run
 from open_po.commands.node_run import NodeRun
 from open_po.commands.place import read_place
+from open_po.commands.plan_memory import planned_memory
 from open_po.config import RunConfig
 from open_po.distributed.parallelism import LauncherWish, choose_parallelism
 from open_po.distributed.rendezvous import Limits
@@ -20,6 +21,7 @@ def tell(config: RunConfig, words: Sequence[str], pairs: int | None, restarts: i
     """Print each node's command, a rank's, and the batch; returns the exit code."""
     place = read_place(os.environ, torch.cuda.device_count(), dry=True)
     print(dry_run(config, words, place, pairs, restarts))
+    print(f"\n{planned_memory(config, place)}")
     return 0
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from open_po.commands.place import Place
 from open_po.config import RunConfig
 from open_po.config.run_config import FIELDS
 from open_po.errors import UserError
 from open_po.memory_plan import EngineName, MemoryPlan
 from open_po.memory_plan.advice import Change, advice
 from open_po.memory_plan.shape import ENGINES
-from open_po.memory_plan.tables import advice_table, engines_table
+from open_po.memory_plan.tables import advice_table, engines_table, plan_line
 from open_po.model.planning import DeviceType, plan_memory
 from open_po.output.console import make_console
 
@@ -40,6 +41,17 @@ def show(config: RunConfig, arguments: argparse.Namespace) -> int:
     found = advice(base, config.flat(), replan, ranks)
     console.print(advice_table(found, room))
     return _NOTHING_FITS
+
+
+def planned_memory(config: RunConfig, place: Place) -> str:
+    """A line for a dry run: what a rank takes under the engine that the run asks for."""
+    wanted, ranks = config.distributed.parallel, place.ranks
+    engine = next((name for name in ENGINES if name == wanted), "ddp" if ranks > 1 else "single")
+    try:
+        plan = plan_memory(config, "cuda" if place.devices else "cpu", engine=engine, ranks=ranks)
+    except UserError as error:
+        return f"Memory: not planned ({error})"
+    return f"{plan_line(plan)} on each rank, parallel {engine}; python -m open_po plan says more"
 
 
 def _engines(config: RunConfig, ranks: int) -> tuple[EngineName, ...]:

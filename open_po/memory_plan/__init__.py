@@ -1,4 +1,4 @@
-"""How much memory a run takes, before it takes any: bytes by part, what fits, what to change. Nothing here needs torch."""
+"""How much memory a run takes: bytes by part, what fits, what to change. Nothing here needs torch."""
 
 from open_po.memory_plan.plan import CONTEXT_BYTES, FRAGMENTED, MemoryPlan, Passes
 from open_po.memory_plan.shape import EngineName, ModelBytes, PassBytes, TrainingShape, WeightBytes

@@ -82,6 +82,6 @@ def _open(changes: Iterable[Change], values: dict[str, Any], ranks: int) -> Iter
     """Those that would change something, of fields that there are."""
     for change in changes:
         known = all(name in values for name in change.fields)
-        if known and (ranks > 1 or not change.several_ranks):
-            if any(values[name] != value for name, value in change.fields.items()):
-                yield change
+        possible = known and (ranks > 1 or not change.several_ranks)
+        if possible and any(values[name] != value for name, value in change.fields.items()):
+            yield change

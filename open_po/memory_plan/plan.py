@@ -1,4 +1,4 @@
-"""A plan: what each part takes on a rank's device at the moment of most, whether it fits, and the budget that fills it."""
+"""A plan: what each part takes on a rank's device at the moment of most, and the budget that fills it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ FRAGMENTED = 0.06  # of what comes and goes, which the allocator cannot hand out
 _WORKSPACE = 34e6  # that cuBLAS keeps, on a Hopper card
 _CHANGING = ("gathered", "activations", "head", "layers")
 _STEP, _FIRST, _MOST = 256, 8192, 2**20  # tokens: a budget is a multiple of the first, the search begins at the second
-_CLOSE, _TRIES = 0.01, 9
+_CLOSE, _TRIES = 0.005, 12
+_KNOTS = 2048, 4  # tokens at which passes are computed for the search: the first, and by what each is larger
 
 
 class Passes(Protocol):
@@ -77,11 +78,13 @@ class MemoryPlan:
 
     def tokens_that_fill(self, room: float) -> int:
         """The largest `max_tokens_per_batch` whose training fits into `room` bytes; 0 if not even small packs do."""
-        return _largest(lambda tokens: sum(self._parts(tokens).values()), room)
+        lines = replace(self, passes=_Lines(self.passes))
+        return _largest(lambda tokens: sum(lines._parts(tokens).values()), room)
 
     def reference_tokens_that_fill(self, room: float) -> int:
         """The largest `reference_max_tokens_per_batch` that fits into `room` bytes."""
-        return _largest(lambda tokens: sum(self._reference_parts(tokens).values()), room)
+        lines = replace(self, passes=_Lines(self.passes))
+        return _largest(lambda tokens: sum(lines._reference_parts(tokens).values()), room)
 
     def under(self, engine: EngineName, ranks: int) -> MemoryPlan:
         """The plan on other ranks, or spread over them otherwise."""
@@ -89,7 +92,8 @@ class MemoryPlan:
 
     def rehearse(self) -> None:
         """Compute what there is to know. Raises what the model's own code raises."""
-        assert self.parts is not None and self.reference_parts is not None
+        self._parts(self.shape.max_tokens)
+        self._reference_parts(self.shape.reference_tokens)
 
     def _parts(self, tokens: int) -> dict[str, float]:
         """The parts at whichever moment has most: while a pack is computed, or when its gradients are all there."""
@@ -127,6 +131,37 @@ class MemoryPlan:
             weights, gathered = weights / shape.ranks, self.rank.gathered
         scoring = self.passes.scoring(max(tokens, shape.prompt_tokens + shape.response_tokens))
         return self._with_overheads({"weights": weights, "gathered": gathered, "activations": scoring})
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """Passes that are computed at a few numbers of tokens; between them bytes grow as a line."""
+
+    passes: Passes
+
+    def training(self, tokens: int) -> PassBytes:
+        low, high, share = _between(tokens)
+        at_low, at_high = self.passes.training(low), self.passes.training(high)
+        names = ("activations", "head_peak", "layers_peak")
+        found = {name: _mixed(getattr(at_low, name), getattr(at_high, name), share) for name in names}
+        return PassBytes(tokens=tokens, **found)
+
+    def scoring(self, tokens: int) -> float:
+        low, high, share = _between(tokens)
+        return _mixed(self.passes.scoring(low), self.passes.scoring(high), share)
+
+
+def _between(tokens: int) -> tuple[int, int, float]:
+    """The numbers below and above at which passes are computed, and how far from the first one `tokens` is."""
+    high = _KNOTS[0]
+    while high < tokens:
+        high *= _KNOTS[1]
+    low = high // _KNOTS[1]
+    return low, high, (tokens - low) / (high - low)
+
+
+def _mixed(low: float, high: float, share: float) -> float:
+    return low + share * (high - low)
 
 
 def _largest(size: Callable[[int], float], room: float) -> int:

@@ -59,9 +59,7 @@ def advice_table(found: Sequence[Advice], room: float) -> Table:
     for item in found:
         fits = "[green]yes[/]" if item.plan.fits(room) else "[red]no[/]"
         slower = f"~{item.change.slower:.0%}" if item.change.slower else "about 0"
-        table.add_row(
-            item.words, gigabytes(item.saved), gigabytes(item.plan.peak), fits, slower, item.change.reason
-        )
+        table.add_row(item.words, gigabytes(item.saved), gigabytes(item.plan.peak), fits, slower, item.change.reason)
     return table
 
 

@@ -44,7 +44,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0  # bytes
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._held: dict[int, weakref.ref[Any]] = {}

@@ -81,7 +81,9 @@ class Rehearsal:
     def scoring(self, tokens: int) -> float:
         """Most that a pack of `tokens` holds in the reference pass."""
         if tokens not in self._scoring:
-            self._scoring[tokens] = self._score(self._layers.more, tokens)  # one layer after another: as many as need be
+            self._scoring[tokens] = self._score(
+                self._layers.more, tokens
+            )  # one layer after another: as many as need be
         return self._scoring[tokens]
 
     def _train(self, depth: int, tokens: int) -> tuple[float, float, float]:

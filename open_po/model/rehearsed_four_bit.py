@@ -20,7 +20,7 @@ class FourBitLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, compute_dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        packed = torch.empty(round(self.numbers * NF4_BYTES), dtype=torch.uint8)
+        packed = torch.empty(round(self.numbers * NF4_BYTES), dtype=torch.uint8, device=linear.weight.device)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.bias = linear.bias
         self.compute_dtype = compute_dtype

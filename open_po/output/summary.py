@@ -89,6 +89,7 @@ class RunResult:
     numerics: dict[str, str | int]  # see `Numerics.key`
     peak_memory_bytes: int
     versions: dict[str, str]
+    predicted_memory_bytes: int | None = None  # the plan's, beside the peak; None without a plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,9 @@ def result_table(result: RunResult, folder: Path) -> Table:
         if result.eval is not None and name in result.eval:
             start = f"{result.eval_before[name]:.4f} -> " if result.eval_before is not None else ""
             table.add_row(label, f"{start}{result.eval[name]:.4f}")
-    table.add_row("peak memory", f"{result.peak_memory_bytes / 1e9:.2f} GB")
+    predicted = result.predicted_memory_bytes
+    planned = "" if predicted is None else f", {predicted / 1e9:.2f} GB predicted"
+    table.add_row("peak memory", f"{result.peak_memory_bytes / 1e9:.2f} GB{planned}")
     table.add_row("output", str(folder))
     return table
 

@@ -37,5 +37,6 @@ def run_result(
         ),
         numerics=trainer.scorer.numerics.key(),
         peak_memory_bytes=peak,
+        predicted_memory_bytes=None if trainer.plan is None else round(trainer.plan.allocated),
         versions=versions(),
     )

@@ -43,6 +43,7 @@ from open_po.packing import Planner
 from open_po.reference import FilledStore, ensure_reference, log_probs_of, open_cache, separate_reference
 from open_po.training.card_facts import card_facts
 from open_po.training.checkpoint_folders import latest_checkpoint
+from open_po.training.memory import tell_plan
 from open_po.training.model_of_step import ModelOfStep
 from open_po.training.optimizer import lost_updates, make_optimizer
 from open_po.training.result import run_result
@@ -110,6 +111,7 @@ def _train(
     data = prepare_data(config, runtime)
     if needs_reference:
         _tell_of_other_numerics(config, numerics, runtime)
+    plan = runtime.on_main(tell_plan, config, runtime, data)
     reference = separate_reference(config, runtime, data) if needs_reference else None
     identity = agreed_identity(source, Path(config.reference.reference_cache_dir), runtime)
     # Whole copies, where they fit, need no gathering of weights, and no rank waits for another.
@@ -126,6 +128,7 @@ def _train(
     if reference is not None and reference.totals.packing is not None:
         runtime.say(f"Reference packing: {packing_line(reference.totals.packing)}")
     trainer = make_trainer(config, runtime, data, policy, identity, reference, folder, observers)
+    trainer.plan = plan
     if config.output.push_to_hub and config.output.hub_strategy != "end":
         trainer.write_model = ModelOfStep(trainer=trainer, data=data, reference=reference, words=words)
     try:

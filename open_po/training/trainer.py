@@ -16,6 +16,7 @@ from open_po.distributed.runtime import Runtime
 from open_po.errors import Preempted, UserError
 from open_po.evaluation.preferences import HeldOut, evaluate
 from open_po.losses import LossMix, PairLogps
+from open_po.memory_plan import MemoryPlan
 from open_po.model.memory import peak_memory_bytes
 from open_po.model.scorer import Scorer
 from open_po.output.metrics import (
@@ -85,6 +86,7 @@ class Trainer:
         self.config, self.runtime, self.folder, self.observers = config, runtime, folder, observers
         # Writes the model as of a step into the folder of its checkpoint, if it is wanted there; all ranks call it.
         self.write_model: Callable[[Path], object] | None = None
+        self.plan: MemoryPlan | None = None  # of the memory that it takes, on rank 0
 
     def train(self) -> None:
         """Run to the last step, with the evaluations and checkpoints that fall due.
