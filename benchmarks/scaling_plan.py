@@ -18,6 +18,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from workloads import Ids, Shape, useful_flops
 
+from open_po.memory_plan import EngineName, ModelBytes, TrainingShape, WeightBytes, rank_bytes
+from open_po.memory_plan.states import ZERO_BUCKET, ZERO_HOST
+
 DOCS = Path(__file__).parent.parent / "docs"
 GB = 1e9
 PAIR: Ids = ([0] * 500, [0] * 250, [0] * 250)  # the tokens of a prompt and its two responses
@@ -30,8 +33,8 @@ RATE = 0.4 * 989e12  # FLOP/s
 NVLINK, NETWORK, PCIE, HBM, HOST = 450 * GB, 50 * GB, 50 * GB, 2700 * GB, 300 * GB  # bytes/s
 HOP = 4.7e-6  # seconds of latency in a step of a ring
 OVERLAP = 0.8
-PASSES, UPDATE, HOST_BYTES = 30, 28, 20  # for a parameter; docs/scaling.md says of what, as of all constants
-TILE, BUCKET, RANK = 128 * 2**20, 2 * GB, 64
+PASSES, UPDATE, HOST_BYTES = 30, 28, ZERO_HOST  # for a parameter; docs/scaling.md says of what, as of all constants
+TILE, BUCKET, RANK = 128 * 2**20, ZERO_BUCKET, 64
 
 Hidden = Literal["backward of the last pack", "backward", "all", "nothing"]
 
@@ -92,6 +95,16 @@ ENGINES = (
 )
 
 
+# What stays on a rank under each of them; of `layers` a plan holds one GPU's part already.
+KINDS: dict[str, EngineName] = {
+    "nothing": "ddp",
+    "adam": "zero1",
+    "gradients": "zero2",
+    "weights": "zero3",
+    "layers": "single",
+}
+
+
 class Traffic(NamedTuple):
     """What a rank sends in a step for collectives of one kind, and beside which compute."""
 
@@ -142,18 +155,28 @@ class Plan:
         """Bytes on the GPU."""
         engine, shape = self.engine, self.model.shape
         weights = 2.0 * self.held + 4 * self.model.adapters if engine.lora else 4.0 * self.held
-        if engine.splits == "weights":
-            weights = weights / self.ranks + (weights / NODE if engine.hpz else 0)
-        elif engine.splits in ("adam", "gradients"):
-            weights += 4 * self.owned  # DeepSpeed's second copy
-        whole = engine.splits not in ("gradients", "weights")
-        whole |= engine.once and (self.packs > 1 or engine.splits == "gradients")
+        model = WeightBytes(parameters=self.held, trained=self.trained, size=weights, trained_size=4.0 * self.trained)
+        kept = rank_bytes(
+            ModelBytes(layers=(), around=model),
+            TrainingShape(
+                device="cuda",
+                engine=KINDS[engine.splits],
+                ranks=self.ranks,
+                optimizer=0.0 if engine.offload else 8.0,
+                gradient=0.0 if engine.offload else 4.0,
+            ),
+        )
+        gradients = kept.gradients
+        if engine.once and engine.splits == "weights" and self.packs > 1:
+            gradients = 4.0 * self.trained
+        elif engine.splits == "gradients" and not engine.once:
+            gradients = 4.0 * self.owned
         checkpoints = self.layers * shape.hidden * (2 if engine.lora else 4)
         working = 34 * shape.hidden + 6 * shape.kv_heads * shape.head_dim + 12 * shape.intermediate
         return {
-            "weights": weights,
-            "gradients": 0.0 if engine.offload else 4.0 * self.trained if whole else 4 * self.owned,
-            "Adam": 0.0 if engine.offload else 8 * self.owned,
+            "weights": kept.weights + (weights / NODE if engine.hpz else 0.0),
+            "gradients": gradients,
+            "Adam": kept.optimizer,
             "in flight": self._in_flight(),
             "activations": float(self.pairs * TOKENS * (checkpoints + working)),
             "tile": float(TILE),

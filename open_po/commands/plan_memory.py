@@ -25,12 +25,12 @@ def show(config: RunConfig, arguments: argparse.Namespace) -> int:
     room: float = arguments.gpu_memory or _DEFAULT_ROOM
     ranks: int = arguments.gpus
     first = plan_memory(config, arguments.device, card=room)
-    plans = {engine: first.under(engine, ranks) for engine in _engines(config, ranks)}
+    plans: dict[str, MemoryPlan] = {engine: first.under(engine, ranks) for engine in _engines(config, ranks)}
     budgets = {name: plan.tokens_that_fill(room) for name, plan in plans.items()}
     console = make_console()
     console.print(_model_line(config, first))
     title = f"{ranks} x {room / 1e9:,.0f} GB, packs of {first.shape.max_tokens:,} tokens"
-    console.print(engines_table(dict(plans), room, dict(budgets), title))
+    console.print(engines_table(plans, room, budgets, title))
     if any(plan.fits(room) for plan in plans.values()):
         return 0
     base = min(plans.values(), key=lambda plan: plan.peak)
@@ -46,7 +46,8 @@ def show(config: RunConfig, arguments: argparse.Namespace) -> int:
 def planned_memory(config: RunConfig, place: Place) -> str:
     """A line for a dry run: what a rank takes under the engine that the run asks for."""
     wanted, ranks = config.distributed.parallel, place.ranks
-    engine = next((name for name in ENGINES if name == wanted), "ddp" if ranks > 1 else "single")
+    usual: EngineName = "ddp" if ranks > 1 else "single"
+    engine: EngineName = next((name for name in ENGINES if name == wanted), usual)
     try:
         plan = plan_memory(config, "cuda" if place.devices else "cpu", engine=engine, ranks=ranks)
     except UserError as error:
@@ -59,8 +60,7 @@ def _engines(config: RunConfig, ranks: int) -> tuple[EngineName, ...]:
     if ranks == 1:
         return ("single",)
     wanted = config.distributed.parallel
-    rest = [engine for engine in ENGINES if engine not in ("single", wanted)]
-    return tuple([engine for engine in ENGINES if engine == wanted] + rest)
+    return tuple(sorted((name for name in ENGINES if name != "single"), key=lambda name: name != wanted))
 
 
 def _after(

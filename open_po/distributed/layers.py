@@ -12,6 +12,7 @@ from open_po.distributed.engine import OptimizerMaker, Placement
 from open_po.distributed.runtime import Runtime
 from open_po.distributed.single import SingleEngine
 from open_po.distributed.update import UpdateRules
+from open_po.memory_plan import share_out
 
 
 class LayersPlacement(Placement):
@@ -54,16 +55,6 @@ class LayersEngine(SingleEngine):
 def visible_gpus() -> list[torch.device]:
     """The devices that layers are dealt out to."""
     return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
-
-
-def share_out(sizes: Sequence[int], around: int, devices: int) -> list[int]:
-    """Which device each layer goes to, in order; `around` bytes are on the first already, so that it gets fewer."""
-    each = (sum(sizes) + around) / devices
-    numbers, filled = [], around
-    for size in sizes:
-        numbers.append(min(int((filled + size / 2) // each), devices - 1))
-        filled += size
-    return numbers
 
 
 def rest_on(model: nn.Module, units: Sequence[nn.Module], device: torch.device) -> None:

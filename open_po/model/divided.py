@@ -23,10 +23,11 @@ from open_po.distributed.skeleton import broadcast, without_weights
 from open_po.errors import UserError, first_line
 from open_po.model.load import apply_liger, load_scorer, model_settings, starting_adapters
 from open_po.model.lora import add_adapters
+from open_po.memory_plan import ModelBytes, WeightBytes, rank_bytes
 from open_po.model.numerics import Numerics
+from open_po.model.planning import training_shape
 from open_po.model.scorer import Scorer
 from open_po.model_files import ModelSource, adapter_base, safetensors_files
-from open_po.optimizers import OPTIMIZERS
 
 _CPU = torch.device("cpu")
 # Shares of a device's memory: that a whole copy of the reference may take, and what a whole model and its training may.
@@ -113,10 +114,16 @@ class HollowModel:
 
         All ranks call this.
         """
-        # Of a weight that trains also a gradient, and the optimizer's states; adapters are small.
-        weight = self.numerics.weights_dtype.itemsize
-        states = 0 if config.model.use_lora else weight + OPTIMIZERS[config.train.optimizer].state_bytes(weight)
-        needed = self.parameters * (weight + states)
+        shape = training_shape(config, "cuda" if self.runtime.device.type == "cuda" else "cpu")
+        # Of adapters, which are small, nothing is known yet.
+        trained = 0 if config.model.use_lora else self.parameters
+        whole = WeightBytes(
+            parameters=self.parameters,
+            trained=trained,
+            size=float(self.parameters * shape.weight),
+            trained_size=float(trained * shape.weight),
+        )
+        needed = rank_bytes(ModelBytes(layers=(), around=whole), shape).kept
         room = min(self.runtime.gather(self._room()))
         if needed <= _TRAINS * room:
             return self.runtime

@@ -102,7 +102,7 @@ class Rehearsal:
             with self._running(scorer, ledger):
                 with _offloaded(known) if self.shape.offload_activations else nullcontext():
                     logps = scorer.score(batch).logps
-                (logps.chosen - logps.rejected).sum().backward()  # type: ignore[no-untyped-call]
+                (logps.chosen - logps.rejected).sum().backward()
         activations, head = moments
         return activations, head, float(ledger.peak)
 
@@ -181,7 +181,7 @@ class Rehearsal:
 
     def _batch(self, tokens: int, *, responses_alone: bool = False) -> PackedBatch:
         """A pack of so many tokens: typical pairs, and a smaller one for what is left."""
-        shape, pairs = self.shape, []
+        shape, pairs = self.shape, list[PreferencePair]()
         while tokens > 8:
             part = min(1.0, tokens / shape.pair_tokens)
             prompt, response = (max(1, int(part * n)) for n in (shape.prompt_tokens, shape.response_tokens))
@@ -189,8 +189,8 @@ class Rehearsal:
             tokens -= shape.pair_tokens
         if responses_alone:
             groups: list[Group] = group_pairs(pairs)[0]
-            return self._fake(pack_responses(groups, layout=shape.layout, pad_token_id=0))
-        return self._fake(pack(pairs, layout=shape.layout, pad_token_id=0))
+            return cast(PackedBatch, self._fake(pack_responses(groups, layout=shape.layout, pad_token_id=0)))
+        return cast(PackedBatch, self._fake(pack(pairs, layout=shape.layout, pad_token_id=0)))
 
     def _fake(self, value: Any) -> Any:
         """A dataclass with its tensors, also those further in, without memory."""

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import open_po.distributed.layers as layers
-from open_po.distributed.layers import LayersPlacement, share_out
+from open_po.distributed.layers import LayersPlacement
+from open_po.memory_plan import share_out
 from open_po.model.attention import Segments
 from open_po.packing import pack
 from tests import cli
