@@ -1,4 +1,4 @@
-"""What one GPU can train: peak memory of an 8B model, predicted and measured, beside TRL's; the README's table of cards.
+"""What one GPU can train: memory of an 8B model, predicted and measured, beside TRL's; the README's table of cards.
 
     python benchmarks/memory.py [--write]     8B, by mode; --write: benchmarks/results/memory.md
     python benchmarks/memory.py --table       card x model size x mode that fits, predicted: the README's table
@@ -316,10 +316,11 @@ def report(cuda: bool, where: str) -> str:
         "# Memory of an 8B model on one GPU\n\n"
         f"The shape of Llama 3.1 8B, random weights; pairs of {ROW // 2:,} prompt tokens and two responses of as many "
         f"(rows of {ROW:,}), packs of {TOKENS:,} tokens, gradient checkpointing in every mode. {where}\n\n"
-        "GB (1e9 bytes). *allocated*: what torch allocates, by the plan, to be compared with the measured peak; *card*: "
-        "with CUDA's context and 6% of what comes and goes for fragmentation. *budget*: tokens of a pack that fill a "
+        "GB (1e9 bytes). *allocated*: what torch allocates, by the plan, to be compared with the measured peak; "
+        "*card*: with CUDA's context and 6% of what comes and goes for fragmentation. *budget*: tokens of a pack that fill a "
         "card of 80 GB, predicted; 0: none does.\n\n"
-        "| mode | allocated, predicted | card, predicted | target | open_po, measured | TRL 1.16.0, measured | budget |\n"
+        "| mode | allocated, predicted | card, predicted | target | open_po, measured | TRL 1.16.0, measured | "
+        "budget |\n"
         "|---|---|---|---|---|---|---|\n"
     )
     return head + "\n".join(rows(cuda)) + "\n"

@@ -16,7 +16,7 @@ CONTEXT_BYTES = {"cuda": 0.8e9, "cpu": 0.6e9}
 FRAGMENTED = 0.06  # of what comes and goes, which the allocator cannot hand out again at once
 _WORKSPACE = 34e6  # that cuBLAS keeps, on a Hopper card
 _CHANGING = ("gathered", "activations", "head", "layers")
-_STEP, _FIRST, _MOST = 256, 8192, 2**20  # tokens: a budget is a multiple of the first, the search begins at the second
+_STEP, _FIRST, _MOST = 256, 8192, 2**18  # tokens: a budget is a multiple of the first, the search begins at the second
 _CLOSE, _TRIES = 0.005, 12
 _KNOTS = 2048, 4  # tokens at which passes are computed for the search: the first, and by what each is larger
 
@@ -141,14 +141,12 @@ class _Lines:
 
     def training(self, tokens: int) -> PassBytes:
         low, high, share = _between(tokens)
-        at_low, at_high = self.passes.training(low), self.passes.training(high)
-        names = ("activations", "head_peak", "layers_peak")
-        found = {name: _mixed(getattr(at_low, name), getattr(at_high, name), share) for name in names}
-        return PassBytes(tokens=tokens, **found)
+        return self.passes.training(low).towards(self.passes.training(high), share)
 
     def scoring(self, tokens: int) -> float:
         low, high, share = _between(tokens)
-        return _mixed(self.passes.scoring(low), self.passes.scoring(high), share)
+        at_low, at_high = self.passes.scoring(low), self.passes.scoring(high)
+        return at_low + share * (at_high - at_low)
 
 
 def _between(tokens: int) -> tuple[int, int, float]:
@@ -158,10 +156,6 @@ def _between(tokens: int) -> tuple[int, int, float]:
         high *= _KNOTS[1]
     low = high // _KNOTS[1]
     return low, high, (tokens - low) / (high - low)
-
-
-def _mixed(low: float, high: float, share: float) -> float:
-    return low + share * (high - low)
 
 
 def _largest(size: Callable[[int], float], room: float) -> int:

@@ -102,3 +102,16 @@ class PassBytes:
     @property
     def peak(self) -> float:
         return max(self.head_peak, self.layers_peak)
+
+    def towards(self, other: PassBytes, share: float) -> PassBytes:
+        """Those of a number of tokens that lies by `share` between this one and `other`'s, or behind it."""
+
+        def mixed(low: float, high: float) -> float:
+            return low + share * (high - low)
+
+        return PassBytes(
+            tokens=round(mixed(self.tokens, other.tokens)),
+            activations=mixed(self.activations, other.activations),
+            head_peak=mixed(self.head_peak, other.head_peak),
+            layers_peak=mixed(self.layers_peak, other.layers_peak),
+        )

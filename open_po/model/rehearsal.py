@@ -38,6 +38,7 @@ from open_po.model.stand_in import GPU, as_on_cuda
 from open_po.packing import Group, PackedBatch, group_pairs, pack, pack_responses
 
 _warm: list[bool] = []
+_PAIRS = 32  # most that are laid out
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
@@ -62,6 +63,7 @@ class Rehearsal:
             name = config.model_name_or_path
             raise UserError(f"{name}: no causal language model can be made ({first_line(error)})") from error
         self._layers = RepeatedLayers.of(layers, self._settings["config"], shape.checkpoint_every)
+        self._half = _PAIRS // 2 * shape.pair_tokens
         self._training: dict[int, PassBytes] = {}
         self._scoring: dict[int, float] = {}
         if shape.liger and not _warm:  # its first calls import what is kept with what they were called with
@@ -71,6 +73,8 @@ class Rehearsal:
 
     def training(self, tokens: int) -> PassBytes:
         """What a pack of `tokens` holds in training."""
+        if tokens > 2 * self._half:  # many short pairs take long to lay out, and are like fewer of them
+            return self.training(self._half).towards(self.training(2 * self._half), tokens / self._half - 1)
         if tokens not in self._training:
             activations, head, layers = self._layers.extend(lambda depth: self._train(depth, tokens))
             self._training[tokens] = PassBytes(
@@ -80,6 +84,9 @@ class Rehearsal:
 
     def scoring(self, tokens: int) -> float:
         """Most that a pack of `tokens` holds in the reference pass."""
+        if tokens > 2 * self._half:
+            low, high = self.scoring(self._half), self.scoring(2 * self._half)
+            return low + (tokens / self._half - 1) * (high - low)
         if tokens not in self._scoring:
             self._scoring[tokens] = self._score(
                 self._layers.more, tokens
