@@ -69,7 +69,7 @@ def _after(
     sections: dict[str, dict[str, object]] = {}
     for name, value in change.fields.items():
         sections.setdefault(FIELDS[name].section, {})[name] = value
-    if "use_lora" in change.fields and config.model.lora_rank is None:
+    if "use_lora" in change.fields and config.flat()["lora_rank"] is None:
         sections["model"] |= {"lora_rank": 64, "lora_alpha": 16.0, "lora_dropout": 0.0}
         sections["model"]["lora_target_modules"] = ["all-linear"]
     changed = dataclasses.replace(
