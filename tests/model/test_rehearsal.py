@@ -178,7 +178,7 @@ def test_what_the_reference_pass_holds(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "settings"),
     [
-        ("llama", {"num_hidden_layers": 9}),
+        pytest.param("llama", {"num_hidden_layers": 9}, marks=pytest.mark.slow),
         pytest.param("gemma2", {"num_hidden_layers": 10, "head_dim": 8}, marks=pytest.mark.slow),
     ],
 )
