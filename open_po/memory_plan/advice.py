@@ -71,11 +71,19 @@ def advice(
     `values` are those of all fields; `replan` gives the plan after a change, or None where it cannot be made.
     """
     found = []
-    for change in _open(CHANGES, values, ranks):
+    for change in (*_smaller_packs(now), *_open(CHANGES, values, ranks)):
         plan = replan(change)
         if plan is not None and now.peak - plan.peak >= 0.01 * now.peak:
             found.append(Advice(change, plan, now.peak - plan.peak))
     return sorted(found, key=lambda item: (item.change.another_training, -item.saved / (item.change.slower + 0.02)))
+
+
+def _smaller_packs(now: MemoryPlan) -> Iterator[Change]:
+    """The budget of one typical pair, below which packs do not get smaller."""
+    least = now.shape.pair_tokens
+    if least < now.shape.max_tokens:
+        reason = "smaller packs: more passes over the weights"
+        yield Change(fields={"max_tokens_per_batch": least}, slower=0.1, reason=reason)
 
 
 def _open(changes: Iterable[Change], values: dict[str, Any], ranks: int) -> Iterator[Change]:

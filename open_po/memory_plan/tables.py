@@ -23,6 +23,9 @@ _NAMES = {
 }
 
 
+_FIELD = 28  # characters: the longest of the fields in one line, at a width of 80
+
+
 def gigabytes(size: float) -> str:
     """Bytes as people read them; a dash for nothing."""
     return "-" if size < 5e6 else f"{size / 1e9:,.2f}" if size < 1e10 else f"{size / 1e9:,.1f}"
@@ -55,7 +58,8 @@ def advice_table(found: Sequence[Advice], room: float) -> Table:
     table = Table(title="What to change first", title_justify="left")
     for name in ("field", "saves GB", "then GB", "fits", "slower", "because"):
         numbers = name in ("saves GB", "then GB", "slower")
-        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
+        width = _FIELD if name == "field" else None
+        table.add_column(name, justify="right" if numbers else "left", overflow="fold", min_width=width)
     for item in found:
         fits = "[green]yes[/]" if item.plan.fits(room) else "[red]no[/]"
         slower = f"~{item.change.slower:.0%}" if item.change.slower else "about 0"

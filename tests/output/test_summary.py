@@ -81,7 +81,8 @@ def test_the_file_has_the_result_beside_the_status(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"status": "failed", "error": "why"}
     RunSummary(status=Status.COMPLETED, result=RESULT).write(path)
     content = json.loads(path.read_text())
-    names = "status reference train eval eval_before data run numerics peak_memory_bytes versions predicted_memory_bytes"
+    names = "status reference train eval eval_before data run numerics peak_memory_bytes versions "
+    names += "predicted_memory_bytes"
     assert list(content) == names.split()
     assert content["train"]["layout"] == "shared"
 
