@@ -55,14 +55,14 @@ def engines_table(plans: dict[str, MemoryPlan], room: float, budgets: dict[str, 
 
 def advice_table(found: Sequence[Advice], room: float) -> Table:
     """Changes that save memory, the first one first."""
-    table = Table(title="What to change first", title_justify="left")
-    for name in ("field", "saves GB", "then GB", "fits", "slower", "because"):
-        numbers = name in ("saves GB", "then GB", "slower")
+    table = Table(title="What to change first (GB)", title_justify="left")
+    for name in ("field", "saves", "then", "fits", "slower", "because"):
+        numbers = name in ("saves", "then", "slower")
         width = _FIELD if name == "field" else None
         table.add_column(name, justify="right" if numbers else "left", overflow="fold", min_width=width)
     for item in found:
         fits = "[green]yes[/]" if item.plan.fits(room) else "[red]no[/]"
-        slower = f"~{item.change.slower:.0%}" if item.change.slower else "about 0"
+        slower = f"~{item.change.slower:.0%}"
         table.add_row(item.words, gigabytes(item.saved), gigabytes(item.plan.peak), fits, slower, item.change.reason)
     return table
 
