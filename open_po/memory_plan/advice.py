@@ -60,7 +60,8 @@ class Advice:
 
     @property
     def words(self) -> str:
-        return ", ".join(f"{name}: {str(value).lower()}" for name, value in self.change.fields.items())
+        """A line for each field."""
+        return "\n".join(f"{name}: {str(value).lower()}" for name, value in self.change.fields.items())
 
 
 def advice(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from open_po.memory_plan.advice import Advice
@@ -21,9 +22,6 @@ _NAMES = {
     "fragmentation": "fragmentation",
     "context": "context",
 }
-
-
-_FIELD = 28  # characters: the longest of the fields in one line, at a width of 80
 
 
 def gigabytes(size: float) -> str:
@@ -58,8 +56,8 @@ def advice_table(found: Sequence[Advice], room: float) -> Table:
     table = Table(title="What to change first (GB)", title_justify="left")
     for name in ("field", "saves", "then", "fits", "slower", "because"):
         numbers = name in ("saves", "then", "slower")
-        width = _FIELD if name == "field" else None
-        table.add_column(name, justify="right" if numbers else "left", overflow="fold", min_width=width)
+        justify: JustifyMethod = "right" if numbers else "left"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=name != "because")
     for item in found:
         fits = "[green]yes[/]" if item.plan.fits(room) else "[red]no[/]"
         slower = f"~{item.change.slower:.0%}"
