@@ -21,9 +21,9 @@ from open_po.distributed.make_engine import divide
 from open_po.distributed.runtime import Runtime
 from open_po.distributed.skeleton import broadcast, without_weights
 from open_po.errors import UserError, first_line
+from open_po.memory_plan import ModelBytes, WeightBytes, rank_bytes
 from open_po.model.load import apply_liger, load_scorer, model_settings, starting_adapters
 from open_po.model.lora import add_adapters
-from open_po.memory_plan import ModelBytes, WeightBytes, rank_bytes
 from open_po.model.numerics import Numerics
 from open_po.model.planning import training_shape
 from open_po.model.scorer import Scorer

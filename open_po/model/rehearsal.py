@@ -27,11 +27,11 @@ from open_po.distributed.skeleton import without_weights
 from open_po.errors import UserError, first_line
 from open_po.memory_plan import ModelBytes, PassBytes, TrainingShape, WeightBytes
 from open_po.model.attention import MissingSegments, count_calls
-from open_po.model.rehearsed_four_bit import FourBitLinear, keep_in_four_bits
 from open_po.model.ledger import Ledger
 from open_po.model.load import apply_liger, checkpoint_gradients, model_settings
 from open_po.model.lora import attach_lora
 from open_po.model.numerics import Numerics
+from open_po.model.rehearsed_four_bit import FourBitLinear, keep_in_four_bits
 from open_po.model.repeated_layers import RepeatedLayers, with_layers
 from open_po.model.scorer import Scorer
 from open_po.model.stand_in import GPU, as_on_cuda

@@ -20,7 +20,6 @@ from open_po.errors import UserError
 from open_po.model.logprobs import response_sums
 from open_po.model.memory import release_memory
 from open_po.model.numerics import Numerics, reference_numerics
-from open_po.model.planning import reference_tokens
 from open_po.model.prepare import load_reference
 from open_po.model.scorer import Scorer
 from open_po.model_files import ModelSource, agreed_identity, reference_source
