@@ -24,8 +24,9 @@ from workloads import Ids, Shape, Workload, around, useful_flops
 from open_po.config import Sharing
 from open_po.data import PreferencePair
 from open_po.losses import Counts, Loss, PairLogps, loss_spec
+from open_po.model.activations import checkpoint_gradients
 from open_po.model.layout_check import choose_layout
-from open_po.model.load import apply_liger, checkpoint_gradients
+from open_po.model.load import apply_liger
 from open_po.model.numerics import Numerics
 from open_po.model.scorer import Scorer
 from open_po.packing import Layout, PackedBatch, pack

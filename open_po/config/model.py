@@ -44,8 +44,34 @@ class ModelConfig:
         shapes_result=False,
         scores=False,
     )
+    gradient_checkpointing_every: int = option(
+        1,
+        "recompute every n-th layer only; 1: all of them",
+        above=0,
+        needs="gradient_checkpointing",
+        shapes_result=False,
+        scores=False,
+    )
+    offload_activations: bool = option(
+        False,
+        "keep activations in host memory until the backward pass; with gradient_checkpointing the layers' inputs, for "
+        "very long rows",
+        shapes_result=False,
+        scores=False,
+    )
+    mlp_tile_tokens: int | None = option(
+        None,
+        "compute each layer's MLP for so many tokens at a time, and again in the backward pass: less memory with very "
+        "long rows, slower",
+        above=0,
+        shapes_result=False,
+        scores=False,
+    )
     use_liger_kernel: bool | None = option(
         None, "Liger's Triton kernels for head, RMSNorm, RoPE and SwiGLU; default: on CUDA"
+    )
+    torch_compile: bool = option(
+        False, "compile each layer with torch.compile: faster on CUDA, after a minute or so of compiling"
     )
     prompt_sharing: Sharing = option(
         "auto",

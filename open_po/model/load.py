@@ -106,11 +106,3 @@ def apply_liger(model: PreTrainedModel) -> None:
 
     kernels = {"rope": True, "rms_norm": True, "swiglu": True, "geglu": True, "layer_norm": True}
     _apply_liger_kernel_to_instance(model, **kernels, cross_entropy=False, fused_linear_cross_entropy=False)
-
-
-def checkpoint_gradients(scorer: Scorer) -> None:
-    """Recompute each layer's activations in the backward pass. Raises UserError if the model cannot."""
-    try:
-        scorer.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    except ValueError as error:
-        raise UserError(f"gradient_checkpointing: {first_line(error)}") from error

@@ -26,6 +26,7 @@ class Numerics:
     use_liger: bool
     four_bit: bool = False  # linear layers but the head are quantised from `weights_dtype`
     adapters_apart: bool = False  # those that a folder holds are computed beside their base, not merged into it
+    compiled: bool = False  # the layers, by torch.compile
 
     def describe(self) -> str:
         """In words, for the console."""
@@ -40,7 +41,8 @@ class Numerics:
         return more | {
             "compute_dtype": _name(self.compute_dtype),
             "weights_dtype": _name(self.weights_dtype),
-            "kernels": "liger" if self.use_liger else "torch",  # of the head too
+            # Liger's are the head's too
+            "kernels": ("liger" if self.use_liger else "torch") + (" compiled" if self.compiled else ""),
             "attention_version": ATTENTION_VERSION,
             "logprob_version": LOGPROB_VERSION,
         }
@@ -81,7 +83,12 @@ def frozen_numerics(config: ModelConfig, device: torch.device) -> Numerics:
         raise UserError(f"use_liger_kernel: Liger's kernels need CUDA, this device is {device.type}; leave it out")
     four_bit = config.use_qlora
     return Numerics(
-        compute_dtype=compute, weights_dtype=compute, use_liger=use_liger, four_bit=four_bit, adapters_apart=four_bit
+        compute_dtype=compute,
+        weights_dtype=compute,
+        use_liger=use_liger,
+        four_bit=four_bit,
+        adapters_apart=four_bit,
+        compiled=config.torch_compile,
     )
 
 

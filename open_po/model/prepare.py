@@ -19,9 +19,11 @@ from open_po.distributed.tensor_parallel import tensor_parallel_mesh
 from open_po.distributed.update import UpdateRules
 from open_po.errors import UserError
 from open_po.model import four_bit
+from open_po.model.activations import checkpoint_gradients, keep_activations
+from open_po.model.compiled import compile_layers, refuse_rows
 from open_po.model.divided import HollowModel
 from open_po.model.layout_check import choose_layout
-from open_po.model.load import checkpoint_gradients, load_scorer
+from open_po.model.load import load_scorer
 from open_po.model.lora import attach_lora
 from open_po.model.numerics import Numerics
 from open_po.model.scorer import Scorer
@@ -76,6 +78,8 @@ def load_reference(
             scorer = load_scorer(source, numerics, _loading_device(runtime))
             if runtime.parallelism.kind == "layers":
                 scorer.place(deal_out(scorer, scorer.decoder_layers()))
+        if numerics.compiled:
+            compile_layers(scorer)
         check_fits(scorer, data)
         set_layout(scorer, data, config.model.prompt_sharing, label, runtime)
         return scorer
@@ -146,12 +150,13 @@ def load_policy(
         if config.loss.load_balancing_loss:
             scorer.balance_experts()
         if model.gradient_checkpointing:
-            checkpoint_gradients(scorer)
+            checkpoint_gradients(scorer, model.gradient_checkpointing_every)
         if model.use_lora:
             if model.lora_start == "new":
                 attach_lora(scorer, model)
             if runtime.parallelism.zero_stage == 3:  # its layers run their backward pass only if their input has one
                 scorer.base.enable_input_require_grads()
+        keep_activations(scorer, model)
         engine = make_engine(
             scorer,
             scorer.decoder_layers(),
@@ -163,6 +168,7 @@ def load_policy(
         )
         scorer.place(engine)
         set_layout(scorer, data, model.prompt_sharing, "Policy", runtime)
+        refuse_rows(scorer)
         return Policy(scorer, engine)
 
     policy = runtime.on_every_rank(load)

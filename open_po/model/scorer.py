@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -63,6 +63,8 @@ class Scorer(nn.Module):
         self._own_attention: str = self.base.config._attn_implementation
         self.balances_experts = False
         self.placement = Placement(self, self.base.device)  # see place
+        # The context of a pass through the layers, which decides how its saved tensors are kept.
+        self.saving: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def base(self) -> PreTrainedModel:
@@ -237,7 +239,8 @@ class Scorer(nn.Module):
             segments = Segments(batch.segments, self.device)
             if last is not None:
                 segments = SegmentsAndLast(batch.segments, last, self.device)
-            tokens, positions = batch.input_ids[None], batch.position_ids[None]
+            # No view, as what the last layer gets is none: views would be compiled anew.
+            tokens, positions = batch.input_ids[None], batch.position_ids[None].clone()
             inputs = [{"input_ids": tokens, "position_ids": positions, "segments": segments}]
         if balances:
             inputs = [call | {"output_router_logits": True} for call in inputs]
@@ -245,7 +248,7 @@ class Scorer(nn.Module):
         for call in inputs:
             if self.row_by_row:
                 forget_longer_rows(self.base)
-            with self.autocast():
+            with self.autocast(), self.saving():
                 outputs.append(self.base.base_model(**call, use_cache=False))
         load_balancing = None
         if balances:

@@ -18,10 +18,11 @@ from open_po.commands.train import main
 from open_po.config import ModelConfig
 from open_po.data.tokenizer import load_tokenizer
 from open_po.model import four_bit
+from open_po.model.activations import checkpoint_gradients
 from open_po.model.attention import Segments, _by_flash, _by_sdpa
 from open_po.model.export import export_model
 from open_po.model.layout_check import choose_layout
-from open_po.model.load import checkpoint_gradients, load_scorer
+from open_po.model.load import load_scorer
 from open_po.model.logprobs import Head, fused_logprobs
 from open_po.model.lora import attach_lora
 from open_po.model.numerics import Numerics

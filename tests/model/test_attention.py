@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from open_po.model import attention
+from open_po.model.activations import checkpoint_gradients
 from open_po.model.attention import MissingSegments, Segments, count_calls, packed_attention
-from open_po.model.load import checkpoint_gradients
 from open_po.packing import pack
 from tests import tiny
 from tests.naive import CPU, assert_equal, batch_of, heads, inputs, layouts, lengths, naive_attention, stand_in, windows

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from open_po.model import attention, last_layer
+from open_po.model.activations import checkpoint_gradients
 from open_po.model.attention import KeysTaken, MissingSegments, Segments, TakeKeys, packed_attention
 from open_po.model.last_layer import decoder_layer
 from open_po.model.layout_check import LayoutTrial, _worse
-from open_po.model.load import checkpoint_gradients
 from open_po.packing import LastLayer, PackedBatch, Segment, pack
 from tests import tiny
 from tests.naive import CPU, assert_equal, batch_of, heads, inputs, layouts, lengths, naive_attention, windows

@@ -17,9 +17,9 @@ from open_po.data import PreferencePair
 from open_po.errors import UserError
 from open_po.losses import PairLogps
 from open_po.model import attention
+from open_po.model.activations import checkpoint_gradients
 from open_po.model.attention import Segments, packed_attention
 from open_po.model.layout_check import choose_layout
-from open_po.model.load import checkpoint_gradients
 from open_po.model.lora import attach_lora
 from open_po.model.numerics import Numerics
 from open_po.model.scorer import Scorer

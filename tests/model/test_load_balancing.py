@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from open_po.model.load import checkpoint_gradients
+from open_po.model.activations import checkpoint_gradients
 from open_po.packing import pack
 from tests import cli, tiny
 from tests.scoring import PAIRS, load

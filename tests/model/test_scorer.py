@@ -15,8 +15,8 @@ from open_po.config import ModelConfig, RunConfig, load_config
 from open_po.data.tokenizer import load_tokenizer, pad_token_id
 from open_po.errors import UserError
 from open_po.model import logprobs
+from open_po.model.activations import checkpoint_gradients
 from open_po.model.layout_check import choose_layout
-from open_po.model.load import checkpoint_gradients
 from open_po.model.numerics import Numerics, frozen_numerics, policy_numerics, reference_numerics
 from open_po.optimizers import OPTIMIZERS
 from open_po.packing import pack
