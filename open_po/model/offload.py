@@ -22,7 +22,7 @@ _IN_FLIGHT_BYTES = 256 * 2**20
 
 
 class Traffic(Protocol):
-    """How bytes travel between a device and host memory; `arrival` is whatever `wait` takes."""
+    """How bytes travel between a device and host memory; an arrival is whatever `wait` takes, None if it is over."""
 
     def send(self, source: Tensor) -> tuple[Tensor, Any]:
         """A copy of `source` on the host, and its arrival, until which `source` must stay as it is."""
@@ -85,11 +85,16 @@ class _Copy:
         self.in_use = False
 
     def wait(self) -> None:
+        """What is computed from now on finds the bytes where they were sent."""
         if self.arrival is not None:
             self.traffic.wait(self.arrival)
             self.arrival = None
 
+    def __del__(self) -> None:
+        self.wait()  # or memory that was never asked for would be used again while bytes still go through it
+
     def fetch(self) -> None:
+        """Let the bytes set out for the device, if they are not there."""
         if self.device is None:
             self.device, self.arrival = self.traffic.fetch(self.host)
 
@@ -108,7 +113,9 @@ class OffloadedView:
     def restore(self) -> Tensor:
         held = self.offload.bring(self.copy)
         view = torch.empty(0, dtype=self.dtype, device=held.device)
-        return view.set_(held.untyped_storage(), self.offset, self.size, self.stride)
+        # What has not left yet may be a part of its storage.
+        first = int(held.storage_offset()) // view.element_size()
+        return view.set_(held.untyped_storage(), first + self.offset, self.size, self.stride)
 
 
 def _traffic_of(device: torch.device) -> Traffic:
@@ -124,6 +131,7 @@ class HostOffload:
         self._traffic: dict[torch.device, Traffic] = {}
         self._leaving: deque[_Copy] = deque()
         self._order: list[weakref.ref[_Copy]] = []  # as they were saved; the backward pass asks from the end
+        self._ahead: list[weakref.ref[_Copy]] = []  # that were fetched before they were asked for
         # A storage that a weak reference knows leaves its identity to no other.
         self._known: dict[tuple[StorageWeakRef, int, int, int], weakref.ref[_Copy]] = {}
 
@@ -179,8 +187,11 @@ class HostOffload:
             self._traffic[source.device] = self._make_traffic(source.device)
         copy = _Copy(source, self._traffic[source.device], len(self._order))
         self._order.append(weakref.ref(copy))
-        self._leaving.append(copy)
         self.sent_bytes += copy.nbytes
+        if copy.arrival is None:
+            copy.device = None
+            return copy
+        self._leaving.append(copy)
         while len(self._leaving) > 1 and sum(leaving.nbytes for leaving in self._leaving) > _IN_FLIGHT_BYTES:
             oldest = self._leaving.popleft()
             oldest.wait()
@@ -188,12 +199,14 @@ class HostOffload:
         return copy
 
     def _fetch_ahead(self, index: int) -> None:
-        room = _IN_FLIGHT_BYTES
+        ahead = [copy for copy in (known() for known in self._ahead) if copy is not None and not copy.in_use]
+        room = _IN_FLIGHT_BYTES - sum(copy.nbytes for copy in ahead)
         for earlier in range(index - 1, -1, -1):
-            copy = self._order[earlier]()
-            if copy is None or copy.in_use:
-                continue
-            copy.fetch()
-            room -= copy.nbytes
             if room <= 0:
-                return
+                break
+            copy = self._order[earlier]()
+            if copy is not None and copy.device is None:
+                copy.fetch()
+                ahead.append(copy)
+                room -= copy.nbytes
+        self._ahead = [weakref.ref(copy) for copy in ahead]
