@@ -28,6 +28,8 @@ def contradictions(config: RunConfig) -> Iterator[str]:
         yield from field.out_of_range(values[field.name])
     if not config.model.model_name_or_path:
         yield "model_name_or_path: is required, a local folder or a Hub name"
+    if config.model.torch_compile and config.model.mlp_tile_tokens is not None:
+        yield "mlp_tile_tokens: contradicts torch_compile, which makes new code for every number of tiles; use one"
     yield from _data_problems(config.data)
     yield from _lacking(values, "model", "data", "reference")
     yield from _lora_problems(config)

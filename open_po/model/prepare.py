@@ -109,6 +109,9 @@ def _refuse_for_tensor_parallelism(config: RunConfig) -> None:
     """Raises UserError for what a model that is divided within its layers cannot do yet."""
     if config.model.use_lora:
         raise UserError("use_lora: parallel tp trains no adapters; use fsdp")
+    for name in ("mlp_tile_tokens", "torch_compile", "offload_activations"):
+        if getattr(config.model, name):
+            raise UserError(f"{name}: has not been tried with parallel tp; leave it out, or use fsdp")
     if "log_sum_sq" in config.loss.mix().extras:
         names = ", ".join(config.loss.names)
         raise UserError(f"loss_type: {names} needs a token's whole distribution, which parallel tp divides; use fsdp")

@@ -610,6 +610,9 @@ def test_a_resolved_configuration_with_everything_set_round_trips(write: Callabl
 
 NOT_SHAPING = {
     "gradient_checkpointing",
+    "gradient_checkpointing_every",
+    "offload_activations",
+    "mlp_tile_tokens",
     "prompt_sharing",
     "max_tokens_per_batch",
     "optimizer_in_backward",

@@ -87,7 +87,9 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.usefixtures("everything_is_large")
-@pytest.mark.parametrize("numerics", [FLOAT32, BFLOAT16], ids=["float32", "autocast"])
+@pytest.mark.parametrize(
+    "numerics", [FLOAT32, pytest.param(BFLOAT16, marks=pytest.mark.slow)], ids=["float32", "autocast"]
+)
 @pytest.mark.parametrize(
     "lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["weights", "adapters with dropout"]
 )
