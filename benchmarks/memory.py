@@ -11,7 +11,6 @@ numbers are the memory plan's, and say so. The work: pairs of 1,024 prompt token
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import subprocess
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from open_po.config import RunConfig, load_config
-from open_po.config.run_config import FIELDS
 from open_po.memory_plan import MemoryPlan
 
 RESULTS = Path(__file__).parent / "results" / "memory.md"
@@ -38,13 +36,11 @@ class Mode:
 
     name: str
     fields: dict[str, Any]
-    shape: dict[str, Any] = field(default_factory=dict)
     target: int | None = None  # GB, of 8B
     trl: dict[str, Any] = field(default_factory=dict)
 
 
 BF16 = {"weights_dtype": "bfloat16"}
-BF16_SHAPE = {"weight": 2, "gradient": 2.0}
 LORA = {"use_lora": True, "lora_rank": 64, "gradient_checkpointing": True}
 MODES = (
     Mode(
@@ -55,7 +51,6 @@ MODES = (
     Mode(
         name="full, bfloat16, adamw_kahan",
         fields=BF16 | {"optimizer": "adamw_kahan", "gradient_checkpointing": True},
-        shape=BF16_SHAPE | {"optimizer": 6.0, "checkpoint_every": 1},
         target=90,
         trl={"dtype": "bfloat16"},
     ),
@@ -70,14 +65,12 @@ MODES = (
             "gradient_accumulation_steps": 1,
             "per_device_train_batch_size": 1,
         },
-        shape=BF16_SHAPE | {"optimizer": 6.0, "checkpoint_every": 1, "gradients_whole": False},
         target=78,
         trl={"dtype": "bfloat16"},
     ),
     Mode(
         name="full, bfloat16, adamw_8bit",
         fields=BF16 | {"optimizer": "adamw_8bit", "gradient_checkpointing": True},
-        shape=BF16_SHAPE | {"optimizer": 2.0 + 8 / 256, "checkpoint_every": 1},
         target=55,
         trl={"dtype": "bfloat16", "optim": "adamw_bnb_8bit"},
     ),
@@ -92,14 +85,12 @@ MODES = (
             "gradient_accumulation_steps": 1,
             "per_device_train_batch_size": 1,
         },
-        shape=BF16_SHAPE | {"optimizer": 2.0 + 8 / 256, "checkpoint_every": 1, "gradients_whole": False},
         trl={"dtype": "bfloat16", "optim": "adamw_bnb_8bit"},
     ),
     Mode(name="LoRA, rank 64", fields=LORA, trl={"dtype": "bfloat16", "lora": True}),
     Mode(
         name="QLoRA, rank 64",
         fields=LORA | {"use_qlora": True},
-        shape={"four_bit": True},
         target=24,
         trl={"dtype": "bfloat16", "lora": True, "four_bit": True},
     ),
@@ -132,7 +123,7 @@ SIZES = {
 
 
 def words(folder: Path, mode: Mode) -> list[str]:
-    """The command line of a run in `mode`, without fields that this version does not have."""
+    """The command line of a run in `mode`."""
     values: dict[str, Any] = {
         "model_name_or_path": folder,
         "mixer_list": f"{folder}/pairs.jsonl 1.0",
@@ -142,30 +133,14 @@ def words(folder: Path, mode: Mode) -> list[str]:
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": PAIRS,
     } | mode.fields
-    known = {name: value for name, value in values.items() if name in FIELDS}
-    if known.get("optimizer") not in (None, *_optimizers()):
-        del known["optimizer"]
-    return [part for name, value in known.items() for part in (f"--{name}", *str(value).split())]
-
-
-def _optimizers() -> list[str]:
-    from open_po.optimizers import OPTIMIZERS
-
-    return list(OPTIMIZERS)
-
-
-def missing(mode: Mode) -> list[str]:
-    """What of a mode this version does not have; its plan is made of the facts alone."""
-    found = [name for name in mode.fields if name not in FIELDS]
-    return found + [name for name in [mode.fields.get("optimizer", "adamw")] if name not in _optimizers()]
+    return [part for name, value in values.items() for part in (f"--{name}", *str(value).split())]
 
 
 def plan(folder: Path, mode: Mode) -> MemoryPlan:
-    from open_po.model.planning import plan_memory, training_shape
+    from open_po.model.planning import plan_memory
 
     config: RunConfig = load_config(words(folder, mode))
-    shape = dataclasses.replace(training_shape(config, "cuda"), **mode.shape)
-    return plan_memory(config, "cuda", shape=shape)
+    return plan_memory(config, "cuda")
 
 
 def described(size: str, folder: Path) -> Path:
@@ -302,8 +277,7 @@ def rows(cuda: bool) -> Iterator[str]:
         for mode in MODES:
             made = plan(folder, mode)
             target = f"under {mode.target}" if mode.target else ""
-            lacks = missing(mode)
-            ours = "not measured" if not cuda or lacks else child("open_po", folder, mode)
+            ours = child("open_po", folder, mode) if cuda else "not measured"
             theirs = child("trl", folder, mode) if cuda else "not measured"
             yield (
                 f"| {mode.name} | {made.allocated / 1e9:.1f} | {made.peak / 1e9:.1f} | {target} | {ours} | {theirs} "

@@ -17,9 +17,8 @@ from torch.distributed.tensor import DTensor
 from open_po.distributed.runtime import Runtime
 from open_po.distributed.update import UpdateRules
 from open_po.errors import UserError
+from open_po.memory_plan import float32_sums_fit
 
-# Share of a GPU's memory that weights, float32 sums and the optimizer's states may take; else sums are bfloat16.
-_FLOAT32_SUMS = 0.75
 _LOW_BITS = 16  # of a float32, which a bfloat16 has not
 
 
@@ -136,7 +135,7 @@ def _fits(parameters: Sequence[nn.Parameter], rules: UpdateRules, runtime: Runti
     device, parallelism = runtime.device, runtime.parallelism
     if device.type != "cuda" or parallelism.kind == "tp":  # there ranks hold some weights alike, and must round alike
         return True
-    each = 2 + 4 + (0 if parallelism.offload_optimizer else rules.state_bytes(2))
-    needed = each * sum(parameter.numel() for parameter in parameters)
+    states = 0.0 if parallelism.offload_optimizer else rules.state_bytes(2)
     cards = {"fsdp": runtime.world_size, "layers": torch.cuda.device_count()}.get(parallelism.kind, 1)
-    return needed <= _FLOAT32_SUMS * cards * torch.cuda.get_device_properties(device).total_memory
+    room = cards * torch.cuda.get_device_properties(device).total_memory
+    return float32_sums_fit(sum(parameter.numel() for parameter in parameters), states, room)

@@ -15,6 +15,7 @@ from open_po.memory_plan.states import RankBytes, rank_bytes
 CONTEXT_BYTES = {"cuda": 0.8e9, "cpu": 0.6e9}
 FRAGMENTED = 0.06  # of what comes and goes, which the allocator cannot hand out again at once
 _WORKSPACE = 34e6  # that cuBLAS keeps, on a Hopper card
+_OFFLOADING = 2 * 2**28  # on the way to the host and back, see model/offload.py
 _CHANGING = ("gathered", "activations", "head", "layers")
 _STEP, _FIRST, _MOST = 256, 8192, 2**18  # tokens: a budget is a multiple of the first, the search begins at the second
 _CLOSE, _TRIES = 0.005, 12
@@ -112,8 +113,9 @@ class MemoryPlan:
 
     def _with_overheads(self, parts: dict[str, float]) -> dict[str, float]:
         changing = sum(size for name, size in parts.items() if name in _CHANGING)
+        workspace = _WORKSPACE + _OFFLOADING * self.shape.offload_activations
         return parts | {
-            "workspace": _WORKSPACE if self.shape.device == "cuda" else 0.0,
+            "workspace": workspace if self.shape.device == "cuda" else 0.0,
             "fragmentation": FRAGMENTED * changing,
             "context": CONTEXT_BYTES[self.shape.device],
         }

@@ -22,12 +22,16 @@ class TrainingShape:
     # Bytes of one number
     weight: int = 4  # of a weight that is no adapter
     compute: int = 4
-    gradient: float = 4.0  # what a trained weight's gradient adds up in, compensation included
+    gradient: float = 4.0  # of a trained weight's gradient, which several packs of a step add up in
+    gradient_alone: float = 4.0  # of one that a single pack leaves
+    gradient_shrinks: bool = False  # `gradient` is 2 where float32 would take too much of the card
     optimizer: float = 8.0  # states of a trained weight on the device
+    optimizer_of_layers: float | None = None  # the same in the layers, where it differs
     optimizer_host: float = 0.0  # and in the host's memory
     four_bit: bool = False  # the layers' frozen matrices are kept in NF4
     # How a step goes
-    gradients_whole: bool = True  # False: the update is part of the backward pass, and frees each gradient
+    # A gradient leaves as soon as it is complete, in steps of one pack of one process: into the weights, or to the host
+    gradients_leave: bool = False
     offload_weights: bool = False  # a rank's part of the weights waits in the host's memory
     checkpoint_every: int = 0  # each so many layers' activations are made again in the backward pass; 0: none
     offload_activations: bool = False
@@ -54,6 +58,11 @@ class TrainingShape:
     def several_packs(self) -> bool:
         """Whether gradients of one pack are there while another is computed."""
         return self.pairs_of_rank * self.pair_tokens > self.max_tokens
+
+    @property
+    def gradients_whole(self) -> bool:
+        """Whether all gradients are there at the end of a step's passes."""
+        return self.several_packs or not (self.gradients_leave and self.engine in ("single", "layers"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ from open_po.memory_plan.shape import ModelBytes, TrainingShape, WeightBytes
 
 ZERO_BUCKET = 2e9  # bytes that DeepSpeed reduces at a time: 5e8 numbers of four bytes, its default
 ZERO_HOST = 20  # bytes a trained parameter in the host's memory, where DeepSpeed's optimizer is offloaded
+# Share of a card that bfloat16 weights, float32 sums of their gradients and states may take; else sums are bfloat16.
+_FLOAT32_SUMS = 0.75
 _WHOLE_GRADIENT = 0.2  # share of the card up to which fsdp adds gradients up before it reduces them
 
 
@@ -33,13 +35,37 @@ class RankBytes:
         return self.weights + self.gradients + self.optimizer
 
 
+def float32_sums_fit(trained: float, states: float, room: float) -> bool:
+    """Whether bfloat16 weights, float32 sums of gradients and `states` bytes a weight leave enough of `room` bytes."""
+    return (2 + 4 + states) * trained <= _FLOAT32_SUMS * room
+
+
+def gradient_bytes(shape: TrainingShape, trained: float, card: float | None) -> float:
+    """Of a trained weight's gradient, at the end of a step's passes."""
+    if not shape.gradients_whole:
+        return 0.0
+    if not shape.several_packs and shape.engine != "ddp":  # under which they always add up apart
+        return shape.gradient_alone
+    cards = shape.ranks if shape.engine in ("fsdp", "layers") else 1
+    small = shape.gradient_shrinks and card is not None
+    return 2.0 if small and not float32_sums_fit(trained, shape.optimizer, cards * (card or 0.0)) else shape.gradient
+
+
+def _states(shape: TrainingShape, layers: int, around: int) -> float:
+    """Of the optimizer, for so many trained weights in the layers and around them."""
+    each = shape.optimizer if shape.optimizer_of_layers is None else shape.optimizer_of_layers
+    return each * layers + shape.optimizer * around
+
+
 def rank_bytes(model: ModelBytes, shape: TrainingShape, *, card: float | None = None) -> RankBytes:
     """The bytes of the rank that holds most; `card` is the memory of its device, if that is known."""
     if shape.engine == "layers":
-        return max(_dealt_out(model, shape), key=lambda found: found.kept)
+        return max(_dealt_out(model, shape, card), key=lambda found: found.kept)
     whole, n = model.whole, shape.ranks
-    gradients = shape.gradient * whole.trained if shape.gradients_whole else 0.0
-    optimizer, host = shape.optimizer * whole.trained, shape.optimizer_host * whole.trained
+    gradient = gradient_bytes(shape, whole.trained, card)
+    gradients = gradient * whole.trained
+    optimizer = _states(shape, sum(layer.trained for layer in model.layers), model.around.trained)
+    host = shape.optimizer_host * whole.trained
     if shape.engine in ("single", "ddp"):
         return RankBytes(weights=whole.size, gradients=gradients, optimizer=optimizer, host=host)
     if shape.engine in ("zero1", "zero2"):
@@ -53,13 +79,13 @@ def rank_bytes(model: ModelBytes, shape: TrainingShape, *, card: float | None = 
         )
     reduced_once = shape.engine == "fsdp" and shape.several_packs and _fits_whole(whole.trained_size, card)
     layer, around = model.largest_layer, model.around
-    flight = shape.gradient * around.trained
+    flight = gradient * around.trained
     return RankBytes(
         weights=0.0 if shape.offload_weights else whole.size / n,
         gradients=gradients if reduced_once else gradients / n,
         optimizer=optimizer / n,
         # What is around the layers is whole through the pass, two layers at a time, one with its gradient on the way.
-        gathered=around.size + 2 * layer.size + shape.gradient * layer.trained,
+        gathered=around.size + 2 * layer.size + gradient * layer.trained,
         gathered_at_end=around.size + 2 * flight,
         host=(host + (whole.size if shape.offload_weights else 0.0)) / n,
     )
@@ -69,19 +95,20 @@ def _fits_whole(size: float, card: float | None) -> bool:
     return card is None or size <= _WHOLE_GRADIENT * card
 
 
-def _dealt_out(model: ModelBytes, shape: TrainingShape) -> list[RankBytes]:
+def _dealt_out(model: ModelBytes, shape: TrainingShape, card: float | None) -> list[RankBytes]:
     """The layers over several devices, what is around them on the first."""
     numbers = share_out([layer.size for layer in model.layers], model.around.size, shape.ranks)
+    gradient = gradient_bytes(shape, model.whole.trained, card)
     found = []
     for device in range(shape.ranks):
         own = [layer for layer, number in zip(model.layers, numbers, strict=True) if number == device]
         part = sum(own, model.around if device == 0 else _NOTHING)
-        gradient = shape.gradient * part.trained if shape.gradients_whole else 0.0
+        inside = sum(layer.trained for layer in own)
         found.append(
             RankBytes(
                 weights=part.size,
-                gradients=gradient,
-                optimizer=shape.optimizer * part.trained,
+                gradients=gradient * part.trained,
+                optimizer=_states(shape, inside, part.trained - inside),
                 host=shape.optimizer_host * part.trained,
                 layer_share=len(own) / max(1, len(model.layers)),
             )

@@ -36,7 +36,7 @@ class Numerics:
 
     def key(self) -> dict[str, str | int]:
         """What, besides weights and tokens, decides a log-prob: part of the reference cache's key."""
-        more = {"quantisation": "nf4, double"} if self.four_bit else {}
+        more: dict[str, str | int] = {"quantisation": "nf4, double"} if self.four_bit else {}
         more |= {"adapters": "apart"} if self.adapters_apart else {}
         return more | {
             "compute_dtype": _name(self.compute_dtype),

@@ -4,58 +4,99 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from open_po.config import RunConfig
 from open_po.errors import UserError, first_line
 from open_po.memory_plan import EngineName, MemoryPlan, TrainingShape
+from open_po.memory_plan.states import ZERO_HOST
 from open_po.model.numerics import policy_numerics
 from open_po.model.rehearsal import Rehearsal
+from open_po.model.token_budget import SMALLEST, usual
 from open_po.model_files import policy_source, reference_source
 from open_po.optimizers import OPTIMIZERS
 
 DeviceType = Literal["cuda", "cpu"]
+_MOST_SCORED = 2**16  # more were never faster, and are a loss when memory runs out
+_SCORED = {"cuda": 4, "cpu": 1}  # by how much a pass that keeps no activations may have more tokens than one that does
 
 
 def training_shape(config: RunConfig, device: DeviceType) -> TrainingShape:
     """What a configuration says of the memory that training takes, on one device. Raises UserError.
 
-    A typical pair fills `max_seq_length` with as much prompt as response.
+    A typical pair fills `max_seq_length` with as much prompt as response. Budgets that are `auto` are those of a few
+    such pairs, until there is a card to fill.
     """
     model, train = config.model, config.train
     # Liger's kernels need no GPU to be planned with.
-    numerics = policy_numerics(dataclasses.replace(model, use_liger_kernel=False), torch.device(device))
-    trained = 4 if model.use_lora else numerics.weights_dtype.itemsize
+    without = dataclasses.replace(config, model=dataclasses.replace(model, use_liger_kernel=False))
+    numerics = policy_numerics(without, torch.device(device))
     prompt = config.data.max_seq_length // 2
     if config.data.max_prompt_length is not None:
         prompt = min(prompt, config.data.max_prompt_length)
-    return TrainingShape(
+    shape = TrainingShape(
         device=device,
         weight=numerics.weights_dtype.itemsize,
         compute=numerics.compute_dtype.itemsize,
-        gradient=trained,
-        optimizer=OPTIMIZERS[train.optimizer].state_bytes(trained),
+        four_bit=numerics.four_bit,
         offload_weights=config.distributed.offload_param,
-        checkpoint_every=int(model.gradient_checkpointing),
+        checkpoint_every=model.gradient_checkpointing_every if model.gradient_checkpointing else 0,
+        offload_activations=model.offload_activations,
         liger=device == "cuda" if model.use_liger_kernel is None else model.use_liger_kernel,
         layout="unshared" if model.prompt_sharing == "off" else "shared",
         prompt_tokens=prompt,
         response_tokens=config.data.max_seq_length - prompt,
         pairs_of_rank=train.per_device_train_batch_size * train.gradient_accumulation_steps,
-        max_tokens=train.max_tokens_per_batch,
-        reference_tokens=reference_tokens(config, device),
         separate_reference=reference_source(config) is not None,
         no_reference=not config.loss.mix().needs_reference,
+        **_update_facts(config, 4 if model.use_lora else numerics.weights_dtype.itemsize),
+    )
+    asked, scored = train.max_tokens_per_batch, config.reference.reference_max_tokens_per_batch
+    tokens = usual(shape.pair_tokens) if asked == "auto" else asked
+    return dataclasses.replace(
+        shape, max_tokens=tokens, reference_tokens=_SCORED[device] * tokens if scored == "auto" else scored
     )
 
 
-def reference_tokens(config: RunConfig, device: str) -> int:
-    """Tokens of one forward pass of the reference, which keeps no activations: a GPU has room for more than in
-    training."""
-    usual = (4 if device == "cuda" else 1) * config.train.max_tokens_per_batch
-    return config.reference.reference_max_tokens_per_batch or usual
+def _update_facts(config: RunConfig, trained: int) -> dict[str, Any]:
+    """Bytes of gradients and states, of weights that take `trained` bytes, and when gradients leave."""
+    train, distributed = config.train, config.distributed
+    spec = OPTIMIZERS[train.optimizer]
+    states, wide = spec.state_bytes, train.grad_dtype != "bfloat16" or trained == 4
+    facts = {
+        "gradient": 4.0 if wide else 2.0,
+        "gradient_alone": float(trained),
+        "gradient_shrinks": train.grad_dtype == "auto" and trained == 2,
+        "optimizer": float(states(trained)),
+        "optimizer_of_layers": None if spec.matrix_bytes is None else float(spec.matrix_bytes(trained)),
+        "gradients_leave": train.optimizer_in_backward != "off" and train.max_grad_norm == 0,
+    }
+    if not distributed.offload_optimizer:
+        return facts
+    # Float32 weights and their states, and the gradient on its way; DeepSpeed has buffers of its own.
+    host = ZERO_HOST if distributed.parallel.startswith("zero") else 4 + states(4) + trained
+    return facts | {
+        "optimizer": 0.0,
+        "optimizer_of_layers": None,
+        "optimizer_host": float(host),
+        "gradients_leave": True,
+    }
+
+
+def filling(plan: MemoryPlan, config: RunConfig, room: float) -> MemoryPlan:
+    """The plan with what `auto` budgets are on a card where `room` bytes are to be filled."""
+    shape = plan.shape
+    # One pack holds no more than a step, and what a reference pass computes is not told by a configuration.
+    step = max(shape.pair_tokens, shape.pairs_of_rank * shape.pair_tokens)
+    if config.train.max_tokens_per_batch == "auto":
+        tokens = min(step, max(SMALLEST, plan.tokens_that_fill(room)))
+        shape = dataclasses.replace(shape, max_tokens=tokens)
+    if config.reference.reference_max_tokens_per_batch == "auto":
+        tokens = max(SMALLEST, plan.reference_tokens_that_fill(room))
+        shape = dataclasses.replace(shape, reference_tokens=min(tokens, _MOST_SCORED))
+    return dataclasses.replace(plan, shape=shape)
 
 
 def plan_memory(

@@ -26,13 +26,16 @@ from open_po.data import PreferencePair
 from open_po.distributed.skeleton import without_weights
 from open_po.errors import UserError, first_line
 from open_po.memory_plan import ModelBytes, PassBytes, TrainingShape, WeightBytes
+from open_po.model.activations import checkpoint_gradients
 from open_po.model.attention import MissingSegments, count_calls
 from open_po.model.ledger import Ledger
-from open_po.model.load import apply_liger, checkpoint_gradients, model_settings
+from open_po.model.load import apply_liger, model_settings
 from open_po.model.lora import attach_lora
+from open_po.model.mlp_tiles import tile_mlps
 from open_po.model.numerics import Numerics
 from open_po.model.rehearsed_four_bit import FourBitLinear, keep_in_four_bits
 from open_po.model.repeated_layers import RepeatedLayers, with_layers
+from open_po.model.saved_tensors import SavedTensors
 from open_po.model.scorer import Scorer
 from open_po.model.stand_in import GPU, as_on_cuda
 from open_po.packing import Group, PackedBatch, group_pairs, pack, pack_responses
@@ -173,13 +176,15 @@ class Rehearsal:
         """With what training adds to a model."""
         shape, layers = self.shape, scorer.decoder_layers()
         if shape.checkpoint_every:
-            checkpoint_gradients(scorer)
-            for number, layer in enumerate(layers):
-                layer.gradient_checkpointing = number % shape.checkpoint_every == 0  # type: ignore[assignment]
+            checkpoint_gradients(scorer, shape.checkpoint_every)
         if shape.four_bit:
             keep_in_four_bits(layers, self.numerics.compute_dtype)
         if self.config.use_lora:
             attach_lora(scorer, self.config)
+        if self.config.mlp_tile_tokens is not None:
+            tile_mlps(scorer, self.config.mlp_tile_tokens)
+        if shape.compute != shape.weight and shape.checkpoint_every != 1 and not shape.offload_activations:
+            scorer.saving = SavedTensors(drop_casts=True, offload=None)
         scorer.use_layout(shape.layout)
         if layers and shape.layout != "rows" and shape.short_last_layer:
             scorer.shorten_last_layer(layers[-1])

@@ -170,7 +170,7 @@ def make_trainer(
     start = start_or_resume(config, runtime, data.train, policy.engine, identity, folder, Observers(observers).needs)
     progress = start.state.progress
     planner = _planner(data.train, scorer, loss, SMALLEST, with_rejected=loss.needs_rejected)
-    tokens = settle_budget(config, runtime, scorer, planner, loss, start, data.pad)
+    tokens = settle_budget(config, runtime, scorer, planner, loss, start, data)
     config = _settled(config, tokens, reference)
     runtime.on_main(folder.note, config)
     resumed = progress.step if start.resumed else None

@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from open_po.config import RunConfig
+from open_po.data.run_data import Data
 from open_po.distributed.engine import Engine, trained
 from open_po.distributed.runtime import Runtime
 from open_po.errors import is_out_of_memory
 from open_po.losses import LossMix
 from open_po.model.memory import free_memory_bytes, release_memory
+from open_po.model.run_plan import plan_of_run
 from open_po.model.scorer import Scorer
 from open_po.model.token_budget import (
     Demand,
@@ -34,7 +36,7 @@ from open_po.training.start import Start
 
 
 def settle_budget(
-    config: RunConfig, runtime: Runtime, scorer: Scorer, planner: Planner, loss: LossMix, start: Start, pad: int
+    config: RunConfig, runtime: Runtime, scorer: Scorer, planner: Planner, loss: LossMix, start: Start, data: Data
 ) -> int:
     """`max_tokens_per_batch` of the run, as a number; all ranks call this.
 
@@ -47,7 +49,7 @@ def settle_budget(
         return progress.max_tokens
     tokens = asked
     if tokens == "auto":
-        found = _find(config, runtime, scorer, planner, loss, start, pad)
+        found = _find(config, runtime, scorer, planner, loss, start, data)
         runtime.say(found.describe("max_tokens_per_batch"))
         tokens = found.tokens
     progress.max_tokens, progress.max_tokens_asked = tokens, asked
@@ -55,21 +57,29 @@ def settle_budget(
 
 
 def _find(
-    config: RunConfig, runtime: Runtime, scorer: Scorer, planner: Planner, loss: LossMix, start: Start, pad: int
+    config: RunConfig, runtime: Runtime, scorer: Scorer, planner: Planner, loss: LossMix, start: Start, data: Data
 ) -> TokenBudget:
     engine, lengths = start.state.engine, planner.pair_tokens()
     demand = _demand(lengths, planner, start, runtime)
+    planned = runtime.from_main(lambda: _planned(config, runtime, data))
+    if planned is not None:
+        return filling_budget(demand, planned, runtime)
     room = free_memory_bytes(runtime.device, runtime.local_world_size) - _to_come(config, engine, runtime)
     fits = tokens_that_fill(room, scorer, trains=True)
-    if runtime.device.type == "cuda":
+    if runtime.device.type == "cuda":  # an engine, or a model, that no plan is made for
         return filling_budget(demand, fits, runtime)
     book = budget_book(Path(config.reference.reference_cache_dir), "training", scorer, demand)
     if not engine.can_discard:
         return measured_budget(demand, None, fits, book, runtime)
     steps = range(min(2, start.sampler.steps_per_epoch))
     first = [pair for step in steps for pair in start.sampler.step_pairs(step)]
-    with StepTrial(scorer, engine, planner, loss, first, pad, runtime) as trial:
+    with StepTrial(scorer, engine, planner, loss, first, data.pad, runtime) as trial:
         return measured_budget(demand, trial, fits, book, runtime)
+
+
+def _planned(config: RunConfig, runtime: Runtime, data: Data) -> int | None:
+    plan = plan_of_run(config, runtime, data)
+    return None if plan is None else plan.shape.max_tokens
 
 
 def _demand(lengths: NDArray[np.int64], planner: Planner, start: Start, runtime: Runtime) -> Demand:

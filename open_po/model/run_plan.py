@@ -1,0 +1,54 @@
+"""The memory plan of a run that has begun, whose data and ranks are known."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from open_po.config import RunConfig
+from open_po.data.run_data import Data
+from open_po.distributed.runtime import Runtime
+from open_po.errors import UserError
+from open_po.memory_plan import CONTEXT_BYTES, MemoryPlan
+from open_po.memory_plan.shape import ENGINES
+from open_po.model.planning import filling, plan_memory, training_shape
+
+USABLE = 0.97  # of a card's memory; the rest is the driver's
+_known: dict[str, MemoryPlan | None] = {}  # that this process has made: a plan takes seconds
+
+
+def plan_of_run(config: RunConfig, runtime: Runtime, data: Data) -> MemoryPlan | None:
+    """The plan of this run, its typical pair the mean one of the data; None where none can be made.
+
+    Budgets that are `auto` are those that fill the card. On a GPU alone: on a CPU a small run would be over before its
+    plan is made.
+    """
+    engine = next((name for name in ENGINES if name == runtime.parallelism.kind), None)
+    if runtime.device.type != "cuda" or engine is None:
+        return None
+    pairs = data.train
+    prompt = max(1, round(float(pairs.prompt_lengths.mean())))
+    response = max(1, round(float((pairs.chosen_lengths + pairs.rejected_lengths).mean()) / 2))
+    key = f"{config.to_yaml()} {engine} {runtime.world_size} {prompt} {response}"
+    if key not in _known:
+        shape = dataclasses.replace(training_shape(config, "cuda"), prompt_tokens=prompt, response_tokens=response)
+        ranks = torch.cuda.device_count() if engine == "layers" else runtime.world_size
+        try:
+            plan = plan_memory(config, "cuda", engine=engine, ranks=ranks, card=card_bytes(runtime), shape=shape)
+            _known[key] = filling(plan, config, _room(runtime))
+        except UserError:  # of a model whose code asks tensors for values; training goes on without a plan
+            _known[key] = None
+    return _known[key]
+
+
+def card_bytes(runtime: Runtime) -> float:
+    """The memory of this rank's GPU."""
+    return float(torch.cuda.get_device_properties(runtime.device).total_memory)
+
+
+def _room(runtime: Runtime) -> float:
+    """What this process may come to take of the card: what others have of it is not to be had."""
+    free, total = torch.cuda.mem_get_info(runtime.device)
+    mine = torch.cuda.memory_reserved(runtime.device) + CONTEXT_BYTES["cuda"]
+    return USABLE * total - max(0.0, total - free - mine)
