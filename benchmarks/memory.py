@@ -23,11 +23,11 @@ from typing import Any
 
 from open_po.config import RunConfig, load_config
 from open_po.memory_plan import MemoryPlan
+from open_po.model.planning import USABLE, plan_memory
 
 RESULTS = Path(__file__).parent / "results" / "memory.md"
 ROW, TOKENS, PAIRS = 2048, 4096, 2
 CARDS = (24, 48, 80, 141)
-USABLE = 0.97  # of a card's memory; the rest is the driver's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Mode:
     trl: dict[str, Any] = field(default_factory=dict)
 
 
-BF16 = {"weights_dtype": "bfloat16"}
+BF16 = {"weights_dtype": "bfloat16", "grad_dtype": "bfloat16"}
 LORA = {"use_lora": True, "lora_rank": 64, "gradient_checkpointing": True}
 MODES = (
     Mode(
@@ -137,8 +137,6 @@ def words(folder: Path, mode: Mode) -> list[str]:
 
 
 def plan(folder: Path, mode: Mode) -> MemoryPlan:
-    from open_po.model.planning import plan_memory
-
     config: RunConfig = load_config(words(folder, mode))
     return plan_memory(config, "cuda")
 

@@ -71,6 +71,12 @@ def refuse_unwritable(out: Path) -> None:
         raise UserError(f"--out {out}: its folder cannot be made ({error.strerror})") from error
 
 
+def quiet_imports() -> None:
+    """Libraries do not tell, when they are imported, of kernels for other machines that they have none of here."""
+    for name in ("bitsandbytes", "liger_kernel"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def run_command(read: Callable[[], RunConfig], load: Callable[[], Job]) -> int:
     """Do the job that `load` imports with the configuration that `read` gives, on all ranks; returns the exit code.
 
@@ -80,8 +86,7 @@ def run_command(read: Callable[[], RunConfig], load: Callable[[], Job]) -> int:
         config = read()
     except ConfigError as error:
         return refused(error)
-    # Imported by other libraries, it advises, on some CPUs, of kernels that no run takes.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_imports()
     with _uncollected():
         job = load()
         from open_po.distributed.runtime import Runtime

@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from open_po.commands.command_line import CommandParser, refused
+from open_po.commands.command_line import CommandParser, quiet_imports, refused
 from open_po.config import load_config
 from open_po.errors import ConfigError, UserError
 
@@ -37,6 +37,7 @@ def main(words: Sequence[str]) -> int:
         config = load_config([*configs, *rest])
     except ConfigError as error:
         return refused(error)
+    quiet_imports()
     from open_po.commands.plan_memory import show
 
     try:

@@ -13,7 +13,7 @@ from open_po.memory_plan import EngineName, MemoryPlan
 from open_po.memory_plan.advice import Change, advice
 from open_po.memory_plan.shape import ENGINES
 from open_po.memory_plan.tables import advice_table, engines_table, plan_line
-from open_po.model.planning import DeviceType, plan_memory
+from open_po.model.planning import USABLE, DeviceType, filling, plan_memory, training_shape
 from open_po.output.console import make_console
 
 _DEFAULT_ROOM = 80e9
@@ -25,18 +25,21 @@ def show(config: RunConfig, arguments: argparse.Namespace) -> int:
     room: float = arguments.gpu_memory or _DEFAULT_ROOM
     ranks: int = arguments.gpus
     first = plan_memory(config, arguments.device, card=room)
-    plans: dict[str, MemoryPlan] = {engine: first.under(engine, ranks) for engine in _engines(config, ranks)}
+    usable = USABLE * room
+    plans: dict[str, MemoryPlan] = {
+        engine: filling(first.under(engine, ranks), config, usable) for engine in _engines(config, ranks)
+    }
     budgets = {name: plan.tokens_that_fill(room) for name, plan in plans.items()}
     console = make_console()
     console.print(_model_line(config, first))
-    title = f"{ranks} x {room / 1e9:,.0f} GB, packs of {first.shape.max_tokens:,} tokens"
-    console.print(engines_table(plans, room, budgets, title))
+    console.print(f"{ranks} x {room / 1e9:,.0f} GB", soft_wrap=True)
+    console.print(engines_table(plans, room, budgets))
     if any(plan.fits(room) for plan in plans.values()):
         return 0
     base = min(plans.values(), key=lambda plan: plan.peak)
 
     def replan(change: Change) -> MemoryPlan | None:
-        return _after(change, config, arguments.device, base.shape.engine, ranks, room)
+        return _after(change, config, arguments.device, base, room)
 
     found = advice(base, config.flat(), replan, ranks)
     console.print(advice_table(found, room))
@@ -63,9 +66,8 @@ def _engines(config: RunConfig, ranks: int) -> tuple[EngineName, ...]:
     return tuple(sorted((name for name in ENGINES if name != "single"), key=lambda name: name != wanted))
 
 
-def _after(
-    change: Change, config: RunConfig, device: DeviceType, engine: EngineName, ranks: int, room: float
-) -> MemoryPlan | None:
+def _after(change: Change, config: RunConfig, device: DeviceType, base: MemoryPlan, room: float) -> MemoryPlan | None:
+    """The plan with a change, of packs as large as those of `base`."""
     sections: dict[str, dict[str, object]] = {}
     for name, value in change.fields.items():
         sections.setdefault(FIELDS[name].section, {})[name] = value
@@ -75,9 +77,12 @@ def _after(
     changed = dataclasses.replace(
         config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
     )
-    engine = next((name for name in ENGINES if name == change.fields.get("parallel")), engine)
+    engine = next((name for name in ENGINES if name == change.fields.get("parallel")), base.shape.engine)
     try:
-        return plan_memory(changed, device, engine=engine, ranks=ranks, card=room)
+        shape = dataclasses.replace(training_shape(changed, device), reference_tokens=base.shape.reference_tokens)
+        if "max_tokens_per_batch" not in change.fields:
+            shape = dataclasses.replace(shape, max_tokens=base.shape.max_tokens)
+        return plan_memory(changed, device, engine=engine, ranks=base.shape.ranks, card=room, shape=shape)
     except (UserError, KeyError):  # an optimizer that this version does not have
         return None
 

@@ -29,9 +29,9 @@ def gigabytes(size: float) -> str:
     return "-" if size < 5e6 else f"{size / 1e9:,.2f}" if size < 1e10 else f"{size / 1e9:,.1f}"
 
 
-def engines_table(plans: dict[str, MemoryPlan], room: float, budgets: dict[str, int], title: str) -> Table:
+def engines_table(plans: dict[str, MemoryPlan], room: float, budgets: dict[str, int]) -> Table:
     """A column for each engine, a row for each part: GB on the GPU that holds most."""
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("GB, predicted", overflow="fold")
     for name in plans:
         table.add_column(name, justify="right", no_wrap=True)
@@ -47,7 +47,8 @@ def engines_table(plans: dict[str, MemoryPlan], room: float, budgets: dict[str, 
     table.add_section()
     fit = ["[green]yes[/]" if plan.fits(room) else "[red]no[/]" for plan in plans.values()]
     table.add_row(f"fits {room / 1e9:,.0f} GB", *fit)
-    table.add_row("budget that fills", *(f"{budgets[name]:,}" if budgets[name] else "-" for name in plans))
+    table.add_row("tokens of a pack", *(f"{plan.shape.max_tokens:,}" for plan in plans.values()))
+    table.add_row("as many would fill it", *(f"{budgets[name]:,}" if budgets[name] else "-" for name in plans))
     return table
 
 

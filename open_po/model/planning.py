@@ -19,6 +19,7 @@ from open_po.model_files import policy_source, reference_source
 from open_po.optimizers import OPTIMIZERS
 
 DeviceType = Literal["cuda", "cpu"]
+USABLE = 0.97  # of a card's memory; the rest is the driver's
 _MOST_SCORED = 2**16  # more were never faster, and are a loss when memory runs out
 _SCORED = {"cuda": 4, "cpu": 1}  # by how much a pass that keeps no activations may have more tokens than one that does
 

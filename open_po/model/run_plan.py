@@ -12,9 +12,8 @@ from open_po.distributed.runtime import Runtime
 from open_po.errors import UserError
 from open_po.memory_plan import CONTEXT_BYTES, MemoryPlan
 from open_po.memory_plan.shape import ENGINES
-from open_po.model.planning import filling, plan_memory, training_shape
+from open_po.model.planning import USABLE, filling, plan_memory, training_shape
 
-USABLE = 0.97  # of a card's memory; the rest is the driver's
 _known: dict[str, MemoryPlan | None] = {}  # that this process has made: a plan takes seconds
 
 

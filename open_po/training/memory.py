@@ -7,6 +7,7 @@ from open_po.data.run_data import Data
 from open_po.distributed.runtime import Runtime
 from open_po.memory_plan import MemoryPlan
 from open_po.memory_plan.tables import engines_table, plan_line
+from open_po.model.planning import USABLE
 from open_po.model.run_plan import card_bytes, plan_of_run
 
 
@@ -16,7 +17,6 @@ def tell_plan(config: RunConfig, runtime: Runtime, data: Data) -> MemoryPlan | N
     if plan is not None:
         room = card_bytes(runtime)
         engine = plan.shape.engine
-        title = f"Memory plan, {plan.shape.max_tokens:,} tokens a pack"
-        runtime.console.print(engines_table({engine: plan}, room, {engine: plan.tokens_that_fill(room)}, title))
         runtime.say(plan_line(plan))
+        runtime.console.print(engines_table({engine: plan}, room, {engine: plan.tokens_that_fill(USABLE * room)}))
     return plan
