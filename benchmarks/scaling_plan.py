@@ -164,6 +164,7 @@ class Plan:
                 ranks=self.ranks,
                 optimizer=0.0 if engine.offload else 8.0,
                 gradient=0.0 if engine.offload else 4.0,
+                gradient_alone=0.0 if engine.offload else 4.0,
             ),
         )
         gradients = kept.gradients

@@ -126,6 +126,21 @@ def _is_filled(unit: nn.Module) -> None:
     """For a model that has its weights."""
 
 
+def _dress(scorer: Scorer, config: RunConfig, runtime: Runtime) -> None:
+    """Give a model what the run trains and how it keeps activations, before an engine spreads it."""
+    model = config.model
+    if config.loss.load_balancing_loss:
+        scorer.balance_experts()
+    if model.gradient_checkpointing:
+        checkpoint_gradients(scorer, model.gradient_checkpointing_every)
+    if model.use_lora:
+        if model.lora_start == "new":
+            attach_lora(scorer, model)
+        if runtime.parallelism.zero_stage == 3:  # its layers run their backward pass only if their input has one
+            scorer.base.enable_input_require_grads()
+    keep_activations(scorer, model)
+
+
 def load_policy(
     config: RunConfig, numerics: Numerics, runtime: Runtime, data: Data, make_optimizer: Callable[..., Optimizer]
 ) -> Policy:
@@ -136,7 +151,7 @@ def load_policy(
     """
 
     def load() -> Policy:
-        model, source = config.model, policy_source(config)
+        source = policy_source(config)
         fill: Fill = _is_filled
         kind = runtime.parallelism.kind
         if kind == "tp":
@@ -150,16 +165,7 @@ def load_policy(
         if numerics.four_bit:
             runtime.say(f"Policy: {four_bit.describe(scorer)}")
         check_fits(scorer, data)
-        if config.loss.load_balancing_loss:
-            scorer.balance_experts()
-        if model.gradient_checkpointing:
-            checkpoint_gradients(scorer, model.gradient_checkpointing_every)
-        if model.use_lora:
-            if model.lora_start == "new":
-                attach_lora(scorer, model)
-            if runtime.parallelism.zero_stage == 3:  # its layers run their backward pass only if their input has one
-                scorer.base.enable_input_require_grads()
-        keep_activations(scorer, model)
+        _dress(scorer, config, runtime)
         engine = make_engine(
             scorer,
             scorer.decoder_layers(),
@@ -170,7 +176,7 @@ def load_policy(
             head_weight=scorer.head().weight,
         )
         scorer.place(engine)
-        set_layout(scorer, data, model.prompt_sharing, "Policy", runtime)
+        set_layout(scorer, data, config.model.prompt_sharing, "Policy", runtime)
         refuse_rows(scorer)
         return Policy(scorer, engine)
 

@@ -295,7 +295,7 @@ def test_the_program_names_its_commands(capsys: Capture) -> None:
         shown = capsys.readouterr().out
         assert all(f"    {name} " in shown for name in ("cache", "score", "sweep"))
     assert program.main(["train"]) == 2
-    assert only_line(capsys).startswith("error: train: is no command; there are cache, inspect, score, sweep, watch, ")
+    assert only_line(capsys).startswith("error: train: is no command; there are cache, plan, inspect, score, ")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import nn
 import open_po.distributed.in_backward as in_backward
 import open_po.training.run as run
 from open_po.distributed.layers import LayersPlacement
-from open_po.model.load import checkpoint_gradients
+from open_po.model.activations import checkpoint_gradients
 from open_po.model.lora import attach_lora
 from tests import cli, scoring, tiny
 from tests.distributed import steps
@@ -169,7 +169,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         steps_seen += 1
         return gradient * math.inf if steps_seen == 3 else gradient
 
-    def make_optimizer(parameters: Any, config: Any) -> Any:
+    def make_optimizer(parameters: Any, config: Any, layers: Any) -> Any:
         parameters = list(parameters)
         parameters[0].register_hook(poison)
         return make(parameters, config)

@@ -11,7 +11,8 @@ import torch
 
 from open_po.config import load_config
 from open_po.data import PreferencePair
-from open_po.model.load import checkpoint_gradients, load_scorer
+from open_po.model.activations import checkpoint_gradients
+from open_po.model.load import load_scorer
 from open_po.model.lora import attach_lora
 from open_po.model.numerics import policy_numerics
 from open_po.model.planning import plan_memory
@@ -57,7 +58,7 @@ def test_the_predicted_peak_is_the_measured_one(name: str, tmp_path: Path) -> No
     plan = plan_memory(config, "cuda", card=float(torch.cuda.get_device_properties(GPU).total_memory))
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    scorer = load_scorer(policy_source(config), policy_numerics(config.model, GPU), GPU).train()
+    scorer = load_scorer(policy_source(config), policy_numerics(config, GPU), GPU).train()
     if config.model.gradient_checkpointing:
         checkpoint_gradients(scorer)
     if config.model.use_lora:

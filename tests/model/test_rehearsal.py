@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from open_po.config import RunConfig, load_config
 from open_po.data import PreferencePair
-from open_po.model.load import checkpoint_gradients, load_scorer
+from open_po.model.activations import checkpoint_gradients
+from open_po.model.load import load_scorer
 from open_po.model.lora import attach_lora
 from open_po.model.numerics import policy_numerics
 from open_po.model.planning import plan_memory, training_shape
@@ -67,7 +68,7 @@ def make(name: str, folder: Path) -> RunConfig:
 
 
 def real(config: RunConfig) -> Scorer:
-    scorer = load_scorer(policy_source(config), policy_numerics(config.model, CPU), CPU)
+    scorer = load_scorer(policy_source(config), policy_numerics(config, CPU), CPU)
     if config.model.gradient_checkpointing:
         checkpoint_gradients(scorer)
     if config.model.use_lora:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_map
 
-from open_po.distributed.engine import clip_and_step
+from open_po.distributed.update import clip_and_step
 from open_po.optimizers import COMPENSATION, OPTIMIZERS, Settings, compact
 from open_po.optimizers.compact import CompactAdamW
 
@@ -206,7 +206,8 @@ def test_a_loaded_state_goes_on_bit_for_bit(name: str, dtype: torch.dtype) -> No
     def run(optimizer: Optimizer, weights: nn.ParameterList, rates: LambdaLR, steps: range) -> None:
         for step in steps:
             give_gradients(weights, step)
-            clip_and_step(optimizer, 1.0)
+            gradients = {weight: weight.grad for weight in weights if weight.grad is not None}
+            clip_and_step(optimizer, 1.0, gradients)
             rates.step()
 
     whole = model(dtype)
@@ -314,7 +315,7 @@ def test_pieces_hold_every_number_once() -> None:
     for number, weight in enumerate(weights):
         weight.grad = torch.full_like(weight, number)
     for group in optimizer.param_groups:
-        pieces = list(optimizer._pieces(group["params"], 0))
+        pieces = list(optimizer._pieces(group["params"]))
         assert sum(piece.count for piece in pieces) == sum(weight.numel() for weight in group["params"])
         assert all(0 < piece.count <= 1024 for piece in pieces)
         for piece in pieces:

@@ -39,7 +39,8 @@ def assert_same_run(two: Path, one: Path, start: Path) -> None:
         for name, value in expected.items():
             if name.removeprefix("eval/") == "rewards/accuracy" and mine["training_step"] <= 2:
                 continue  # nothing has moved yet (the first step is taken at learning rate 0), so rounding decides
-            slack = 5e-5 if "rewards" in name else 1e-6
+            # Of 65,536 sampled weights one or two may be rounded to what they were.
+            slack = 5e-5 if "rewards" in name else 1e-4 if name == "optim/update_fraction" else 1e-6
             assert mine[name] == pytest.approx(value, rel=1e-5, abs=slack), (name, expected["training_step"])
     counts = [cli.summary(folder)["train"] for folder in (two, one)]
     assert all(counts[0][name] == counts[1][name] for name in ("steps", "pairs", "tokens", "response_tokens"))

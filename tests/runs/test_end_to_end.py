@@ -307,6 +307,7 @@ def test_the_summary_counts_what_was_done(finished: Path) -> None:
         "pairs": 24,
         "tokens": prompt + response,
         "response_tokens": response,
+        "max_tokens_per_batch": 1024,
         "layout": "shared",
     }
     assert (packing["packs"], packing["prompt_tokens_saved"]) == (6, 0.5)
@@ -322,6 +323,7 @@ def test_the_summary_counts_what_was_done(finished: Path) -> None:
         "pairs_reused": 0,
         "responses_computed": 58,
         "rows_verified": 0,
+        "max_tokens_per_batch": 1024,
     }
     assert 1e8 < content["peak_memory_bytes"] < 1e11
     assert content["versions"]["torch"] == importlib.metadata.version("torch")

@@ -270,7 +270,7 @@ def test_a_disk_that_is_full_in_the_reference_pass_keeps_what_was_computed(
 def test_a_disk_that_is_full_for_a_line_of_metrics(
     disk: Callable[[str], Path], llama: Path, pairs_file: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    run = disk("12k") / "run"
+    run = disk("16k") / "run"
     fields = {"per_device_train_batch_size": 1, "reference_cache_dir": tmp_path / "reference"}
     line = cli.failure(capsys, cli.arguments(llama, pairs_file, run, **fields))
     assert line == f"error: {run}/metrics.jsonl cannot be written (No space left on device); checkpoints are kept"
