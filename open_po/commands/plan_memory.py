@@ -7,6 +7,7 @@ import dataclasses
 
 from open_po.commands.place import Place
 from open_po.config import RunConfig
+from open_po.config.checks import contradictions
 from open_po.config.run_config import FIELDS
 from open_po.errors import UserError
 from open_po.memory_plan import EngineName, MemoryPlan
@@ -14,6 +15,7 @@ from open_po.memory_plan.advice import Change, advice
 from open_po.memory_plan.shape import ENGINES
 from open_po.memory_plan.tables import advice_table, engines_table, plan_line
 from open_po.model.planning import USABLE, DeviceType, filling, plan_memory, training_shape
+from open_po.optimizers import OPTIMIZERS
 from open_po.output.console import make_console
 
 _DEFAULT_ROOM = 80e9
@@ -29,7 +31,7 @@ def show(config: RunConfig, arguments: argparse.Namespace) -> int:
     plans: dict[str, MemoryPlan] = {
         engine: filling(first.under(engine, ranks), config, usable) for engine in _engines(config, ranks)
     }
-    budgets = {name: plan.tokens_that_fill(room) for name, plan in plans.items()}
+    budgets = {name: plan.tokens_that_fill(usable) for name, plan in plans.items()}
     console = make_console()
     console.print(_model_line(config, first))
     console.print(f"{ranks} x {room / 1e9:,.0f} GB", soft_wrap=True)
@@ -77,6 +79,10 @@ def _after(change: Change, config: RunConfig, device: DeviceType, base: MemoryPl
     changed = dataclasses.replace(
         config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
     )
+    if any(contradictions(changed)) or (
+        changed.distributed.offload_optimizer and not OPTIMIZERS[changed.train.optimizer].on_host
+    ):
+        return None
     engine = next((name for name in ENGINES if name == change.fields.get("parallel")), base.shape.engine)
     try:
         shape = dataclasses.replace(training_shape(changed, device), reference_tokens=base.shape.reference_tokens)

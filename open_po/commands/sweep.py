@@ -33,6 +33,7 @@ from open_po.commands.grid import FIGURES, NOT_STARTED, Run, flags, read_grid, s
 from open_po.commands.processes import Slots
 from open_po.config import FIELDS, RunConfig, load_config
 from open_po.errors import ConfigError, UserError, user_line
+from open_po.optimizers import OPTIMIZERS
 from open_po.output.console import make_console
 from open_po.output.curves import plot_settings
 from open_po.output.files import lock_folder, write_atomically
@@ -184,7 +185,9 @@ class Sweep:
             config = run.config
             if config.loss.mix().needs_reference:
                 model = replace(config.model, **_NO_LORA)
-                needs.setdefault(repr((model, config.data, config.reference)), []).append(run)
+                # Which decides what the policy's weights are kept in, and so its log-probs as its own reference.
+                coarse = OPTIMIZERS[config.train.optimizer].keeps_small_updates
+                needs.setdefault(repr((model, config.data, config.reference, coarse)), []).append(run)
         failed: list[Run] = []
         for number, group in enumerate(needs.values()):
             run = group[0]

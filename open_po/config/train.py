@@ -55,8 +55,8 @@ class TrainConfig:
     optimizer_in_backward: Switch = option(
         "auto",
         "on or off: in steps of one pack update each weight as soon as its gradient is complete, so that no more than "
-        "a few are ever held (one GPU, or parallel layers). The weights are the same. auto: where max_grad_norm is 0, "
-        "since clipping needs all gradients first",
+        "a few are ever held (one GPU, or parallel layers). The weights are the same, but for what optimizers round by "
+        "chance. auto: where max_grad_norm is 0, since clipping needs all gradients first",
         shapes_result=False,
     )
     num_epochs: int = option(1, "passes over the training data", above=0)

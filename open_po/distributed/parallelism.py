@@ -11,7 +11,7 @@ import torch
 
 from open_po.config import RunConfig, TrainConfig
 from open_po.distributed.deepspeed_file import read_deepspeed_file
-from open_po.errors import ConfigError
+from open_po.errors import ConfigError, UserError
 from open_po.optimizers import OPTIMIZERS
 
 Kind = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp", "layers", "tp"]
@@ -225,6 +225,12 @@ def _not_for_update(found: Parallelism, train: TrainConfig) -> Iterator[str]:
     if hosted and not OPTIMIZERS[train.optimizer].on_host:
         able = ", ".join(name for name, spec in OPTIMIZERS.items() if spec.on_host)
         yield f"offload_optimizer: updates float32 weights on the host by {able}, not by {train.optimizer}; use adamw"
+
+
+def refuse_contradictions(found: Parallelism, config: RunConfig) -> None:
+    """Raises UserError for fields that an engine, which memory has chosen, does not go with."""
+    if problems := list(_not_for(found, config)):
+        raise UserError(f"{'; '.join(problems)} (the model is too large for parallel ddp)")
 
 
 def _has_cuda() -> bool:

@@ -125,7 +125,8 @@ class MemoryPlan:
         if shape.no_reference:
             return {}
         # Before the policy is loaded, or with its weights, before there are gradients and states.
-        weights = shape.compute * self.model.whole.parameters if shape.separate_reference else self.model.whole.size
+        coarse = shape.separate_reference and not shape.four_bit
+        weights = shape.compute * self.model.whole.parameters if coarse else self.model.whole.size
         gathered = 0.0
         if shape.engine == "layers":
             weights = self.rank.weights

@@ -44,7 +44,9 @@ def gradient_bytes(shape: TrainingShape, trained: float, card: float | None) -> 
     """Of a trained weight's gradient, at the end of a step's passes."""
     if not shape.gradients_whole:
         return 0.0
-    if not shape.several_packs and shape.engine != "ddp":  # under which they always add up apart
+    if shape.engine == "ddp" and shape.gradient_alone == 4:  # buckets of float32 stay, several packs add up beside them
+        return 8.0 if shape.several_packs else 4.0
+    if not shape.several_packs and shape.engine != "ddp":  # under which bfloat16 weights' always add up apart
         return shape.gradient_alone
     cards = shape.ranks if shape.engine in ("fsdp", "layers") else 1
     small = shape.gradient_shrinks and card is not None
@@ -77,7 +79,8 @@ def rank_bytes(model: ModelBytes, shape: TrainingShape, *, card: float | None = 
             gathered=ZERO_BUCKET,
             host=host / n,
         )
-    reduced_once = shape.engine == "fsdp" and shape.several_packs and _fits_whole(whole.trained_size, card)
+    reduced_once = shape.engine == "fsdp" and shape.several_packs and gradient == 4
+    reduced_once = reduced_once and _fits_whole(4.0 * whole.trained, card)
     layer, around = model.largest_layer, model.around
     flight = gradient * around.trained
     return RankBytes(

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from open_po.config import RunConfig
 from open_po.distributed.make_engine import divide
+from open_po.distributed.parallelism import refuse_contradictions
 from open_po.distributed.runtime import Runtime
 from open_po.distributed.skeleton import broadcast, without_weights
 from open_po.errors import UserError, first_line
@@ -112,7 +113,7 @@ class HollowModel:
     def settle(self, config: RunConfig) -> Runtime:
         """The runtime with the engine for training where nobody asked for one: ddp if that fits, else fsdp.
 
-        All ranks call this.
+        All ranks call this. Raises UserError for fields that fsdp does not go with.
         """
         shape = training_shape(config, "cuda" if self.runtime.device.type == "cuda" else "cpu")
         # Of adapters, which are small, nothing is known yet.
@@ -123,6 +124,7 @@ class HollowModel:
             size=float(self.parameters * shape.weight),
             trained_size=float(trained * shape.weight),
         )
+        shape = dataclasses.replace(shape, engine="ddp", ranks=self.runtime.world_size)
         needed = rank_bytes(ModelBytes(layers=(), around=whole), shape).kept
         room = min(self.runtime.gather(self._room()))
         if needed <= _TRAINS * room:
@@ -132,6 +134,7 @@ class HollowModel:
             f"{room / 1e9:,.1f} GB"
         )
         parallelism = dataclasses.replace(self.runtime.parallelism, kind="fsdp", is_free=False)
+        refuse_contradictions(parallelism, config)
         return dataclasses.replace(self.runtime, parallelism=parallelism)
 
     def divided(self) -> Scorer:

@@ -55,6 +55,13 @@ def policy_numerics(config: RunConfig, device: torch.device) -> Numerics:
     ones: an update at a learning rate of 1e-7 is lost in bfloat16. Under adapters the weights do not train. Raises
     UserError as `frozen_numerics`, and for bfloat16 weights that are to compute in float32.
     """
+    found = _policy_numerics(config, device)
+    if config.train.grad_dtype == "bfloat16" and (config.model.use_lora or found.weights_dtype == torch.float32):
+        raise UserError("grad_dtype: bfloat16 is for bfloat16 weights, those that train are float32; leave it out")
+    return found
+
+
+def _policy_numerics(config: RunConfig, device: torch.device) -> Numerics:
     frozen = frozen_numerics(config.model, device)
     wanted = config.model.weights_dtype
     if config.model.use_lora:

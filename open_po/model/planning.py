@@ -90,9 +90,11 @@ def filling(plan: MemoryPlan, config: RunConfig, room: float) -> MemoryPlan:
     """The plan with what `auto` budgets are on a card where `room` bytes are to be filled."""
     shape = plan.shape
     # One pack holds no more than a step, and what a reference pass computes is not told by a configuration.
-    step = max(shape.pair_tokens, shape.pairs_of_rank * shape.pair_tokens)
+    step = shape.pairs_of_rank * shape.pair_tokens
     if config.train.max_tokens_per_batch == "auto":
-        tokens = min(step, max(SMALLEST, plan.tokens_that_fill(room)))
+        # First as one pack, which may take less than several: its gradients need not add up.
+        one = dataclasses.replace(plan, shape=dataclasses.replace(shape, max_tokens=step))
+        tokens = step if one.total <= room else min(step, max(SMALLEST, plan.tokens_that_fill(room)))
         shape = dataclasses.replace(shape, max_tokens=tokens)
     if config.reference.reference_max_tokens_per_batch == "auto":
         tokens = max(SMALLEST, plan.reference_tokens_that_fill(room))

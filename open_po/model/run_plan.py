@@ -35,7 +35,7 @@ def plan_of_run(config: RunConfig, runtime: Runtime, data: Data) -> MemoryPlan |
         ranks = torch.cuda.device_count() if engine == "layers" else runtime.world_size
         try:
             plan = plan_memory(config, "cuda", engine=engine, ranks=ranks, card=card_bytes(runtime), shape=shape)
-            _known[key] = filling(plan, config, _room(runtime))
+            _known[key] = filling(plan, config, room_of(runtime))
         except UserError:  # of a model whose code asks tensors for values; training goes on without a plan
             _known[key] = None
     return _known[key]
@@ -46,7 +46,7 @@ def card_bytes(runtime: Runtime) -> float:
     return float(torch.cuda.get_device_properties(runtime.device).total_memory)
 
 
-def _room(runtime: Runtime) -> float:
+def room_of(runtime: Runtime) -> float:
     """What this process may come to take of the card: what others have of it is not to be had."""
     free, total = torch.cuda.mem_get_info(runtime.device)
     mine = torch.cuda.memory_reserved(runtime.device) + CONTEXT_BYTES["cuda"]

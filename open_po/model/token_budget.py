@@ -110,7 +110,7 @@ def fastest(budgets: Sequence[int], trial: Trial, total: int) -> tuple[int, list
 
 
 class BudgetBook:
-    """Budgets that were measured, in a file of a folder, if that exists; each by what it is a budget for."""
+    """Budgets that were measured, in a file of a folder; each by what it is a budget for."""
 
     def __init__(self, folder: Path, what: dict[str, Any]) -> None:
         self.path = folder / "token_budgets.json"
@@ -127,9 +127,9 @@ class BudgetBook:
         if (known := self.read()) is not None:
             return known
         content = self._content() | {self._key: {"tokens": tokens, **self._what}}
-        if self.path.parent.is_dir():
-            with suppress(OSError):  # then it is measured again next time
-                write_atomically(self.path, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+        with suppress(OSError):  # then it is measured again next time
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
         return tokens
 
     def _content(self) -> dict[str, Any]:

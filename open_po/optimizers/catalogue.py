@@ -25,6 +25,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
             state_bytes=lambda weight: 3 * weight if weight == 2 else 2 * weight,
             decays=True,
             keeps_small_updates=True,
+            parallel=(*SHAPED, "tp"),  # DeepSpeed updates float32 copies of its own
         ),
         OptimizerSpec(
             name="adamw_sr",
@@ -33,6 +34,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
             state_bytes=lambda weight: 2 * weight,
             decays=True,
             keeps_small_updates=True,
+            parallel=(*SHAPED, "tp"),  # DeepSpeed updates float32 copies of its own
         ),
         OptimizerSpec(
             name="adamw_8bit",

@@ -119,8 +119,9 @@ def _train(
     by_itself = runtime.parallelism.kind == "tp"  # whose forward passes are of one pack on all ranks
     if divides and (by_itself or not is_divided(source, numerics, config.reference, runtime)):
         reference = log_probs_of(source, numerics, config, runtime, data, label="Policy as reference")
-    on_host = runtime.parallelism.offload_optimizer  # which updates float32 weights there
-    if not on_host and (line := lost_updates(config.train, numerics)):
+    # Adapters, and weights that are updated on the host, are float32.
+    exact = config.model.use_lora or runtime.parallelism.offload_optimizer
+    if not exact and (line := lost_updates(config.train, numerics)):
         runtime.say(line)
     policy = load_policy(config, numerics, runtime, data, partial(make_optimizer, config=config.train))
     if needs_reference and reference is None:

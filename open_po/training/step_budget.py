@@ -18,7 +18,7 @@ from open_po.distributed.runtime import Runtime
 from open_po.errors import is_out_of_memory
 from open_po.losses import LossMix
 from open_po.model.memory import free_memory_bytes, release_memory
-from open_po.model.run_plan import plan_of_run
+from open_po.model.run_plan import plan_of_run, room_of
 from open_po.model.scorer import Scorer
 from open_po.model.token_budget import (
     Demand,
@@ -78,8 +78,9 @@ def _find(
 
 
 def _planned(config: RunConfig, runtime: Runtime, data: Data) -> int | None:
+    """Tokens that fill the card, more than a step of mean length has where there is room for a longer one."""
     plan = plan_of_run(config, runtime, data)
-    return None if plan is None else plan.shape.max_tokens
+    return None if plan is None else max(plan.shape.max_tokens, plan.tokens_that_fill(room_of(runtime)))
 
 
 def _demand(lengths: NDArray[np.int64], planner: Planner, start: Start, runtime: Runtime) -> Demand:

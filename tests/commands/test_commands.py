@@ -332,6 +332,7 @@ def test_wrong_words_are_told_in_one_line(words: str, said: str, capsys: Capture
     assert only_line(capsys) == f"config error: {said}"
 
 
+@pytest.mark.slow
 def test_it_starts_as_a_module(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "open_po", "cache", "info", "--dir", str(tmp_path)],

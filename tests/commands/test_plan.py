@@ -74,6 +74,7 @@ def test_what_four_ranks_hold(engine: str, weights: float, gradients: float, opt
     )
 
 
+@pytest.mark.slow
 def test_a_plan_needs_no_weights_and_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "model"
     tiny.make_model(folder, num_hidden_layers=4)

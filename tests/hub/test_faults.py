@@ -307,6 +307,7 @@ def test_of_all_checkpoints_none_is_lost_to_a_failure(hub: Hub, llama: Path, pai
     assert_whole(hub, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_another_run_under_the_same_names_leaves_its_own_models(
     hub: Hub, llama: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
@@ -323,6 +324,7 @@ def test_another_run_under_the_same_names_leaves_its_own_models(
     )
 
 
+@pytest.mark.slow
 def test_a_copy_elsewhere_is_not_the_runs_own_upload(
     hub: Hub, llama: Path, pairs_file: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -116,6 +116,7 @@ def test_names_that_nobody_has_given(hub: Hub, llama: Path, pairs_file: Path, tm
     assert not list(output.glob("checkpoints/*/model"))
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoint_goes_next_and_none_is_removed_under_way(
     hub: Hub, llama: Path, pairs_file: Path, tmp_path: Path
 ) -> None:

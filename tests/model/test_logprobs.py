@@ -211,6 +211,7 @@ def grows_with_tokens_times_vocabulary(function: Callable[..., Tensor]) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
     assert not grows_with_tokens_times_vocabulary(lambda *a: fused_logprobs(*a, use_liger=False))
 

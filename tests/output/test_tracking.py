@@ -268,6 +268,7 @@ def test_wandb_receives_every_metric_and_the_configuration(llama: Path, pairs_fi
         assert {name: received[step][name] for name in line} == line
 
 
+@pytest.mark.slow
 def test_trackers_are_not_imported_unless_asked_for(llama: Path, pairs_file: Path, tmp_path: Path) -> None:
     """In a process that has not imported them yet."""
     words = cli.arguments(llama, pairs_file, tmp_path / "run", max_train_steps=1)

@@ -53,7 +53,7 @@ def assert_same_run(two: Path, one: Path, start: Path) -> None:
     [
         {"loss_type": "dpo", "max_tokens_per_batch": 1, "eval_steps": 2, "logging_steps": 2},
         {"loss_type": "dpo_norm", "gradient_checkpointing": True},
-        {"loss_type": "sft", "optimizer": "rmsprop"},
+        pytest.param({"loss_type": "sft", "optimizer": "rmsprop"}, marks=pytest.mark.slow),
         {"use_lora": True, "lora_rank": 4, "learning_rate": 1e-2, "max_grad_norm": 0.1},
     ],
     ids=["dpo", "dpo_norm", "sft", "lora"],
@@ -100,7 +100,13 @@ def delay(method: str) -> None:
     setattr(ReferenceStore, method, late)
 
 
-@pytest.mark.parametrize("fields", [{}, {"use_lora": True, "lora_dropout": 0.3, "learning_rate": 1e-2}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"use_lora": True, "lora_dropout": 0.3, "learning_rate": 1e-2},
+    ],
+)
 def test_two_killed_ranks_resume_bit_for_bit(
     fields: dict[str, Any],
     llama: Path,

@@ -224,7 +224,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_keeps_the_ones_before(
     assert "Resuming from" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("size", range(488, 768, 80))
+@pytest.mark.parametrize("size", [568, 728, *(pytest.param(size, marks=pytest.mark.slow) for size in (488, 648))])
 def test_a_disk_that_is_full_at_the_end_keeps_the_checkpoint(
     size: int, disk: Callable[[str], Path], llama: Path, pairs_file: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -276,7 +276,7 @@ def test_a_disk_that_is_full_for_a_line_of_metrics(
     assert line == f"error: {run}/metrics.jsonl cannot be written (No space left on device); checkpoints are kept"
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
+@pytest.mark.parametrize("damage", ["cut", *(pytest.param(how, marks=pytest.mark.slow) for how in ("empty", "noise"))])
 def test_damaged_reference_log_probs(
     damage: str, llama: Path, pairs_file: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -379,6 +379,7 @@ def test_ctrl_c_keeps_the_checkpoints(
     assert resumes_to(expected, words)
 
 
+@pytest.mark.slow
 def test_the_script_tells_faults_in_one_line_too(pairs_file: Path, tmp_path: Path) -> None:
     """The whole process, with what libraries print while it starts and ends."""
     words = cli.arguments(tmp_path / "nowhere", pairs_file, tmp_path / "run")
@@ -403,6 +404,7 @@ def test_the_summary_says_running_while_it_runs(
     assert seen == 6 * ["running"]
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_any_more_ends_the_run(llama: Path, pairs_file: Path, tmp_path: Path) -> None:
     words = cli.arguments(llama, pairs_file, tmp_path / "run")
     reader, writer = os.pipe()

@@ -142,6 +142,7 @@ def fractions(folder: Path) -> list[float]:
     return [step["optim/update_fraction"] for step in cli.steps(folder)]
 
 
+@pytest.mark.slow
 def test_the_share_of_weights_that_change(llama: Path, pairs: Path, tmp_path: Path) -> None:
     """Of all of them, by comparing checkpoints; a tiny model is sampled as a whole."""
     fields = FIELDS | {"learning_rate": 1e-6, "lr_scheduler_type": "constant", "checkpointing_steps": 1}

@@ -32,7 +32,7 @@ def signals_in_step(number: int, *signals: signal.Signals) -> None:
     StepGradients.backward = signalled  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
     name: str, llama: Path, pairs_file: Path, tmp_path: Path, capfd: Capture
 ) -> None:

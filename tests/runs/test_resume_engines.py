@@ -94,7 +94,10 @@ def test_killed_ranks_resume(engine: str, fields: dict[str, Any], llama: Path, p
     assert_each_pair_once_an_epoch(notes)
 
 
-@pytest.mark.parametrize(("engine", "ranks"), [(None, 1), pytest.param("ddp", 2, marks=pytest.mark.slow), ("fsdp", 2)])
+@pytest.mark.parametrize(
+    ("engine", "ranks"),
+    [(None, 1), pytest.param("ddp", 2, marks=pytest.mark.slow), pytest.param("fsdp", 2, marks=pytest.mark.slow)],
+)
 def test_checkpoints_written_while_training_goes_on(
     engine: str | None, ranks: int, llama: Path, pairs: Path, tmp_path: Path
 ) -> None:

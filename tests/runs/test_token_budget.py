@@ -46,6 +46,7 @@ def small_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_budget, "_OF_SHORT", 100.0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_budgets")
 def test_a_measurement_leaves_no_trace(
     llama: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
