@@ -58,8 +58,8 @@ def test_a_run_equals_a_plain_trainer(name: str, llama: Path, tmp_path: Path) ->
 # ------------------------------------------------------------------------------------- however eight pairs are cut up
 
 ONE_BATCH = {"per_device_train_batch_size": 8}
-# The reference is cut like the policy: where a loss has a kink at log-ratios of 0, as kto_pair's graph has, rounding of the
-# first step's zeros would decide on which side it is taken.
+# The reference is cut like the policy: where a loss has a kink at log-ratios of 0, as kto_pair's graph has, rounding
+# of the first step's zeros would decide on which side it is taken.
 CUTS: dict[str, dict[str, Any]] = {
     "8x1": {
         "per_device_train_batch_size": 1,
