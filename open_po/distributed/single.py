@@ -139,7 +139,8 @@ class SingleEngine(Engine):
             if value.dtype != parameters[name].dtype:
                 raise UserError(
                     f"resume_from_checkpoint {folder}: its weights are {_word(value)}, those that this run updates "
-                    f"{_word(parameters[name])}; set offload_optimizer as in the run that wrote it"
+                    f"{_word(parameters[name])}; set dtype, weights_dtype and offload_optimizer as in the run that "
+                    "wrote it"
                 )
         with torch.no_grad():
             for name, value in weights.items():
