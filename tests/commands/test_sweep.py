@@ -54,6 +54,7 @@ def test_the_folder_of_a_training_run_is_refused(words: list[str], tmp_path: Pat
     )
 
 
+@pytest.mark.slow
 def test_a_grid_that_never_begins_leaves_another_ones_table(words: list[str], tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "sweep.csv").write_text("mine\n")

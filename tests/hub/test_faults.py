@@ -343,6 +343,7 @@ def test_a_copy_elsewhere_is_not_the_runs_own_upload(
     assert "needs --hf_repo_id" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_is_complete_on_the_hub_is_not_trained_again(
     hub: Hub, llama: Path, pairs_file: Path, tmp_path: Path, capsys: Capture
 ) -> None:

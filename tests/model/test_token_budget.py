@@ -116,7 +116,7 @@ def test_what_was_measured_counts_from_then_on(tmp_path: Path, alone: Runtime) -
         assert len(json.loads((tmp_path / "token_budgets.json").read_text())) == 1
     elsewhere = BudgetBook(tmp_path / "missing", {})
     assert elsewhere.keep(1024) == 1024
-    assert not (tmp_path / "missing").exists()
+    assert elsewhere.read() == 1024, "a folder is made for it"
 
 
 def test_without_a_measurement(alone: Runtime) -> None:

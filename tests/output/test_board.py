@@ -156,9 +156,9 @@ def test_a_full_disk_is_told_once_and_ends_nothing(full: Path, console: Output) 
         "see its phases"
     ]
     assert [line.split(":")[0] for line in lines if "board.json" not in line] == ["Training", "Evaluation"]
-    assert [item.name for item in full.iterdir()] == ["filler"]
     (full / "filler").unlink()
     console.board.close()
+    assert [item.name for item in full.iterdir()] == ["board.json"], "nothing half-written stays"
     assert [phase["done"] for phase in phases(path)] == [3, 0]
 
 

@@ -410,6 +410,7 @@ def test_every_rank_has_a_pack(llama: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
+@pytest.mark.slow
 def test_a_separate_reference_model_gives_its_memory_back(tmp_path: Path) -> None:
     """80% of its weights' bytes, between the end of its pass and the loading of the policy: 190 MB here."""
     sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 6}

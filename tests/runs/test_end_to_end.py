@@ -388,6 +388,7 @@ def pixels(path: Path, colour: tuple[int, int, int]) -> int:
 BLUE, RED = (31, 119, 180), (214, 39, 40)
 
 
+@pytest.mark.slow
 def test_curves_are_drawn_for_runs_of_any_length(llama: Path, eight_pairs: Path, tmp_path: Path) -> None:
     for name, fields in {
         "one": {"max_train_steps": 1},

@@ -152,6 +152,7 @@ def test_a_process_of_its_own_killed_and_resumed(whole: Any, tmp_path: Path) -> 
 # -------------------------------------------------------------------------------------------------------------- resumed
 
 
+@pytest.mark.slow
 def test_from_a_checkpoint_by_its_path_into_a_new_folder(whole: Any, tmp_path: Path) -> None:
     expected = whole("lora")
     checkpoint = expected.folder / "checkpoints" / "step_000006"
