@@ -148,7 +148,7 @@ def test_a_checkpoint_has_the_float32_weights(llama: Path, tmp_path: Path) -> No
     assert cli.equal(second._updated(), first._updated())
     assert cli.equal(dict(other.named_parameters()), dict(scorer.named_parameters()))
     without = steps.engine_of(scoring.load(llama, steps.BFLOAT16), steps.rules())
-    with pytest.raises(UserError, match="its weights are float32, those that this run updates bfloat16; set offload_o"):
+    with pytest.raises(UserError, match="its weights are float32, those that this run updates bfloat16; set dtype, "):
         without.load(tmp_path)
 
 
