@@ -32,7 +32,7 @@ CARDS = (24, 48, 80, 141)
 
 @dataclass(frozen=True, kw_only=True)
 class Mode:
-    """A way to train, as fields of the configuration and as the facts of the plan that they stand for."""
+    """A way to train, as fields of the configuration."""
 
     name: str
     fields: dict[str, Any]

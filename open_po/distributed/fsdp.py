@@ -19,9 +19,7 @@ from open_po.distributed.engine import Fill, OptimizerMaker, Placement, trained
 from open_po.distributed.gradient_sums import GradientSums, dtype_of_sums, step_gradients
 from open_po.distributed.runtime import Runtime
 from open_po.distributed.update import UpdateRules, clip_and_step
-
-# Share of a GPU's memory that a whole gradient may take; a larger one is reduced after every pack, not once a step.
-_WHOLE_GRADIENT = 0.2
+from open_po.memory_plan import whole_gradients_fit
 
 
 class FsdpPlacement(Placement):
@@ -120,4 +118,4 @@ def _reduces_once(parameters: Sequence[nn.Parameter], dtype: torch.dtype | None,
     if device.type != "cuda":
         return True
     needed = sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in parameters)
-    return needed <= _WHOLE_GRADIENT * torch.cuda.get_device_properties(device).total_memory
+    return whole_gradients_fit(needed, torch.cuda.get_device_properties(device).total_memory)

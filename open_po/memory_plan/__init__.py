@@ -2,7 +2,7 @@
 
 from open_po.memory_plan.plan import CONTEXT_BYTES, FRAGMENTED, MemoryPlan, Passes
 from open_po.memory_plan.shape import EngineName, ModelBytes, PassBytes, TrainingShape, WeightBytes
-from open_po.memory_plan.states import RankBytes, float32_sums_fit, rank_bytes, share_out
+from open_po.memory_plan.states import RankBytes, float32_sums_fit, rank_bytes, share_out, whole_gradients_fit
 
 __all__ = [
     "CONTEXT_BYTES",
@@ -18,4 +18,5 @@ __all__ = [
     "float32_sums_fit",
     "rank_bytes",
     "share_out",
+    "whole_gradients_fit",
 ]

@@ -20,7 +20,6 @@ class Change:
     another_training: bool = False  # it trains something else than all weights
 
 
-# Of fields that a version does not have nothing is said.
 CHANGES = (
     Change(fields={"optimizer_in_backward": "on"}, slower=0.0, reason="the same work in another order"),
     Change(
@@ -88,9 +87,8 @@ def _smaller_packs(now: MemoryPlan) -> Iterator[Change]:
 
 
 def _open(changes: Iterable[Change], values: dict[str, Any], ranks: int) -> Iterator[Change]:
-    """Those that would change something, of fields that there are."""
+    """Those that would change something."""
     for change in changes:
-        known = all(name in values for name in change.fields)
-        possible = known and (ranks > 1 or not change.several_ranks)
+        possible = ranks > 1 or not change.several_ranks
         if possible and any(values[name] != value for name, value in change.fields.items()):
             yield change

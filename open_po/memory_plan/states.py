@@ -80,7 +80,7 @@ def rank_bytes(model: ModelBytes, shape: TrainingShape, *, card: float | None = 
             host=host / n,
         )
     reduced_once = shape.engine == "fsdp" and shape.several_packs and gradient == 4
-    reduced_once = reduced_once and _fits_whole(4.0 * whole.trained, card)
+    reduced_once = reduced_once and (card is None or whole_gradients_fit(4.0 * whole.trained, card))
     layer, around = model.largest_layer, model.around
     flight = gradient * around.trained
     return RankBytes(
@@ -94,8 +94,9 @@ def rank_bytes(model: ModelBytes, shape: TrainingShape, *, card: float | None = 
     )
 
 
-def _fits_whole(size: float, card: float | None) -> bool:
-    return card is None or size <= _WHOLE_GRADIENT * card
+def whole_gradients_fit(size: float, card: float) -> bool:
+    """Whether fsdp adds gradients of `size` bytes up over packs, whole, before it reduces them."""
+    return size <= _WHOLE_GRADIENT * card
 
 
 def _dealt_out(model: ModelBytes, shape: TrainingShape, card: float | None) -> list[RankBytes]:

@@ -35,10 +35,26 @@ def plan_of_run(config: RunConfig, runtime: Runtime, data: Data) -> MemoryPlan |
         ranks = torch.cuda.device_count() if engine == "layers" else runtime.world_size
         try:
             plan = plan_memory(config, "cuda", engine=engine, ranks=ranks, card=card_bytes(runtime), shape=shape)
-            _known[key] = filling(plan, config, room_of(runtime))
+            _known[key] = filling(plan, config, _room(runtime))
         except UserError:  # of a model whose code asks tensors for values; training goes on without a plan
             _known[key] = None
     return _known[key]
+
+
+def planned_tokens(config: RunConfig, runtime: Runtime, data: Data, *, trains: bool) -> int | None:
+    """Tokens of a pass that fill the card by the plan, rank 0's for all ranks; None where there is none.
+
+    In training they are more than a step of mean length has, where there is room for a longer one.
+    """
+
+    def tokens() -> int | None:
+        plan = plan_of_run(config, runtime, data)
+        if plan is None:
+            return None
+        shape = plan.shape
+        return max(shape.max_tokens, plan.tokens_that_fill(_room(runtime))) if trains else shape.reference_tokens
+
+    return runtime.from_main(tokens)
 
 
 def card_bytes(runtime: Runtime) -> float:
@@ -46,7 +62,7 @@ def card_bytes(runtime: Runtime) -> float:
     return float(torch.cuda.get_device_properties(runtime.device).total_memory)
 
 
-def room_of(runtime: Runtime) -> float:
+def _room(runtime: Runtime) -> float:
     """What this process may come to take of the card: what others have of it is not to be had."""
     free, total = torch.cuda.mem_get_info(runtime.device)
     mine = torch.cuda.memory_reserved(runtime.device) + CONTEXT_BYTES["cuda"]

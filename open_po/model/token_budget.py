@@ -189,7 +189,7 @@ def filling_budget(demand: Demand, fits: int, runtime: Runtime) -> TokenBudget:
     return TokenBudget(most, "which hold all there is") if most <= fits else TokenBudget(fits, "what fits in memory")
 
 
-def tokens_that_fill(room_bytes: int, scorer: Scorer, *, trains: bool) -> int:
+def roughly_filling(room_bytes: int, scorer: Scorer, *, trains: bool) -> int:
     """Tokens of a pass whose tensors fill so many bytes: a rule of thumb by the sizes of a decoder's layers.
 
     Of each token a layer keeps for the backward pass about sixteen tensors of the model's width and four of its MLP's;

@@ -15,7 +15,7 @@ from open_po.data.run_data import Data
 from open_po.distributed.runtime import Runtime
 from open_po.errors import is_out_of_memory
 from open_po.model.memory import free_memory_bytes, release_memory
-from open_po.model.run_plan import plan_of_run
+from open_po.model.run_plan import planned_tokens
 from open_po.model.scorer import Scorer
 from open_po.model.token_budget import (
     Demand,
@@ -23,7 +23,7 @@ from open_po.model.token_budget import (
     budget_book,
     filling_budget,
     measured_budget,
-    tokens_that_fill,
+    roughly_filling,
 )
 from open_po.packing import PromptUnit, Response, ResponsePlanner
 from open_po.reference.store import ReferenceStore
@@ -49,10 +49,10 @@ def settle_pass_tokens(config: RunConfig, runtime: Runtime, scorer: Scorer, stor
         pair=math.ceil(pairs.mean()),
         longest=max(part.longest_row for part in data.parts),
     )
-    fits = runtime.from_main(lambda: _planned(config, runtime, data))
+    fits = planned_tokens(config, runtime, data, trains=False)
     if fits is None:  # on a CPU, or of a model or engine that no plan is made for
         room = free_memory_bytes(runtime.device, runtime.local_world_size)
-        fits = tokens_that_fill(room, scorer, trains=False)
+        fits = roughly_filling(room, scorer, trains=False)
     book = budget_book(Path(config.reference.reference_cache_dir), "reference", scorer, demand)
     if runtime.device.type == "cuda":
         found = filling_budget(demand, fits, runtime)
@@ -62,11 +62,6 @@ def settle_pass_tokens(config: RunConfig, runtime: Runtime, scorer: Scorer, stor
         found = measured_budget(demand, trial, fits, book, runtime)
     runtime.say(found.describe("reference_max_tokens_per_batch"))
     return found.tokens
-
-
-def _planned(config: RunConfig, runtime: Runtime, data: Data) -> int | None:
-    plan = plan_of_run(config, runtime, data)
-    return None if plan is None else plan.shape.reference_tokens
 
 
 def _tokens(part: PairDataset) -> np.ndarray:

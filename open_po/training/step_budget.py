@@ -18,7 +18,7 @@ from open_po.distributed.runtime import Runtime
 from open_po.errors import is_out_of_memory
 from open_po.losses import LossMix
 from open_po.model.memory import free_memory_bytes, release_memory
-from open_po.model.run_plan import plan_of_run, room_of
+from open_po.model.run_plan import planned_tokens
 from open_po.model.scorer import Scorer
 from open_po.model.token_budget import (
     Demand,
@@ -27,7 +27,7 @@ from open_po.model.token_budget import (
     budget_book,
     filling_budget,
     measured_budget,
-    tokens_that_fill,
+    roughly_filling,
 )
 from open_po.optimizers import OPTIMIZERS
 from open_po.packing import Planner
@@ -61,11 +61,11 @@ def _find(
 ) -> TokenBudget:
     engine, lengths = start.state.engine, planner.pair_tokens()
     demand = _demand(lengths, planner, start, runtime)
-    planned = runtime.from_main(lambda: _planned(config, runtime, data))
+    planned = planned_tokens(config, runtime, data, trains=True)
     if planned is not None:
         return filling_budget(demand, planned, runtime)
     room = free_memory_bytes(runtime.device, runtime.local_world_size) - _to_come(config, engine, runtime)
-    fits = tokens_that_fill(room, scorer, trains=True)
+    fits = roughly_filling(room, scorer, trains=True)
     if runtime.device.type == "cuda":  # an engine, or a model, that no plan is made for
         return filling_budget(demand, fits, runtime)
     book = budget_book(Path(config.reference.reference_cache_dir), "training", scorer, demand)
@@ -75,12 +75,6 @@ def _find(
     first = [pair for step in steps for pair in start.sampler.step_pairs(step)]
     with StepTrial(scorer, engine, planner, loss, first, data.pad, runtime) as trial:
         return measured_budget(demand, trial, fits, book, runtime)
-
-
-def _planned(config: RunConfig, runtime: Runtime, data: Data) -> int | None:
-    """Tokens that fill the card, more than a step of mean length has where there is room for a longer one."""
-    plan = plan_of_run(config, runtime, data)
-    return None if plan is None else max(plan.shape.max_tokens, plan.tokens_that_fill(room_of(runtime)))
 
 
 def _demand(lengths: NDArray[np.int64], planner: Planner, start: Start, runtime: Runtime) -> Demand:
