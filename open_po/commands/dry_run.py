@@ -92,13 +92,13 @@ def _command(variables: dict[str, object], words: Sequence[str]) -> str:
 def _steps(config: RunConfig, place: Place, given: int | None) -> str:
     """The number of steps, or what it hangs on where the data are not at hand."""
     train, batch = config.train, _global_batch(config, place)
-    counted = [given] if given is not None else [_rows(part) for part in config.data.mixture]
+    counted = [given] if given is not None else [_rows(part) for part in config.data.training_mixture]
     known = [count for count in counted if count is not None]
     formula = f"{train.num_epochs} x ceil(pairs / {batch})"
     if len(known) < len(counted):
         if train.max_train_steps is not None:
             return f"{train.max_train_steps} at most (max_train_steps), else {formula}"
-        unknown = [part.name for part in config.data.mixture if _rows(part) is None]
+        unknown = [part.dataset for part in config.data.training_mixture if _rows(part) is None]
         example = train.num_epochs * math.ceil(_EXAMPLE_PAIRS / batch)
         return (
             f"{formula}; the pairs of {', '.join(unknown)} are not counted here, give them with --pairs N (for example "
@@ -117,7 +117,7 @@ def _rows(part: MixturePart) -> int | None:
     """Rows that a part of the mixture takes; None if that takes more than counting lines."""
     if isinstance(part.amount, int):
         return part.amount
-    path = Path(part.name).expanduser()
+    path = Path(part.dataset).expanduser()
     if path.suffix.lower() != ".jsonl" or not path.is_file() or part.split != "train":
         return None
     with open(path, "rb") as file:

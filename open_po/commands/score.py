@@ -65,8 +65,11 @@ _INSTEAD = {
     "model_name_or_path": "--model",
     "mixer_list": "--data",
     "dataset_mixer": "--data",
+    "mixture": "--data",
     "eval_mixer_list": "--data",
     "eval_mixer_list_splits": "--data",
+    "eval_mixer_list_configs": "--data",
+    "eval_mixture": "--data",
     "reference_model_name_or_path": "--reference",
 }
 

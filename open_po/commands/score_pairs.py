@@ -51,7 +51,7 @@ def score(config: RunConfig, runtime: Runtime, out: Path, beta: float) -> None:
 
 def _check(out: Path, config: RunConfig) -> None:
     """Raises UserError, before anything takes long, if `out` cannot be, or is a file that is read."""
-    read = {Path(part.name).resolve() for part in config.data.mixture}
+    read = {Path(part.dataset).resolve() for part in config.data.training_mixture}
     if out.resolve() in read:
         raise UserError(f"--out {out}: is the data that is scored; choose another file")
     refuse_unwritable(out)

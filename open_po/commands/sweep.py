@@ -96,7 +96,7 @@ class Sweep:
                 configs.append(load_config([*words, *flags(setting)]))
             except ConfigError as error:
                 problems |= dict.fromkeys(error.problems)
-        if not problems and configs[0].data.eval_mixer_list is None:
+        if not problems and not configs[0].data.held_out_mixture:
             problems["eval_mixer_list: is required, a sweep compares runs on held-out data"] = None
         if not problems and any(config.output.push_to_hub for config in configs):
             problems["push_to_hub: runs of a sweep would overwrite each other's model; upload the best by hand"] = None
@@ -167,7 +167,7 @@ class Sweep:
                 free = set() if path in mine else {*run.setting, *re.findall(r"(?:^|,)(\w+)=", path.name)}
                 if "loss_type" in free:  # it sets others
                     free |= {name for name, field in FIELDS.items() if field.section == "loss"}
-                held_out = ("eval_mixer_list", "eval_mixer_list_splits")
+                held_out = [name for name in FIELDS if name.startswith("eval_mix")]
                 changed = isinstance(theirs, dict) and changed_fields(theirs, run.config, free=free, more=held_out)
                 if changed:
                     raise UserError(

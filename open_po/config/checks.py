@@ -77,11 +77,17 @@ def _lacking(values: dict[str, Any], *sections: str) -> Iterator[str]:
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
-    words: list[str] | None = data.mixer_list  # not resolved yet
-    if words is not None and data.dataset_mixer is not None:
-        yield "dataset_mixer: contradicts mixer_list; give the training data once"
-    if words is None and not data.dataset_mixer:
-        yield "mixer_list: is required, the training data (or dataset_mixer in YAML)"
+    forms = [name for name in ("mixer_list", "dataset_mixer", "mixture") if getattr(data, name) is not None]
+    for other in forms[1:]:
+        yield f"{other}: contradicts {forms[0]}; give the training data once"
+    if not forms:
+        yield "mixer_list: is required, the training data (or dataset_mixer or mixture in YAML)"
+    for typed in ("", "eval_"):
+        for name in (f"{typed}mixer_list_splits", f"{typed}mixer_list_configs"):
+            if getattr(data, f"{typed}mixture") is not None and getattr(data, name) not in (None, ["train"]):
+                yield f"{name}: belongs to {typed}mixer_list; in {typed}mixture each entry has its own"
+    if data.eval_mixer_list is not None and data.eval_mixture is not None:
+        yield "eval_mixture: contradicts eval_mixer_list; give the held-out data once"
     if data.max_seq_length == 1:
         yield "max_seq_length: must be at least 2, a token of the prompt and one of the response"
     if data.max_prompt_length is not None and data.max_prompt_length >= data.max_seq_length:
@@ -89,8 +95,8 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
             f"max_prompt_length: {data.max_prompt_length} leaves no room for a response in "
             f"max_seq_length {data.max_seq_length}"
         )
-    if words is not None or data.dataset_mixer:
-        yield from _mixture_problems(lambda: _with_training_list(data).mixture)
+    if forms:
+        yield from _mixture_problems(lambda: _with_training_list(data).training_mixture)
     yield from _mixture_problems(lambda: data.held_out_mixture)
 
 
@@ -98,13 +104,12 @@ def _mixture_problems(read: Callable[[], object]) -> Iterator[str]:
     try:
         read()
     except ValueError as error:
-        yield str(error)
+        yield from str(error).splitlines()
 
 
 def _with_training_list(data: DataConfig) -> DataConfig:
-    """The training mixture as a flat list, whichever of the two fields gave it."""
-    words: list[str] | None = data.mixer_list
-    if words is not None or not data.dataset_mixer:
+    """`dataset_mixer` as the flat list that it stands for."""
+    if data.mixer_list is not None or not data.dataset_mixer:
         return data
     words = [word for name, amount in data.dataset_mixer.items() for word in (name, amount)]
     return dataclasses.replace(data, mixer_list=words, dataset_mixer=None)
@@ -231,6 +236,8 @@ def _expand_home(section: Section) -> Section:
     def expand(value: Any) -> Any:
         if isinstance(value, list):
             return [expand(item) for item in value]
+        if isinstance(value, dict):
+            return {key: expand(item) for key, item in value.items()}
         return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
     values = {f.name: expand(getattr(section, f.name)) for f in dataclasses.fields(section)}

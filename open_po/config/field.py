@@ -28,8 +28,9 @@ def option(
 
     `derived`: where it is left out, `resolve` fills it in from other fields, so its type has no None; one that `needs`
     a field which is off stays None, and nothing reads it then. `above`, `not_negative`, `below`: the range of a number.
-    `needs`: the field without which this one means nothing, with what to say of it. `shapes_result=False`: changing it
-    between a run and its resumption is allowed. `scores`: whether `score` reads it; default by section.
+    `needs`: the field, or fields (`a or b`), without which this one means nothing, with what to say of it.
+    `shapes_result=False`: changing it between a run and its resumption is allowed. `scores`: whether `score` reads it;
+    default by section.
     """
     about = About(
         text=text,
@@ -95,7 +96,9 @@ class Field:
     def lacks(self, values: dict[str, Any]) -> Iterator[str]:
         """A line if it is given among `values`, those of all fields, without the field that it needs."""
         value, about = values[self.name], self.about
-        if about.needs is not None and value != self.default and not values[about.needs.split(",")[0]]:
+        if about.needs is None or value == self.default:
+            return
+        if not any(values[name] for name in about.needs.split(",")[0].split(" or ")):
             yield f"{self.name}: needs {about.needs}"
 
 

@@ -1,33 +1,72 @@
-"""A mixture of data sets, as it is written in `mixer_list`."""
+"""A mixture of data sets: as mappings in `mixture`, or as words in `mixer_list`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+
+_MOST_REPEATS = 100  # above, a fraction is a count that somebody wrote with a decimal point
 
 
-class MixturePart(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class MixturePart:
     """What a mixture takes of one data set."""
 
-    name: str
-    amount: int | float  # a count of rows, or a fraction of them
+    dataset: str  # a file or a Hub name
+    amount: int | float = 1.0  # a count of rows, or a fraction of them; above 1 rows are repeated
     split: str = "train"
+    configuration: str | None = None  # of a Hub data set that has several
+    format: str | None = None  # a name of open_po/data/formats, or MODULE:FUNCTION; by its columns if left out
+    prompt_template: str | None = None  # of the prompt's text, with {column}
 
 
-def parse_mixture(items: Sequence[str], splits: Sequence[str], field: str = "mixer_list") -> list[MixturePart]:
-    """`["a", "0.5", "b", "1000"]` and their split or splits as parts. Raises ValueError with one line."""
+_KEYS = tuple(field.name for field in fields(MixturePart))
+
+
+def parse_mixture(
+    items: Sequence[str], splits: Sequence[str], configs: Sequence[str | None] = (None,), field: str = "mixer_list"
+) -> list[MixturePart]:
+    """`["a", "0.5", "b", "1000"]`, their splits and configurations as parts. Raises ValueError with one line."""
     if not items or len(items) % 2:
         raise ValueError(f"{field}: needs NAME AMOUNT pairs, got {' '.join(items) or 'nothing'}")
     names, amounts = items[::2], items[1::2]
-    if len(splits) not in (1, len(names)):
-        raise ValueError(
-            f"{field}_splits: gives {len(splits)} splits for {len(names)} datasets; give one, or one for each"
-        )
-    each = list(splits) * len(names) if len(splits) == 1 else splits
+    for kind, given in (("splits", splits), ("configs", configs)):
+        if len(given) not in (1, len(names)):
+            raise ValueError(
+                f"{field}_{kind}: gives {len(given)} {kind} for {len(names)} datasets; give one, or one for each"
+            )
     return [
-        MixturePart(name, _amount(name, text, field), split)
-        for name, text, split in zip(names, amounts, each, strict=True)
+        MixturePart(
+            dataset=name,
+            amount=_amount(name, text, field),
+            split=splits[i % len(splits)],
+            configuration=configs[i % len(configs)],
+        )
+        for i, (name, text) in enumerate(zip(names, amounts, strict=True))
     ]
+
+
+def typed_mixture(entries: Sequence[Mapping[str, str]], field: str = "mixture") -> list[MixturePart]:
+    """Entries of `mixture` as parts. Raises ValueError with one line per problem."""
+    problems: list[str] = []
+    parts: list[MixturePart] = []
+    for number, entry in enumerate(entries, start=1):
+        if unknown := [key for key in entry if key not in _KEYS]:
+            close = get_close_matches(unknown[0], _KEYS, n=1)
+            advice = f"did you mean {close[0]}?" if close else f"known: {', '.join(_KEYS)}"
+            problems.append(f"{field}: entry {number} has the unknown key {unknown[0]}; {advice}")
+        elif "dataset" not in entry:
+            problems.append(f"{field}: entry {number} has no dataset, a file or a Hub name")
+        else:
+            try:
+                amount = _amount(entry["dataset"], entry.get("amount", "1.0"), field)
+                parts.append(MixturePart(**{**entry, "amount": amount}))  # type: ignore[arg-type]
+            except ValueError as error:
+                problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return parts
 
 
 def _amount(name: str, text: str, field: str) -> int | float:
@@ -35,8 +74,11 @@ def _amount(name: str, text: str, field: str) -> int | float:
         amount: int | float = int(text) if text.isdigit() else float(text)
     except ValueError:
         raise ValueError(f"{field}: amount {text!r} of {name} is neither a fraction (0.5) nor a count (1000)") from None
-    if isinstance(amount, float) and not 0 < amount <= 1:
-        raise ValueError(f"{field}: fraction {text} of {name} must lie in (0, 1]; a count of rows has no decimal point")
+    if isinstance(amount, float) and not 0 < amount <= _MOST_REPEATS:
+        raise ValueError(
+            f"{field}: fraction {text} of {name} must lie in (0, {_MOST_REPEATS}], above 1 rows are repeated; a count "
+            "of rows has no decimal point"
+        )
     if amount == 0:
         raise ValueError(f"{field}: amount 0 of {name} takes no rows")
     return amount

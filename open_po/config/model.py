@@ -25,6 +25,8 @@ class ModelConfig:
     model_name_or_path: str = option("", "policy: a local folder or a Hub name")
     model_revision: str | None = option(None, "Hub branch, tag or commit of the policy")
     tokenizer_name: str | None = option(None, "tokenizer, if it is not the policy's")
+    tokenizer_revision: str | None = option(None, "Hub branch, tag or commit of tokenizer_name", needs="tokenizer_name")
+    use_slow_tokenizer: bool = option(False, "the tokenizer's Python implementation, where it has one")
     chat_template_name: str | None = option(
         None, "chat template to use and save: 'tulu' or a .jinja file; default: the tokenizer's own"
     )

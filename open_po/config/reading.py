@@ -43,6 +43,17 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|fal
 _SPOKEN = {"yes": True, "on": True, "no": False, "off": False}  # what YAML 1.1 also takes for a boolean
 
 
+# Fields that say the same in other words, each with what belongs to it.
+_DATA_FORMS: tuple[set[str], ...] = (
+    {"mixer_list", "dataset_mixer", "mixture"},
+    {"eval_mixer_list", "eval_mixture"},
+)
+_TYPED = {  # which leaves behind what belongs to the other form
+    "mixture": ("mixer_list_splits", "mixer_list_configs"),
+    "eval_mixture": ("eval_mixer_list_splits", "eval_mixer_list_configs"),
+}
+
+
 class _Words(list[str]):
     """The words behind a flag, not yet read as its field's type."""
 
@@ -108,9 +119,12 @@ def _read_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]
 
 
 def _layered(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """`values` with those of a later file, or the flags, over them. Training data is replaced in whichever form."""
-    forms = {"mixer_list", "dataset_mixer"}
-    replaced = forms if forms & set(later) else set()
+    """`values` with those of a later file, or the flags, over them. Data is replaced in whichever form it was given."""
+    replaced: set[str] = set()
+    for forms in _DATA_FORMS:
+        replaced |= forms if forms & set(later) else set()
+    for typed, own in _TYPED.items():
+        replaced |= set(own) if typed in later else set()
     return {name: value for name, value in values.items() if name not in replaced} | later
 
 
@@ -177,11 +191,12 @@ def _read_words(words: _Words, hint: Any) -> Any:
     if words == ["null"]:
         return None
     takes_one = any(_accepts(hint, kind) for kind in (str, float, bool))
-    if _accepts(hint, list) and (len(words) > 1 or not takes_one):
+    of_mappings = any(typing.get_origin(item) is dict for kind in _alternatives(hint) for item in typing.get_args(kind))
+    if _accepts(hint, list) and not of_mappings and (len(words) > 1 or not takes_one):
         return list(words)
     if len(words) > 1:
         raise ValueError(f"takes one value, got {' '.join(words)}")
-    if _accepts(hint, bool) or _accepts(hint, dict):
+    if _accepts(hint, bool) or _accepts(hint, dict) or of_mappings:
         try:
             return yaml.load(words[0], _Loader)
         except (yaml.YAMLError, ValueError):
@@ -240,6 +255,7 @@ def _describe(hint: Any) -> str:
             (item, *_) = typing.get_args(alternative)
             choices = typing.get_args(item) if typing.get_origin(item) is Literal else ()
             words = "a list of words" if _accepts(item, str) else f"a list with {_describe(item)} for each loss"
+            words = "a list of mappings" if typing.get_origin(item) is dict else words
             parts.append(f"a list of {', '.join(choices)}" if choices else words)
         elif typing.get_origin(alternative) is dict:
             parts.append("a mapping of names to numbers")

@@ -40,6 +40,9 @@ class TrainConfig:
         "linear", "linear, cosine, constant or constant_with_warmup"
     )
     warmup_ratio: float = option(0.1, "share of the steps in which the learning rate rises", not_negative=True, below=1)
+    warmup_steps: int | None = option(
+        None, "steps in which the learning rate rises, instead of warmup_ratio", not_negative=True
+    )
     weight_decay: float = option(
         0.0,
         "decoupled weight decay of adamw, its variants, adafactor and muon; not on norms and biases",
@@ -73,7 +76,7 @@ class TrainConfig:
         None,
         "evaluate every so many steps, besides before the first and after the last",
         above=0,
-        needs="eval_mixer_list, the held-out data",
+        needs="eval_mixer_list or eval_mixture, the held-out data",
         shapes_result=False,
     )
     sample_during_eval: int = option(
@@ -81,7 +84,7 @@ class TrainConfig:
         "at each evaluation, answer so many held-out prompts greedily, the same every time: console, samples.jsonl, "
         "trackers. Where ranks divide the weights, these are gathered for every token: slow for large models",
         not_negative=True,
-        needs="eval_mixer_list, the held-out data",
+        needs="eval_mixer_list or eval_mixture, the held-out data",
         shapes_result=False,
     )
     sample_max_new_tokens: int = option(

@@ -170,7 +170,7 @@ def load_pairs(
             left_out.setdefault(reason, []).append(origin)
     kept = [index for index, reason in enumerate(reasons) if not reason]
     if not kept:
-        words = " ".join(f"{part.name} {part.amount}" for part in mixture)
+        words = " ".join(f"{part.dataset} {part.amount}" for part in mixture)
         counts = ", ".join(f"{len(where)} {reason}" for reason, where in left_out.items())
         raise UserError(f"{words}: none of {len(origins)} rows can train ({counts})")
     trainable = rows.select(kept)

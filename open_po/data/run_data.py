@@ -45,7 +45,7 @@ def load_data(config: RunConfig, console: Console) -> Data:
     truncation = Truncation(data.max_seq_length, data.max_prompt_length)
     workers = data.preprocessing_num_workers
     train = load_pairs(
-        data.mixture,
+        data.training_mixture,
         tokenizer,
         truncation,
         max_rows=data.max_train_samples,

@@ -60,7 +60,8 @@ def load_mixture(mixture: Sequence[MixturePart], max_rows: int | None = None) ->
     UserError for what cannot be read.
     """
     parts: list[SourceRows] = []
-    for name, amount, split in mixture:
+    for wanted in mixture:
+        name, amount, split = wanted.dataset, wanted.amount, wanted.split
         part = _load(name, split)
         available = len(part.rows)
         count = amount if isinstance(amount, int) else max(1, round(amount * available))

@@ -64,7 +64,7 @@ def card_metadata(facts: CardFacts, records: Sequence[Metrics], place: Place) ->
     tags = ["open_po", *(["preference-optimization"] if mix.needs_rejected else [])]
     tags += [name for name in config.loss.names if name in LOSSES]
     tags += ["lora"] * config.model.use_lora + ["qlora"] * config.model.use_qlora
-    mixture = dict.fromkeys(part.name for part in config.data.mixture)
+    mixture = dict.fromkeys(part.dataset for part in config.data.training_mixture)
     license: dict[str, Any] = dict(facts.base.license)
     return ModelCardData(
         base_model=facts.base.hub_name,
@@ -84,8 +84,8 @@ def eval_results(facts: CardFacts, records: Sequence[Metrics]) -> list[EvalResul
     parts = facts.config.data.held_out_mixture
     if last is None or not parts:
         return []
-    names = list(dict.fromkeys(facts.data_name(part.name) for part in parts))
-    from_hub = len(parts) == 1 and parts[0].name in facts.hub_datasets
+    names = list(dict.fromkeys(facts.data_name(part.dataset) for part in parts))
+    from_hub = len(parts) == 1 and parts[0].dataset in facts.hub_datasets
     return [
         EvalResult(
             task_type="text-generation",

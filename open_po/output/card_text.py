@@ -36,7 +36,7 @@ _FIGURES = {
     REJECTED_LOGPS: "log-prob of a rejected response",
 }
 # Told elsewhere on the card.
-_NO_SETTINGS = ("model_name_or_path", "mixer_list", "mixer_list_splits", "reference_model_name_or_path")
+_NO_SETTINGS = ("model_name_or_path", "mixer_list", "mixer_list_splits", "mixture", "reference_model_name_or_path")
 
 
 def card_text(facts: CardFacts, records: Sequence[Metrics], place: Place) -> str:
@@ -167,11 +167,11 @@ def _data(facts: CardFacts) -> str:
     data = facts.config.data
     rows = []
     for part_of, mixture, totals in (
-        ("training", data.mixture, facts.result.data),
+        ("training", data.training_mixture, facts.result.data),
         ("held out", data.held_out_mixture, facts.held_out),
     ):
         for name, pairs in totals.by_source.items() if totals is not None else ():
-            parts = [part for part in mixture if part.name == name]
+            parts = [part for part in mixture if part.dataset == name]
             asked = ", ".join(_amount(part.amount) for part in parts)
             splits = ", ".join(part.split for part in parts)
             shown = markdown.code(facts.data_name(name))

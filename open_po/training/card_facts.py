@@ -32,7 +32,7 @@ def card_facts(
 ) -> CardFacts:
     """The facts for the card of the model as it is now; `words` are those of the run's command line."""
     config, runtime = trainer.config, trainer.runtime
-    mixture = [*config.data.mixture, *config.data.held_out_mixture]
+    names = {part.dataset for part in (*config.data.training_mixture, *config.data.held_out_mixture)}
     other = reference_source(config)
     repository, revision = trainer.folder.hub_branch()
     started_from = policy_source(config)
@@ -44,7 +44,9 @@ def card_facts(
         held_out=None if data.held_out is None else data.held_out.totals(),
         base=base_model(started_from),
         adapters_on=None if beneath is None else (_name(beneath), beneath.revision),
-        hub_datasets={part.name for part in mixture if not is_data_file(part.name) and _may_be_hub_name(part.name)},
+        hub_datasets={
+            part.dataset for part in mixture if not is_data_file(part.dataset) and _may_be_hub_name(part.dataset)
+        },
         reference_name=None if other is None else _name(other),
         reference_key=None if reference is None else reference.store.folder.name,
         steps=trainer.steps,

@@ -286,12 +286,14 @@ def test_wrong_types_on_the_command_line(flags: list[str], message: str) -> None
             "mixer_list: amount 'b' of a is neither a fraction (0.5) nor a count (1000)",
         ),
         (
-            "--mixer_list a 1.5",
-            "mixer_list: fraction 1.5 of a must lie in (0, 1]; a count of rows has no decimal point",
+            "--mixer_list a 1000.0",
+            "mixer_list: fraction 1000.0 of a must lie in (0, 100], above 1 rows are repeated; a count of rows has no "
+            "decimal point",
         ),
         (
             "--mixer_list a -3",
-            "mixer_list: fraction -3 of a must lie in (0, 1]; a count of rows has no decimal point",
+            "mixer_list: fraction -3 of a must lie in (0, 100], above 1 rows are repeated; a count of rows has no "
+            "decimal point",
         ),
         ("--mixer_list a 0", "mixer_list: amount 0 of a takes no rows"),
         (
@@ -306,8 +308,8 @@ def test_wrong_types_on_the_command_line(flags: list[str], message: str) -> None
             "--eval_mixer_list a",
             "eval_mixer_list: needs NAME AMOUNT pairs, got a",
         ),
-        ("--eval_mixer_list_splits test", "eval_mixer_list_splits: needs eval_mixer_list, the held-out data"),
-        ("--eval_steps 5", "eval_steps: needs eval_mixer_list, the held-out data"),
+        ("--eval_mixer_list_splits test", "eval_mixer_list_splits: needs eval_mixer_list"),
+        ("--eval_steps 5", "eval_steps: needs eval_mixer_list or eval_mixture, the held-out data"),
         ("--loss_type dpp", "loss_type 'dpp' is unknown; did you mean dpo?"),
         ("--loss_type zzz", f"loss_type 'zzz' is unknown; known: {', '.join(LOSSES)}"),
         ("--gamma 1", f"loss_type dpo takes no gamma; it takes {DPO}"),
@@ -482,7 +484,7 @@ def test_dataset_mixer_is_mixer_list_in_another_form(write: Callable[..., str]) 
     data = load_config([path]).data
     assert data.mixer_list == ["a/b.jsonl", "0.5", "c", "1000", "d", "1.0", "e", "1e-3"]
     assert data.dataset_mixer is None
-    assert [part[:2] for part in data.mixture] == [("a/b.jsonl", 0.5), ("c", 1000), ("d", 1.0), ("e", 0.001)]
+    assert [part[:2] for part in data.training_mixture] == [("a/b.jsonl", 0.5), ("c", 1000), ("d", 1.0), ("e", 0.001)]
 
 
 # ---------------------------------------------------------------------------------------------------------- resolving
