@@ -44,9 +44,7 @@ def card_facts(
         held_out=None if data.held_out is None else data.held_out.totals(),
         base=base_model(started_from),
         adapters_on=None if beneath is None else (_name(beneath), beneath.revision),
-        hub_datasets={
-            part.dataset for part in mixture if not is_data_file(part.dataset) and _may_be_hub_name(part.dataset)
-        },
+        hub_datasets={name for name in names if not is_data_file(name) and _may_be_hub_name(name)},
         reference_name=None if other is None else _name(other),
         reference_key=None if reference is None else reference.store.folder.name,
         steps=trainer.steps,

@@ -484,7 +484,7 @@ def test_dataset_mixer_is_mixer_list_in_another_form(write: Callable[..., str]) 
     data = load_config([path]).data
     assert data.mixer_list == ["a/b.jsonl", "0.5", "c", "1000", "d", "1.0", "e", "1e-3"]
     assert data.dataset_mixer is None
-    assert [part[:2] for part in data.training_mixture] == [("a/b.jsonl", 0.5), ("c", 1000), ("d", 1.0), ("e", 0.001)]
+    assert [(part.dataset, part.amount) for part in data.training_mixture] == [("a/b.jsonl", 0.5), ("c", 1000), ("d", 1.0), ("e", 0.001)]
 
 
 # ---------------------------------------------------------------------------------------------------------- resolving
@@ -730,7 +730,7 @@ def test_every_field_is_read_outside_the_configuration() -> None:
     assert "loss" in reads  # config.loss.mix(): how the loss's fields are read, see the next test
     parameters = {f.name for f in dataclasses.fields(LossConfig)}
     resolved = {"dataset_mixer"}  # becomes mixer_list, see test_dataset_mixer_is_mixer_list_in_another_form
-    assert {"mixture", "held_out_mixture"} <= reads  # what the next four become, parsed
+    assert {"training_mixture", "held_out_mixture"} <= reads  # what the next four become, parsed
     resolved |= {"with_tracking"}  # becomes report_to
     resolved |= {"mixer_list", "mixer_list_splits", "eval_mixer_list", "eval_mixer_list_splits"}
     assert set(FIELDS) - reads - parameters - resolved == set()
