@@ -475,7 +475,13 @@ def test_a_mistyped_field_causes_no_second_complaint(flags: str, mistyped: list[
 
 def test_mixture_tells_fractions_from_counts() -> None:
     parts = parse_mixture(["a", "0.5", "b", "1000", "c", "1", "d", "1.0", "e", "1e-3"], ["train"])
-    assert [part[:2] for part in parts] == [("a", 0.5), ("b", 1000), ("c", 1), ("d", 1.0), ("e", 0.001)]
+    assert [(part.dataset, part.amount) for part in parts] == [
+        ("a", 0.5),
+        ("b", 1000),
+        ("c", 1),
+        ("d", 1.0),
+        ("e", 0.001),
+    ]
     assert [type(part.amount) for part in parts] == [float, int, int, float, float]
 
 
@@ -484,7 +490,45 @@ def test_dataset_mixer_is_mixer_list_in_another_form(write: Callable[..., str]) 
     data = load_config([path]).data
     assert data.mixer_list == ["a/b.jsonl", "0.5", "c", "1000", "d", "1.0", "e", "1e-3"]
     assert data.dataset_mixer is None
-    assert [(part.dataset, part.amount) for part in data.training_mixture] == [("a/b.jsonl", 0.5), ("c", 1000), ("d", 1.0), ("e", 0.001)]
+    amounts = {part.dataset: part.amount for part in data.training_mixture}
+    assert amounts == {"a/b.jsonl": 0.5, "c": 1000, "d": 1.0, "e": 0.001}
+
+
+def test_a_typed_mixture_says_more_of_each_part(write: Callable[..., str]) -> None:
+    path = write(
+        "model_name_or_path: m\nmixture:\n  - {dataset: ~/a.jsonl, amount: 0.5}\n"
+        "  - {dataset: o/x, configuration: c, split: 'train[:9]', format: hh, prompt_template: 'q {text}', amount: 7}\n"
+        "eval_mixture: [{dataset: b}]\neval_steps: 5\n"
+    )
+    config = load_config([path])
+    first, second = config.data.training_mixture
+    assert (first.dataset, first.amount, first.split) == (str(Path("~/a.jsonl").expanduser()), 0.5, "train")
+    assert (second.configuration, second.split, second.format) == ("c", "train[:9]", "hh")
+    assert (second.prompt_template, second.amount) == ("q {text}", 7)
+    assert [part.dataset for part in config.data.held_out_mixture] == ["b"]
+    assert load_config([write(config.to_yaml(), "again.yaml")]) == config
+    replaced = load_config([path, "--mixer_list", "c", "1", "--eval_mixer_list", "d", "1.0"]).data
+    assert [part.dataset for part in (*replaced.training_mixture, *replaced.held_out_mixture)] == ["c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[{dataset: a, amont: 2}]", "mixture: entry 1 has the unknown key amont; did you mean amount?"),
+        ("[{dataset: a}, {amount: 2}]", "mixture: entry 2 has no dataset, a file or a Hub name"),
+        ("[{dataset: a, amount: half}]", "mixture: amount 'half' of a is neither a fraction (0.5) nor a count (1000)"),
+        ("[a]", "mixture: expects a list of mappings, got ['a']"),
+        ("[{dataset: a}]\nmixer_list: [b, 1]", "mixture: contradicts mixer_list; give the training data once"),
+        (
+            "[{dataset: a}]\nmixer_list_splits: [test]",
+            "mixer_list_splits: belongs to mixer_list; in mixture each entry has its own",
+        ),
+    ],
+)
+def test_mistakes_in_a_typed_mixture(write: Callable[..., str], text: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config([write(f"model_name_or_path: m\nmixture: {text}\n")])
+    assert list(error.value.problems) == [problem]
 
 
 # ---------------------------------------------------------------------------------------------------------- resolving
@@ -619,6 +663,8 @@ NOT_SHAPING = {
     "max_tokens_per_batch",
     "optimizer_in_backward",
     "eval_mixer_list",
+    "eval_mixer_list_configs",
+    "eval_mixture",
     "eval_mixer_list_splits",
     "preprocessing_num_workers",
     "reference_cache_dir",
@@ -730,9 +776,10 @@ def test_every_field_is_read_outside_the_configuration() -> None:
     assert "loss" in reads  # config.loss.mix(): how the loss's fields are read, see the next test
     parameters = {f.name for f in dataclasses.fields(LossConfig)}
     resolved = {"dataset_mixer"}  # becomes mixer_list, see test_dataset_mixer_is_mixer_list_in_another_form
-    assert {"training_mixture", "held_out_mixture"} <= reads  # what the next four become, parsed
+    assert {"training_mixture", "held_out_mixture"} <= reads  # what the next ones become, parsed
     resolved |= {"with_tracking"}  # becomes report_to
-    resolved |= {"mixer_list", "mixer_list_splits", "eval_mixer_list", "eval_mixer_list_splits"}
+    forms = ("mixer_list", "mixer_list_splits", "mixer_list_configs", "mixture")
+    resolved |= {f"{held_out}{form}" for held_out in ("", "eval_") for form in forms}
     assert set(FIELDS) - reads - parameters - resolved == set()
 
 
@@ -756,7 +803,7 @@ def test_there_are_shipped_configurations() -> None:
 def test_shipped_configurations_parse(path: Path) -> None:
     content = yaml.safe_load(path.read_text()) or {}
     flags = [] if "model_name_or_path" in content else REQUIRED[:2]
-    if not {"mixer_list", "dataset_mixer"} & set(content):
+    if not {"mixer_list", "dataset_mixer", "mixture"} & set(content):
         flags += REQUIRED[2:]
     load_config([str(path), *flags])
 
