@@ -94,6 +94,8 @@ def run_command(read: Callable[[], RunConfig], load: Callable[[], Job]) -> int:
         runtime = Runtime.start(config.train.seed, config)
     except ConfigError as error:
         return refused(error)
+    for note in config.notes:
+        runtime.say(note)
     try:
         job(config, runtime)
     except (Exception, KeyboardInterrupt) as error:

@@ -1,4 +1,4 @@
-"""What a launch would do, in words and commands: its dry run."""
+"""What a run, or a launch, would do: dry runs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ from open_po.config import MixturePart, RunConfig
 _EXAMPLE_PAIRS = 100_000
 
 
+def resolved(config: RunConfig) -> str:
+    """The dry run of one process: the configuration with every field that has a value, which is itself a file of one.
+
+    What is to be told of it stands above, as comments.
+    """
+    notes = "".join(f"# {note}\n" for note in config.notes)
+    return f"# Dry run: what the run would be configured as. Nothing is started.\n{notes}{config.to_yaml()}".rstrip()
+
+
 def dry_run(config: RunConfig, words: Sequence[str], place: Place, pairs: int | None, restarts: int) -> str:
     """The text of a dry run: each node's command, a rank's, the engine, the batch and the steps."""
     lines = [
@@ -21,6 +30,8 @@ def dry_run(config: RunConfig, words: Sequence[str], place: Place, pairs: int | 
         f"Global batch: {_batch(config, place)}",
         f"Steps: {_steps(config, place, pairs)}",
         f"Tokens of a forward pass: {_tokens(config, place)}",
+        f"Configuration: {shlex.join(['python', 'dpo_tune_cache.py', *words, '--dry-run'])}",
+        *(f"Note: {note}" for note in config.notes),
         "",
     ]
     for node in range(place.nodes):
