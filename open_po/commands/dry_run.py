@@ -18,8 +18,14 @@ def resolved(config: RunConfig) -> str:
 
     What is to be told of it stands above, as comments.
     """
-    notes = "".join(f"# {note}\n" for note in config.notes)
-    return f"# Dry run: what the run would be configured as. Nothing is started.\n{notes}{config.to_yaml()}".rstrip()
+    train = config.train
+    pairs = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    lines = [
+        "Dry run: what the run would be configured as. Nothing is started.",
+        f"Global batch: {pairs} pairs on one process, {4 * pairs} on 4, {8 * pairs} on 8",
+        *config.notes,
+    ]
+    return "".join(f"# {line}\n" for line in lines) + config.to_yaml().rstrip()
 
 
 def dry_run(config: RunConfig, words: Sequence[str], place: Place, pairs: int | None, restarts: int) -> str:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from open_po.commands import train
 from open_po.config import FIELDS, LossConfig, RunConfig, load_config, parse_mixture
+from open_po.config.aliases import ALIASES
 from open_po.config.loss import LOSS_PARAMETERS
 from open_po.distributed.runtime import Runtime
 from open_po.errors import ConfigError
@@ -156,6 +157,39 @@ def test_of_a_repeated_flag_the_last_wins() -> None:
     assert parse("--seed", "1", "--seed", "2").train.seed == 2
 
 
+def test_several_files_give_a_run_its_name(write: Callable[..., str]) -> None:
+    """As overlays do; one file, or a name that is given, does not."""
+    first, second = write("seed: 1\n", "gemma-2-2b.yaml"), write("seed: 2\n", "sum.yaml")
+    output = load_config([first, second, *REQUIRED]).output
+    assert (output.exp_name, output.output_dir) == ("gemma-2-2b_sum", "output/gemma-2-2b_sum")
+    assert load_config([first, *REQUIRED]).output.exp_name == "dpo_tune_cache"
+    assert load_config([first, second, *REQUIRED, "--exp_name", "mine"]).output.exp_name == "mine"
+    assert load_config([write("exp_name: its\n", "third.yaml"), second, *REQUIRED]).output.exp_name == "its"
+
+
+def test_a_file_changes_those_that_it_is_based_on(write: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    write("seed: 1\nbeta: 0.2\nmixer_list: [a, 1.0]\nnum_epochs: 4\n", "deep/first.yaml")
+    write("based_on: first.yaml\nseed: 2\n", "deep/second.yaml")  # seen from its own folder
+    write("seed: 3\nwarmup_ratio: 0.3\n", "third.yaml")
+    path = write("based_on: [deep/second.yaml, third.yaml]\nbeta: 0.4\nmixture: [{dataset: b}]\n")
+    config = load_config([path, "--model_name_or_path", "m", "--num_epochs", "5"])
+    assert (config.train.seed, config.train.warmup_ratio, config.loss.beta, config.train.num_epochs) == (3, 0.3, 0.4, 5)
+    assert [part.dataset for part in config.data.training_mixture] == ["b"]
+    assert load_config([str(tmp_path / "deep" / "second.yaml"), "--model_name_or_path", "m"]).train.seed == 2
+
+
+def test_bases_that_cannot_be(write: Callable[..., str], tmp_path: Path) -> None:
+    write("based_on: two.yaml\n", "one.yaml")
+    two = write("based_on: one.yaml\n", "two.yaml")
+    (line,) = problems(two, *REQUIRED)
+    assert line == f"{tmp_path}/one.yaml: based_on {tmp_path}/two.yaml goes round in a circle; leave it out"
+    odd = write("based_on: {a: b}\n", "odd.yaml")
+    assert problems(odd, *REQUIRED) == [f"{odd}: based_on must name a file, or a list of files"]
+    (line,) = problems(write("based_on: no.yaml\n"), *REQUIRED)
+    assert line.startswith(f"{tmp_path}/no.yaml: cannot be read (No such file or directory)")
+
+
 def test_empty_yaml_and_comments_are_nothing(write: Callable[..., str]) -> None:
     assert load_config([write("# nothing\n"), *REQUIRED]) == parse()
 
@@ -204,10 +238,10 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     [
         ("learnig_rate", "learning_rate"),
         ("learning-rate", "learning_rate"),
-        ("dpo_beta", "beta"),
-        ("num_train_epochs", "num_epochs"),
+        ("dpo_betta", "dpo_beta"),
+        ("num_train_epoch", "num_train_epochs"),
         ("max_seq_len", "max_seq_length"),
-        ("lora_r", "lora_rank"),
+        ("lora_ran", "lora_rank"),
         ("mixer_lists", "mixer_list"),
     ],
 )
@@ -840,12 +874,12 @@ def test_shipped_commands_parse(where: str, command: str, tmp_path: Path, monkey
     A page's block that opens with `# NAME.yaml` or `# NAME.py` is that file of its commands.
     """
     words = shlex.split(command)
-    assert {word[2:].split("=")[0] for word in words if word.startswith("--")} - {"help", *_LAUNCHER} <= set(FIELDS), (
-        where
-    )
+    flags = {word[2:].split("=")[0] for word in words if word.startswith("--")}
+    assert flags - {"help", *_LAUNCHER} <= {*FIELDS, *ALIASES}, where
     files = [word for word in words if word.endswith(".yaml")]
-    if not files or re.search(r"\$|CONFIG\.yaml|\.\.\.|[\[<]", command):
+    if not files or re.search(r"\$|[A-Z]+\.yaml|\.\.\.|[\[<]", command):
         return
+    words = [word for word in words if word[2:] not in _LAUNCHER]
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     for block in _blocks(REPOSITORY / where, "(?:yaml|python)") if where.endswith(".md") else []:
         if name := re.match(r"# (\S+\.(?:yaml|py))\n", block):

@@ -13,6 +13,9 @@ from open_po.config.aliases.table import ALIASES
 from open_po.config.raw import plain
 
 
+_BEGINNINGS = [alias for name, alias in ALIASES.items() if name.endswith("*")]
+
+
 @dataclass
 class Taken:
     """What became of a layer: raw values by our fields, and lines for people."""
@@ -54,8 +57,7 @@ def alias_of(name: str) -> Alias | None:
     """The entry of a name: its own, or that of its beginning."""
     if name in ALIASES:
         return ALIASES[name]
-    beginnings = (alias for pattern, alias in ALIASES.items() if pattern.endswith("*"))
-    return next((alias for alias in beginnings if name.startswith(alias.name[:-1])), None)
+    return next((alias for alias in _BEGINNINGS if name.startswith(alias.name[:-1])), None)
 
 
 def _take_one(name: str, alias: Alias, value: Any, known: Mapping[str, Any], given: set[str], taken: Taken) -> None:
