@@ -128,10 +128,15 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def alias_row(alias: Alias) -> list[str]:
-    """What docs/aliases.md says of a name."""
-    becomes = {"none": "no effect", "refused": "refused"}.get(alias.kind)
-    return [f"`{alias.name}`", becomes or ", ".join(f"`{field}`" for field in alias.fields), alias.says]
+def alias_rows(aliases: Iterable[Alias]) -> Iterator[list[str]]:
+    """What docs/aliases.md says of names: a row for neighbours of which it says the same."""
+
+    def said(alias: Alias) -> tuple[str, str]:
+        becomes = {"none": "no effect", "refused": "refused"}.get(alias.kind)
+        return becomes or ", ".join(f"`{field}`" for field in alias.fields), alias.says
+
+    for cells, names in itertools.groupby(aliases, said):
+        yield [", ".join(f"`{alias.name}`" for alias in names), *cells]
 
 
 def recipe_row(recipe: Recipe) -> list[str]:
@@ -165,7 +170,7 @@ def recipe_row(recipe: Recipe) -> list[str]:
 
 def tables() -> dict[str, dict[str, str]]:
     """By page and mark, each table."""
-    aliases = {trainer: table(("name", "here", ""), map(alias_row, entries)) for trainer, entries in TRAINERS.items()}
+    aliases = {trainer: table(("name", "here", ""), alias_rows(entries)) for trainer, entries in TRAINERS.items()}
     recipes = {name: table(RECIPE_COLUMNS, map(recipe_row, runs)) for name, runs in PUBLICATIONS.items()}
     return {"aliases.md": aliases, "recipes.md": recipes}
 

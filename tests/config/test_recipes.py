@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from open_po.config import RunConfig, load_config, raw
+from open_po.config.aliases import ALIASES
 from open_po.losses import LOSSES
 from tests import cli
 
@@ -369,4 +370,5 @@ def test_a_row_of_aliases_says_what_becomes_of_a_name(tables: ModuleType) -> Non
     assert "| `dpo_beta` | `beta` |  |\n" in text
     assert "| `attn_implementation` | no effect | the attention that a model allows" in text
     assert "| `cache_logprobs_only` | refused | `python -m open_po cache build` does that |\n" in text
-    assert "| `loss_type` | `loss_type` | `sigmoid` is dpo, " in text
+    assert "| `loss_type` | `loss_type` | `sigmoid`: dpo; " in text
+    assert all(f"`{name}`" in text for name in ALIASES)

@@ -43,7 +43,8 @@ def values(name: str, field: str, meanings: Mapping[str, str], says: str = "") -
         ours = [meanings.get(item.lower(), item) if isinstance(item, str) else item for item in items]
         return {field: ours if isinstance(value, list) else ours[0]}
 
-    named = ", ".join(f"`{theirs}` is {ours}" for theirs, ours in meanings.items())
+    by_ours = {ours: [theirs for theirs in meanings if meanings[theirs] == ours] for ours in meanings.values()}
+    named = "; ".join(f"{', '.join(f'`{x}`' for x in theirs)}: {ours}" for ours, theirs in by_ours.items())
     return Alias(name=name, fields=(field,), says=says or named, take=take)
 
 

@@ -100,15 +100,13 @@ def _loss_of(known: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         fields = _parameters("dpo", known) | {"loss_type": "dpo", "reference_free": True}
     else:
         fields = _parameters(name, known) | {"loss_type": name}
-    if (contrast, mean, free) == ("sigmoid", True, True):
-        fields["gamma"] = "0"
-    if "lambda_sft" in _TAKEN_BY[fields["loss_type"]] and weight == 1:
-        return fields | {"lambda_sft": str(sft_weight)}, said
+    if "lambda_sft" in _TAKEN_BY[fields["loss_type"]]:
+        own = sft_weight if weight == 1 else 0.0
+        fields["lambda_sft"], sft_weight = str(own), sft_weight - own
     if sft_weight == 0:
         return fields | ({} if weight == 1 else {"loss_weights": [str(weight)]}), said
     mixed = {"loss_type": [fields["loss_type"], "sft"], "loss_weights": [str(weight), str(sft_weight)]}
-    off = {"lambda_sft": "0", "sft_type": None} if fields["loss_type"] == "slic" else {}
-    return fields | mixed | off | {"convention": convention}, said
+    return fields | mixed | {"convention": convention}, said
 
 
 def _parameters(name: str, known: Mapping[str, Any]) -> dict[str, Any]:

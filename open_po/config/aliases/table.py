@@ -17,7 +17,7 @@ _OPTIMIZERS = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), "adamw"),
     **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), "adamw_paged"),
     "adamw_bnb_8bit": "adamw_8bit",
-    "rmsprop": "rmsprop",
+    "rmsprop": "rmsprop",  # also where it is written RMSprop
 }
 _LOSSES = {"sigmoid": "dpo", "sigmoid_norm": "dpo_norm", "aot_pair": "aot_unpaired"}
 

@@ -12,7 +12,6 @@ from open_po.config.aliases.splits import SPLIT_NAMES, take_splits
 from open_po.config.aliases.table import ALIASES
 from open_po.config.raw import plain
 
-
 _BEGINNINGS = [alias for name, alias in ALIASES.items() if name.endswith("*")]
 
 
@@ -33,7 +32,7 @@ def translate(layer: Mapping[str, Any], before: Mapping[str, Any]) -> Taken:
     """
     taken = Taken()
     own = dict(layer)
-    known = {name: plain(value) for name, value in (before | layer).items()}
+    known = {name: plain(value) for name, value in {**before, **layer}.items()}
     for group, names in ((take_loss, LOSS_NAMES), (take_splits, SPLIT_NAMES)):
         values: dict[str, Any] = {}
         notes: list[str] = []
