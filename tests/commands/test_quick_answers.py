@@ -23,6 +23,7 @@ ANSWERS = {  # the words, the exit code and what the last line says
     f"{TRAIN} --help": (0, ""),
     f"{TRAIN} mistake.yaml --num_epochs many --beta=-1": (2, "loss_type dpo: beta is -1 but must lie in (0, inf)"),
     f"{TRAIN} broken.yaml": (2, "broken.yaml, line 2: is not valid YAML"),
+    f"{TRAIN} --model_name_or_path m --dataset_mixer_list a 1.0 --dpo_beta 0.2 --dry-run": (0, ""),
     "-m open_po": (0, ""),
     "-m open_po scores": (2, "error: scores: is no command; there are cache, plan, inspect, score, sweep"),
     "-m open_po cache --help": (0, ""),

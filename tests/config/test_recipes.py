@@ -20,9 +20,9 @@ import yaml
 from open_po.config import RunConfig, load_config, raw
 from open_po.config.aliases import ALIASES
 from open_po.losses import LOSSES
-from tests import cli
 
-CONFIGS = cli.REPOSITORY / "configs"
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = REPOSITORY / "configs"
 OVERLAYS = ("models", "tasks", "losses", "publications", "readings")
 # The configuration files of the DPO-gamma work, field by field as they were published.
 GAMMA = json.loads((Path(__file__).parents[1] / "goldens" / "dpo_gamma_slm.json").read_text())
@@ -64,7 +64,7 @@ def _each_file_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def tables() -> Iterator[ModuleType]:
     """docs/tables.py, which has the published runs as compositions."""
-    spec = importlib.util.spec_from_file_location("docs_tables", cli.REPOSITORY / "docs" / "tables.py")
+    spec = importlib.util.spec_from_file_location("docs_tables", REPOSITORY / "docs" / "tables.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -120,7 +120,7 @@ def test_an_overlay_opens_with_what_it_is_for_and_a_command_that_parses(
     text = re.sub(r" \\\n# *", " ", header)
     commands = re.findall(r"(?:dpo_tune_cache\.py|train/launch\.sh)((?: (?:configs/\S+|--\w+ [^-\s]\S*))+)", text)
     assert commands
-    monkeypatch.chdir(cli.REPOSITORY)
+    monkeypatch.chdir(REPOSITORY)
     for command in commands:
         load_config(shlex.split(command.rstrip(".,;")))
 
@@ -357,7 +357,7 @@ def test_a_task_that_says_beta_says_it_for_simpo_too() -> None:
 
 def test_the_pages_have_the_tables_that_the_code_makes(tables: ModuleType) -> None:
     for file, content in tables.tables().items():
-        text = (cli.REPOSITORY / "docs" / file).read_text()
+        text = (REPOSITORY / "docs" / file).read_text()
         assert tables.page(text, content) == text, "python docs/tables.py"
         assert text.count("<!-- table: ") == len(content)
         without = re.sub(r"(<!-- table: .* -->\n)(\|.*\n)+", r"\1", text)
@@ -366,7 +366,7 @@ def test_the_pages_have_the_tables_that_the_code_makes(tables: ModuleType) -> No
 
 
 def test_a_row_of_aliases_says_what_becomes_of_a_name(tables: ModuleType) -> None:
-    text = (cli.REPOSITORY / "docs" / "aliases.md").read_text()
+    text = (REPOSITORY / "docs" / "aliases.md").read_text()
     assert "| `dpo_beta` | `beta` |  |\n" in text
     assert "| `attn_implementation` | no effect | the attention that a model allows" in text
     assert "| `cache_logprobs_only` | refused | `python -m open_po cache build` does that |\n" in text
