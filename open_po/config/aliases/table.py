@@ -47,9 +47,9 @@ def _whole(field: str) -> Any:
     return take
 
 
-def _above_zero(field: str, otherwise: str | None) -> Any:
-    """A number; -1 and 0 switch it off."""
-    return lambda value, _: {field: value if value is not None and number(value) > 0 else otherwise}
+def _or_off(field: str, off: str | None) -> Any:
+    """A number, of which -1 and 0 mean that it is switched off."""
+    return lambda value, _: {field: off if value is not None and number(value) in (-1, 0) else value}
 
 
 def _gamma(value: Any, known: Mapping[str, Any]) -> dict[str, Any] | str:
@@ -150,7 +150,7 @@ def _checkpoint_steps(value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
 _OWN = [
     values("loss_type", "loss_type", _LOSSES),
     values("optimizer", "optimizer", _OPTIMIZERS),
-    becomes("max_grad_norm", "max_grad_norm", "-1 is 0: never", _above_zero("max_grad_norm", "0")),
+    becomes("max_grad_norm", "max_grad_norm", "-1 is 0: never", _or_off("max_grad_norm", "0")),
     becomes("checkpointing_steps", "checkpointing_steps", "a number of steps; `epoch` is refused", _checkpoint_steps),
     becomes("report_to", "report_to", "`none` is null; `all` is refused", _trackers),
     becomes("lora_target_modules", "lora_target_modules", "`all` is all-linear", _modules),
@@ -169,7 +169,7 @@ _OPEN_INSTRUCT = [
     becomes("dataset_config_name", "mixture", "configuration of dataset_name", _configuration),
     becomes("train_file", "mixture", "all of it", _one_part),
     becomes("num_train_epochs", "num_epochs", "3.0 is 3", _whole("num_epochs")),
-    becomes("clip_grad_norm", "max_grad_norm", "-1 is 0: never", _above_zero("max_grad_norm", "0")),
+    becomes("clip_grad_norm", "max_grad_norm", "-1 is 0: never", _or_off("max_grad_norm", "0")),
     values("optimizer_type", "optimizer", _OPTIMIZERS),
     becomes("use_8bit_optimizer", "optimizer", "true is adamw_8bit", _switch("optimizer", "adamw_8bit")),
     becomes("dpo_use_paged_optimizer", "optimizer", "true is adamw_paged", _switch("optimizer", "adamw_paged")),
@@ -220,7 +220,7 @@ _DPO_GAMMA = [
     becomes("torch_dtype", "dtype", "beside bf16 that one decides; `auto` has no effect; float16 is refused", _dtype),
     becomes("bf16", "dtype", "true is bfloat16", _bf16),
     *refused("fp16", "float16 is not offered; use bf16 or dtype bfloat16"),
-    becomes("max_steps", "max_train_steps", "-1 is none", _above_zero("max_train_steps", None)),
+    becomes("max_steps", "max_train_steps", "-1 is none", _or_off("max_train_steps", None)),
     becomes("save_steps", "checkpointing_steps", "", _save_steps),
     becomes(
         "save_strategy",

@@ -46,9 +46,8 @@ def translate(layer: Mapping[str, Any], before: Mapping[str, Any]) -> Taken:
     named = {name: alias for name in own if (alias := alias_of(name)) is not None}
     taken.values |= {name: value for name, value in own.items() if name not in named}
     for name, alias in named.items():
-        value = plain(own[name])
-        if value is not None or name in alias.fields:
-            _take_one(name, alias, value, known, set(layer), taken)
+        if plain(own[name]) is not None or name in alias.fields:
+            _take_one(name, alias, own[name], known, set(layer), taken)
     return taken
 
 
@@ -59,7 +58,8 @@ def alias_of(name: str) -> Alias | None:
     return next((alias for alias in _BEGINNINGS if name.startswith(alias.name[:-1])), None)
 
 
-def _take_one(name: str, alias: Alias, value: Any, known: Mapping[str, Any], given: set[str], taken: Taken) -> None:
+def _take_one(name: str, alias: Alias, said: Any, known: Mapping[str, Any], given: set[str], taken: Taken) -> None:
+    value = plain(said)
     try:
         result = alias.take(value, known)
     except ValueError as error:
@@ -69,7 +69,8 @@ def _take_one(name: str, alias: Alias, value: Any, known: Mapping[str, Any], giv
     if isinstance(result, str):
         taken.notes.append(f"{shown}: {result}")
         return
-    for key, ours in result.items():
+    for key, converted in result.items():
+        ours = said if converted is value else converted  # what is not converted its field reads as it was given
         if key not in taken.values or plain(taken.values[key]) == plain(ours):
             taken.values[key] = ours
             taken.said_as |= {key: name} if key != name else {}
