@@ -71,6 +71,7 @@ _INSTEAD = {
     "eval_mixer_list_configs": "--data",
     "eval_mixture": "--data",
     "reference_model_name_or_path": "--reference",
+    "max_tokens_per_batch": "--reference_max_tokens_per_batch",  # of a pass that keeps no activations
 }
 
 
