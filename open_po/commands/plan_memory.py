@@ -5,43 +5,45 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+import torch
+
 from open_po.commands.place import Place
 from open_po.config import RunConfig
 from open_po.config.checks import contradictions
 from open_po.config.run_config import FIELDS
 from open_po.errors import UserError
-from open_po.memory_plan import EngineName, MemoryPlan
+from open_po.memory_plan import EngineName, MemoryPlan, usable
 from open_po.memory_plan.advice import Change, advice
 from open_po.memory_plan.shape import ENGINES
 from open_po.memory_plan.tables import advice_table, engines_table, plan_line
-from open_po.model.planning import USABLE, DeviceType, filling, plan_memory, training_shape
+from open_po.model.memory import card_bytes
+from open_po.model.planning import DeviceType, filling, plan_memory, training_shape
 from open_po.optimizers import OPTIMIZERS
 from open_po.output.console import make_console
 
-_DEFAULT_ROOM = 80e9
+_DEFAULT_CARD = 80e9
 _NOTHING_FITS = 3
 
 
 def show(config: RunConfig, arguments: argparse.Namespace) -> int:
     """Print the plan; returns the exit code. Raises UserError if the model cannot be made."""
-    room: float = arguments.gpu_memory or _DEFAULT_ROOM
+    card: float = arguments.gpu_memory or _DEFAULT_CARD
     ranks: int = arguments.gpus
-    first = plan_memory(config, arguments.device, card=room)
-    usable = USABLE * room
+    first = plan_memory(config, arguments.device, card=card)
+    room = usable(card)
     plans: dict[str, MemoryPlan] = {
-        engine: filling(first.under(engine, ranks), config, usable) for engine in _engines(config, ranks)
+        engine: filling(first.under(engine, ranks), config, room) for engine in _engines(config, ranks)
     }
-    budgets = {name: plan.tokens_that_fill(usable) for name, plan in plans.items()}
     console = make_console()
     console.print(_model_line(config, first))
-    console.print(f"{ranks} x {room / 1e9:,.0f} GB", soft_wrap=True)
-    console.print(engines_table(plans, room, budgets))
+    console.print(f"{ranks} x {card / 1e9:,.0f} GB", soft_wrap=True)
+    console.print(engines_table(plans, card, room))
     if any(plan.fits(room) for plan in plans.values()):
         return 0
     base = min(plans.values(), key=lambda plan: plan.peak)
 
     def replan(change: Change) -> MemoryPlan | None:
-        return _after(change, config, arguments.device, base, room)
+        return _after(change, config, arguments.device, base, card)
 
     found = advice(base, config.flat(), replan, ranks)
     console.print(advice_table(found, room))
@@ -49,15 +51,29 @@ def show(config: RunConfig, arguments: argparse.Namespace) -> int:
 
 
 def planned_memory(config: RunConfig, place: Place) -> str:
-    """A line for a dry run: what a rank takes under the engine that the run asks for."""
+    """A line for a dry run: what a rank takes under the engine that the run asks for.
+
+    On a GPU with the budgets that fill it; of a machine that has none here, one of the usual size.
+    """
     wanted, ranks = config.distributed.parallel, place.ranks
     usual: EngineName = "ddp" if ranks > 1 else "single"
     engine: EngineName = next((name for name in ENGINES if name == wanted), usual)
+    card = _card_here() if place.devices else None
     try:
-        plan = plan_memory(config, "cuda" if place.devices else "cpu", engine=engine, ranks=ranks)
+        plan = plan_memory(config, "cpu" if card is None else "cuda", engine=engine, ranks=ranks, card=card)
+        if card is not None:
+            plan = filling(plan, config, usable(card))
     except UserError as error:
         return f"Memory: not planned ({error})"
-    return f"{plan_line(plan)} on each rank, parallel {engine}; python -m open_po plan says more"
+    line = f"{plan_line(plan)} on each rank"
+    if card is not None:
+        fits = "of" if plan.fits(usable(card)) else "which is too much for"
+        line += f", {fits} {card / 1e9:,.0f} GB, with packs of {plan.shape.max_tokens:,} tokens"
+    return f"{line}; parallel {engine}; python -m open_po plan says more"
+
+
+def _card_here() -> float:
+    return card_bytes(torch.device("cuda", 0)) if torch.cuda.is_available() else _DEFAULT_CARD
 
 
 def _engines(config: RunConfig, ranks: int) -> tuple[EngineName, ...]:
@@ -68,7 +84,7 @@ def _engines(config: RunConfig, ranks: int) -> tuple[EngineName, ...]:
     return tuple(sorted((name for name in ENGINES if name != "single"), key=lambda name: name != wanted))
 
 
-def _after(change: Change, config: RunConfig, device: DeviceType, base: MemoryPlan, room: float) -> MemoryPlan | None:
+def _after(change: Change, config: RunConfig, device: DeviceType, base: MemoryPlan, card: float) -> MemoryPlan | None:
     """The plan with a change, of packs as large as those of `base`."""
     sections: dict[str, dict[str, object]] = {}
     for name, value in change.fields.items():
@@ -88,7 +104,7 @@ def _after(change: Change, config: RunConfig, device: DeviceType, base: MemoryPl
         shape = dataclasses.replace(training_shape(changed, device), reference_tokens=base.shape.reference_tokens)
         if "max_tokens_per_batch" not in change.fields:
             shape = dataclasses.replace(shape, max_tokens=base.shape.max_tokens)
-        return plan_memory(changed, device, engine=engine, ranks=base.shape.ranks, card=room, shape=shape)
+        return plan_memory(changed, device, engine=engine, ranks=base.shape.ranks, card=card, shape=shape)
     except UserError:
         return None
 

@@ -45,14 +45,22 @@ class TrainingShape:
     max_tokens: int = 8192  # of a pack
     reference_tokens: int = 8192  # of a pack of the reference pass
     # The reference
-    separate_reference: bool = False  # loaded before the policy, and gone then
+    separate_reference: bool = False  # another model, or another copy: loaded before the policy, and gone then
     no_reference: bool = False
+    reference_weight: int = 4  # bytes of one of its weights, if that is no adapter
+    reference_sharding: Literal["auto", "on", "off"] = "auto"  # auto: ranks divide it where a whole copy does not fit
+    reference_ranks: int = 0  # that do, 1 if each has a copy; 0: not known, so as `reference_sharding` says
 
     @property
     def pair_tokens(self) -> int:
         """Tokens of the typical pair, as it is laid out."""
         prompts = 1 if self.layout == "shared" else 2
         return prompts * self.prompt_tokens + 2 * self.response_tokens
+
+    @property
+    def divides_weights(self) -> bool:
+        """Whether no rank holds the whole policy."""
+        return self.engine in ("fsdp", "zero3")
 
     @property
     def several_packs(self) -> bool:

@@ -12,14 +12,13 @@ from open_po.config import RunConfig
 from open_po.errors import UserError, first_line
 from open_po.memory_plan import EngineName, MemoryPlan, TrainingShape
 from open_po.memory_plan.states import ZERO_HOST
-from open_po.model.numerics import policy_numerics
+from open_po.model.numerics import policy_numerics, reference_numerics
 from open_po.model.rehearsal import Rehearsal
 from open_po.model.token_budget import SMALLEST, usual
 from open_po.model_files import policy_source, reference_source
 from open_po.optimizers import OPTIMIZERS
 
 DeviceType = Literal["cuda", "cpu"]
-USABLE = 0.97  # of a card's memory; the rest is the driver's
 _MOST_SCORED = 2**16  # more were never faster, and are a loss when memory runs out
 _SCORED = {"cuda": 4, "cpu": 1}  # by how much a pass that keeps no activations may have more tokens than one that does
 
@@ -52,6 +51,8 @@ def training_shape(config: RunConfig, device: DeviceType) -> TrainingShape:
         pairs_of_rank=train.per_device_train_batch_size * train.gradient_accumulation_steps,
         separate_reference=reference_source(config) is not None,
         no_reference=not config.loss.mix().needs_reference,
+        reference_weight=reference_numerics(without, torch.device(device)).weights_dtype.itemsize,
+        reference_sharding=config.reference.reference_sharding,
         **_update_facts(config, 4 if model.use_lora else numerics.weights_dtype.itemsize),
     )
     asked, scored = train.max_tokens_per_batch, config.reference.reference_max_tokens_per_batch
@@ -97,9 +98,13 @@ def filling(plan: MemoryPlan, config: RunConfig, room: float) -> MemoryPlan:
         tokens = step if one.total <= room else min(step, max(SMALLEST, plan.tokens_that_fill(room)))
         shape = dataclasses.replace(shape, max_tokens=tokens)
     if config.reference.reference_max_tokens_per_batch == "auto":
-        tokens = max(SMALLEST, plan.reference_tokens_that_fill(room))
-        shape = dataclasses.replace(shape, reference_tokens=min(tokens, _MOST_SCORED))
+        shape = dataclasses.replace(shape, reference_tokens=filling_pass(plan, room))
     return dataclasses.replace(plan, shape=shape)
+
+
+def filling_pass(plan: MemoryPlan, room: float) -> int:
+    """What `reference_max_tokens_per_batch: auto` is where `room` bytes are to be filled."""
+    return min(max(SMALLEST, plan.reference_tokens_that_fill(room)), _MOST_SCORED)
 
 
 def plan_memory(

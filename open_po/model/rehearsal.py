@@ -54,10 +54,11 @@ class Rehearsal:
         self.numerics = Numerics(
             compute_dtype=_DTYPES[shape.compute], weights_dtype=_DTYPES[shape.weight], use_liger=shape.liger
         )
+        self._reference = dataclasses.replace(self.numerics, weights_dtype=_DTYPES[shape.reference_weight])
         self._mode = FakeTensorMode()
         try:
             self._settings, _ = model_settings(folder, config.trust_remote_code, self.numerics)
-            with self._scorer(self._settings["config"]) as whole:
+            with self._scorer(self._settings["config"], self.numerics) as whole:
                 self.model = _model_bytes(whole)
                 layers = whole.decoder_layers()
         except UserError:
@@ -100,7 +101,7 @@ class Rehearsal:
         """Bytes of a model of `depth` layers when its body is computed, most until it goes back there, and after."""
         moments: list[float] = []
         batch = self._batch(tokens)
-        with self._scorer(with_layers(self._settings["config"], depth)) as scorer:
+        with self._scorer(with_layers(self._settings["config"], depth), self.numerics) as scorer:
             known = [*scorer.parameters(), *scorer.buffers(), *self._gradients(scorer), *_tensors(batch)]
             ledger = Ledger(known)
 
@@ -130,7 +131,7 @@ class Rehearsal:
 
     def _score(self, depth: int, tokens: int) -> float:
         batch = self._batch(tokens, responses_alone=True)
-        with self._scorer(with_layers(self._settings["config"], depth)) as scorer:
+        with self._scorer(with_layers(self._settings["config"], depth), self._reference) as scorer:
             ledger = Ledger([*scorer.parameters(), *scorer.buffers(), *_tensors(batch)])
             with self._running(scorer, ledger), scorer.as_reference():
                 scorer.token_logprobs(batch)
@@ -151,9 +152,10 @@ class Rehearsal:
             raise MissingSegments("the model calls an attention of its own")
 
     @contextmanager
-    def _scorer(self, config: Any) -> Iterator[Scorer]:
+    def _scorer(self, config: Any, numerics: Numerics) -> Iterator[Scorer]:
         """The model as it is trained, of the layers that `config` says, in fake tensors."""
         settings = {name: value for name, value in self._settings.items() if name != "config"}
+        settings["dtype"] = numerics.weights_dtype
         with _quiet(), without_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **settings)
         model.tie_weights()
@@ -161,10 +163,10 @@ class Rehearsal:
         module = vars(sys.modules[type(model).__module__])
         functions = dict(module)
         try:
-            if self.numerics.use_liger:
+            if numerics.use_liger:
                 apply_liger(model)
             with _quiet(), without_weights():
-                scorer = self._dressed(Scorer(cast(nn.Module, model), self.numerics, {}))
+                scorer = self._dressed(Scorer(cast(nn.Module, model), numerics, {}))
             with self._mode:
                 _without_memory(scorer)
             scorer.placement.device = torch.device("cpu")

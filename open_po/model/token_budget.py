@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from open_po.distributed.runtime import Runtime
+from open_po.model.memory import room_bytes
 from open_po.model.scorer import Scorer
 from open_po.output.files import write_atomically
 
@@ -163,8 +164,8 @@ class BudgetBook:
         return {key: value for key, value in entries if isinstance(value, dict)}
 
 
-def budget_book(folder: Path, purpose: str, scorer: Scorer, demand: Demand) -> BudgetBook:
-    """The book's entry for a model of this shape on this machine, and rows of about this length."""
+def budget_book(folder: Path, purpose: str, scorer: Scorer, demand: Demand, runtime: Runtime) -> BudgetBook:
+    """The book's entry for a model of this shape, spread as it is on this machine, and rows of about this length."""
     shapes = [  # DeepSpeed leaves empty tensors where weights are divided
         (name, list(getattr(weight, "ds_shape", weight.shape)), weight.requires_grad)
         for name, weight in scorer.named_parameters()
@@ -177,8 +178,13 @@ def budget_book(folder: Path, purpose: str, scorer: Scorer, demand: Demand) -> B
         "checkpointing": bool(scorer.base.is_gradient_checkpointing),
         "device": _device_name(scorer.device),
         "threads": torch.get_num_threads(),
+        "engine": runtime.parallelism.kind,
+        "processes": runtime.local_world_size,
+        "divided": scorer.lockstep,
         "rows": candidates(demand.longest)[-1],
     }
+    if runtime.device.type == "cuda":  # where memory decides
+        what |= {"ranks": runtime.world_size, "gigabytes": round(room_bytes(runtime.device) / 1e9)}
     return BudgetBook(folder, what)
 
 

@@ -61,14 +61,14 @@ def _find(
 ) -> TokenBudget:
     engine, lengths = start.state.engine, planner.pair_tokens()
     demand = _demand(lengths, planner, start, runtime)
-    planned = planned_tokens(config, runtime, data, trains=True)
+    planned = planned_tokens(config, runtime, data)
     if planned is not None:
         return filling_budget(demand, planned, runtime)
     room = free_memory_bytes(runtime.device, runtime.local_world_size) - _to_come(config, engine, runtime)
     fits = roughly_filling(room, scorer, trains=True)
     if runtime.device.type == "cuda":  # an engine, or a model, that no plan is made for
         return filling_budget(demand, fits, runtime)
-    book = budget_book(Path(config.reference.reference_cache_dir), "training", scorer, demand)
+    book = budget_book(Path(config.reference.reference_cache_dir), "training", scorer, demand, runtime)
     if not engine.can_discard:
         return measured_budget(demand, None, fits, book, runtime)
     steps = range(min(2, start.sampler.steps_per_epoch))
