@@ -33,6 +33,7 @@ class TrainingShape:
     # A gradient leaves as soon as it is complete, in steps of one pack of one process: into the weights, or to the host
     gradients_leave: bool = False
     offload_weights: bool = False  # a rank's part of the weights waits in the host's memory
+    gathered_stay: bool = False  # under fsdp: weights stay whole from a layer's forward pass to its backward pass
     checkpoint_every: int = 0  # each so many layers' activations are made again in the backward pass; 0: none
     offload_activations: bool = False
     liger: bool = False

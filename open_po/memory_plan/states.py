@@ -89,7 +89,7 @@ def rank_bytes(model: ModelBytes, shape: TrainingShape, *, card: float | None = 
         gradients=gradients if reduced_once else gradients / n,
         optimizer=optimizer / n,
         # What is around the layers is whole through the pass, two layers at a time, one with its gradient on the way.
-        gathered=around.size + 2 * layer.size + gradient * layer.trained,
+        gathered=(whole.size if shape.gathered_stay else around.size + 2 * layer.size) + gradient * layer.trained,
         gathered_at_end=around.size + 2 * flight,
         host=(host + (whole.size if shape.offload_weights else 0.0)) / n,
     )
@@ -104,7 +104,8 @@ def reference_bytes(model: ModelBytes, shape: TrainingShape, *, card: float | No
         largest = max(found.weights for found in _dealt_out(model, shape, card))
         return RankBytes(weights=scale * largest, gradients=0.0, optimizer=0.0)
     ranks = _reference_ranks(size, shape, card)
-    gathered = scale * (model.around.size + 2 * layer.size) if ranks > 1 else 0.0
+    at_once = whole.size if shape.gathered_stay else model.around.size + 2 * layer.size
+    gathered = scale * at_once if ranks > 1 else 0.0
     if shape.separate_reference or (shape.divides_weights and ranks == 1):
         return RankBytes(weights=size / ranks, gradients=0.0, optimizer=0.0, gathered=gathered)
     # The policy, with what its engine has made by then: DDP's buckets, DeepSpeed's states.

@@ -26,7 +26,7 @@ from open_po.memory_plan import ModelBytes, WeightBytes, rank_bytes, whole_refer
 from open_po.model.load import apply_liger, load_scorer, model_settings, starting_adapters
 from open_po.model.lora import add_adapters
 from open_po.model.numerics import Numerics
-from open_po.model.planning import training_shape
+from open_po.model.planning import DeviceType, training_shape
 from open_po.model.scorer import Scorer
 from open_po.model_files import ModelSource, adapter_base, safetensors_files
 
@@ -114,7 +114,8 @@ class HollowModel:
 
         All ranks call this. Raises UserError for fields that fsdp does not go with.
         """
-        shape = training_shape(config, "cuda" if self.runtime.device.type == "cuda" else "cpu")
+        device: DeviceType = "cuda" if self.runtime.device.type == "cuda" else "cpu"
+        shape = training_shape(config, device, self.runtime.parallelism)
         # Of adapters, which are small, nothing is known yet.
         trained = 0 if config.model.use_lora else self.parameters
         whole = WeightBytes(

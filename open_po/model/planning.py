@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from open_po.config import RunConfig
+from open_po.config import DistributedConfig, RunConfig, TrainConfig
+from open_po.distributed.parallelism import Parallelism
 from open_po.errors import UserError, first_line
 from open_po.memory_plan import EngineName, MemoryPlan, TrainingShape
 from open_po.memory_plan.states import ZERO_HOST
@@ -23,13 +24,15 @@ _MOST_SCORED = 2**16  # more were never faster, and are a loss when memory runs 
 _SCORED = {"cuda": 4, "cpu": 1}  # by how much a pass that keeps no activations may have more tokens than one that does
 
 
-def training_shape(config: RunConfig, device: DeviceType) -> TrainingShape:
+def training_shape(config: RunConfig, device: DeviceType, parallelism: Parallelism | None = None) -> TrainingShape:
     """What a configuration says of the memory that training takes, on one device. Raises UserError.
 
-    A typical pair fills `max_seq_length` with as much prompt as response. Budgets that are `auto` are those of a few
-    such pairs, until there is a card to fill.
+    `parallelism` is what a run has come to, by its configuration and the program that launched it; None: the fields
+    alone are known. A typical pair fills `max_seq_length` with as much prompt as response. Budgets that are `auto` are
+    those of a few such pairs, until there is a card to fill.
     """
     model, train = config.model, config.train
+    spread = parallelism or _asked_for(config.distributed)
     # Liger's kernels need no GPU to be planned with.
     without = dataclasses.replace(config, model=dataclasses.replace(model, use_liger_kernel=False))
     numerics = policy_numerics(without, torch.device(device))
@@ -41,7 +44,8 @@ def training_shape(config: RunConfig, device: DeviceType) -> TrainingShape:
         weight=numerics.weights_dtype.itemsize,
         compute=numerics.compute_dtype.itemsize,
         four_bit=numerics.four_bit,
-        offload_weights=config.distributed.offload_param,
+        offload_weights=spread.offload_param,
+        gathered_stay=not spread.reshard_after_forward,
         checkpoint_every=model.gradient_checkpointing_every if model.gradient_checkpointing else 0,
         offload_activations=model.offload_activations,
         liger=device == "cuda" if model.use_liger_kernel is None else model.use_liger_kernel,
@@ -53,7 +57,7 @@ def training_shape(config: RunConfig, device: DeviceType) -> TrainingShape:
         no_reference=not config.loss.mix().needs_reference,
         reference_weight=reference_numerics(without, torch.device(device)).weights_dtype.itemsize,
         reference_sharding=config.reference.reference_sharding,
-        **_update_facts(config, 4 if model.use_lora else numerics.weights_dtype.itemsize),
+        **_update_facts(train, spread, 4 if model.use_lora else numerics.weights_dtype.itemsize),
     )
     asked, scored = train.max_tokens_per_batch, config.reference.reference_max_tokens_per_batch
     tokens = usual(shape.pair_tokens) if asked == "auto" else asked
@@ -62,9 +66,17 @@ def training_shape(config: RunConfig, device: DeviceType) -> TrainingShape:
     )
 
 
-def _update_facts(config: RunConfig, trained: int) -> dict[str, Any]:
+def _asked_for(config: DistributedConfig) -> Parallelism:
+    """What the fields say by themselves of how a run is spread."""
+    return Parallelism(
+        kind="ddp" if config.parallel == "auto" else config.parallel,
+        offload_optimizer=config.offload_optimizer,
+        offload_param=config.offload_param,
+    )
+
+
+def _update_facts(train: TrainConfig, spread: Parallelism, trained: int) -> dict[str, Any]:
     """Bytes of gradients and states, of weights that take `trained` bytes, and when gradients leave."""
-    train, distributed = config.train, config.distributed
     spec = OPTIMIZERS[train.optimizer]
     states, wide = spec.state_bytes, train.grad_dtype != "bfloat16" or trained == 4
     facts = {
@@ -75,10 +87,10 @@ def _update_facts(config: RunConfig, trained: int) -> dict[str, Any]:
         "optimizer_of_layers": None if spec.matrix_bytes is None else float(spec.matrix_bytes(trained)),
         "gradients_leave": train.optimizer_in_backward != "off" and train.max_grad_norm == 0,
     }
-    if not distributed.offload_optimizer:
+    if not spread.offload_optimizer:
         return facts
     # Float32 weights and their states, and the gradient on its way; DeepSpeed has buffers of its own.
-    host = ZERO_HOST if distributed.parallel.startswith("zero") else 4 + states(4) + trained
+    host = ZERO_HOST if spread.zero_stage else 4 + states(4) + trained
     return facts | {
         "optimizer": 0.0,
         "optimizer_of_layers": None,

@@ -32,7 +32,7 @@ def plan_of_run(
     if runtime.device.type != "cuda" or engine is None:
         return None
     pairs = data.train
-    shape = training_shape(config, "cuda")
+    shape = training_shape(config, "cuda", runtime.parallelism)
     shape = dataclasses.replace(
         shape,
         engine=engine,

@@ -95,6 +95,20 @@ def test_a_team_that_divides_a_model_is_planned_with_its_parts() -> None:
     assert found == pytest.approx(free / (1.06 * 0.5e6), rel=0.02)
 
 
+def test_what_the_launcher_has_asked_for_is_planned(shapes: list[TrainingShape]) -> None:
+    """`accelerate launch` may say what no field of the configuration does."""
+    config = config_of()
+    plan_of_run(config, runtime_of(4, kind="zero3", offload_optimizer=True, offload_param=True), DATA)
+    plan_of_run(config, runtime_of(4, kind="fsdp", reshard_after_forward=False), DATA)
+    plan_of_run(config, runtime_of(4, kind="fsdp"), DATA)
+    offloaded, kept, dropped = shapes
+    assert (offloaded.engine, offloaded.optimizer, offloaded.optimizer_host) == ("zero3", 0.0, 20.0)
+    assert offloaded.offload_weights
+    assert not dropped.offload_weights
+    assert dropped.optimizer == 8.0
+    assert (kept.gathered_stay, dropped.gathered_stay) == (True, False)
+
+
 def test_a_budget_is_noted_for_one_engine_and_one_room(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
