@@ -25,15 +25,16 @@ from open_po.config import ModelConfig
 from open_po.data import PreferencePair
 from open_po.distributed.skeleton import without_weights
 from open_po.errors import UserError, first_line
-from open_po.memory_plan import ModelBytes, PassBytes, TrainingShape, WeightBytes
+from open_po.memory_plan import PassBytes, TrainingShape
 from open_po.model.activations import checkpoint_gradients
 from open_po.model.attention import MissingSegments, count_calls
 from open_po.model.ledger import Ledger
 from open_po.model.load import apply_liger, model_settings
 from open_po.model.lora import attach_lora
 from open_po.model.mlp_tiles import tile_mlps
+from open_po.model.model_bytes import model_bytes
 from open_po.model.numerics import Numerics
-from open_po.model.rehearsed_four_bit import FourBitLinear, keep_in_four_bits
+from open_po.model.rehearsed_four_bit import keep_in_four_bits
 from open_po.model.repeated_layers import RepeatedLayers, with_layers
 from open_po.model.saved_tensors import SavedTensors
 from open_po.model.scorer import Scorer
@@ -59,7 +60,7 @@ class Rehearsal:
         try:
             self._settings, _ = model_settings(folder, config.trust_remote_code, self.numerics)
             with self._scorer(self._settings["config"], self.numerics) as whole:
-                self.model = _model_bytes(whole)
+                self.model = model_bytes(whole)
                 layers = whole.decoder_layers()
         except UserError:
             raise
@@ -246,25 +247,6 @@ def _without_memory(model: nn.Module) -> None:
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
-def _model_bytes(scorer: Scorer) -> ModelBytes:
-    layers = scorer.decoder_layers()
-    numbers = {id(m.weight): m.numbers for m in scorer.modules() if isinstance(m, FourBitLinear)}
-    seen: set[int] = set()
-
-    def of(module: nn.Module) -> WeightBytes:
-        weights = [weight for weight in module.parameters() if id(weight) not in seen]
-        seen.update(map(id, weights))
-        trained = [weight for weight in weights if weight.requires_grad]
-        return WeightBytes(
-            parameters=sum(numbers.get(id(weight), weight.numel()) for weight in weights),
-            trained=sum(weight.numel() for weight in trained),
-            size=float(sum(weight.nbytes for weight in weights)),
-            trained_size=float(sum(weight.nbytes for weight in trained)),
-        )
-
-    return ModelBytes(layers=tuple(map(of, layers)), around=of(scorer))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

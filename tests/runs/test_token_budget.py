@@ -6,17 +6,23 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from torch import Tensor
 
+from open_po.config import load_config
 from open_po.distributed.single import SingleEngine
 from open_po.model import token_budget
 from open_po.training import step_budget
-from tests import cli
+from open_po.training.optimizer import make_optimizer
+from open_po.training.step_budget import settle_budget
+from tests import cli, scoring
+from tests.distributed import steps
 
 ADAPTERS: dict[str, Any] = {"use_lora": True, "lora_rank": 4, "lora_dropout": 0.3, "learning_rate": 1e-2}
 STEPS: dict[str, Any] = {"per_device_train_batch_size": 8, "num_epochs": 2, "max_train_steps": 4}
@@ -91,6 +97,21 @@ def test_ranks_find_one_budget(llama: Path, pairs_file: Path, tmp_path: Path) ->
     given = cli.arguments(llama, pairs_file, tmp_path / "given", **fields, max_tokens_per_batch=tokens)
     assert cli.forked_ranks(given) == [0, 0]
     assert cli.equal(cli.weights(tmp_path / "found"), cli.weights(tmp_path / "given"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_what_training_will_take_is_what_its_states_and_gradients_take(optimizer: str, llama: Path) -> None:
+    scorer = scoring.load(llama)
+    words = f"--model_name_or_path {llama} --mixer_list d 1.0 --max_seq_length 128 --optimizer {optimizer}"
+    config = load_config(words.split())
+    weights = list(scorer.parameters())
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    made = make_optimizer(weights, config.train, layers=scorer.decoder_layers())
+    made.step()
+    states = [item for state in made.state.values() for item in state.values() if isinstance(item, Tensor)]
+    taken = sum(weight.nbytes for weight in weights) + sum(state.nbytes for state in states if state.dim())
+    assert step_budget._to_come(config, scorer, steps.runtime()) == pytest.approx(taken, rel=0.02)
 
 
 # -------------------------------------------------------------------------------------------------- memory that ends
