@@ -45,6 +45,28 @@ def settle_budget(
 
     A run that goes on keeps what its checkpoint had come to, unless another number is asked for than at its beginning.
     """
+    tokens = _settled(config, runtime, scorer, planner, loss, start, data)
+    if runtime.device.type == "cuda" and (line := oversized(planner, tokens)):  # memory is planned for
+        runtime.say(line)
+    return tokens
+
+
+def oversized(planner: Planner, tokens: int) -> str | None:
+    """A line about pairs that need more than a pack has, if there are any."""
+    lengths = planner.pair_tokens()
+    over, longest = int((lengths > tokens).sum()), int(lengths.argmax())
+    if not over:
+        return None
+    return (
+        f"max_tokens_per_batch: {over:,} {'pair needs' if over == 1 else 'pairs need'} more than {tokens:,} tokens, "
+        f"alone in packs that are larger than planned: the longest has {lengths[longest]:,} "
+        f"({planner.dataset.origins[longest]}); max_seq_length shortens it"
+    )
+
+
+def _settled(
+    config: RunConfig, runtime: Runtime, scorer: Scorer, planner: Planner, loss: LossMix, start: Start, data: Data
+) -> int:
     asked, progress = config.train.max_tokens_per_batch, start.state.progress
     if start.resumed and progress.max_tokens and progress.max_tokens_asked == asked:
         if progress.max_tokens != asked:
@@ -99,7 +121,7 @@ def _to_come(config: RunConfig, scorer: Scorer, runtime: Runtime) -> int:
     ranks = torch.cuda.device_count() if kind == "layers" else runtime.world_size
     card = card_bytes(device) if device.type == "cuda" else None
     found = rank_bytes(model_bytes(scorer), dataclasses.replace(shape, engine=engine, ranks=ranks), card=card)
-    return int(found.gradients + found.optimizer)
+    return int(found.gradients + found.optimizer + (found.host if device.type == "cpu" else 0.0))
 
 
 class StepTrial:

@@ -99,6 +99,29 @@ def test_ranks_find_one_budget(llama: Path, pairs_file: Path, tmp_path: Path) ->
     assert cli.equal(cli.weights(tmp_path / "found"), cli.weights(tmp_path / "given"))
 
 
+def test_pairs_that_memory_is_not_planned_for_are_told_on_a_gpu() -> None:
+    lines: list[str] = []
+    planner: Any = SimpleNamespace(
+        pair_tokens=lambda: np.array([50, 300, 120]), dataset=SimpleNamespace(origins=["a", "b", "c"])
+    )
+
+    def settle(device: str, tokens: int) -> int:
+        words = f"--model_name_or_path m --mixer_list d 1.0 --max_tokens_per_batch {tokens}"
+        runtime: Any = SimpleNamespace(device=torch.device(device), say=lines.append)
+        start: Any = SimpleNamespace(resumed=False, state=SimpleNamespace(progress=SimpleNamespace()))
+        nothing: Any = None
+        return settle_budget(load_config(words.split()), runtime, nothing, planner, nothing, start, nothing)
+
+    assert settle("cpu", 100) == 100, "where memory is not planned"
+    assert settle("cuda", 300) == 300
+    assert lines == []
+    assert settle("cuda", 100) == 100
+    assert lines == [
+        "max_tokens_per_batch: 2 pairs need more than 100 tokens, alone in packs that are larger than planned: the "
+        "longest has 300 (b); max_seq_length shortens it"
+    ]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 def test_what_training_will_take_is_what_its_states_and_gradients_take(optimizer: str, llama: Path) -> None:
     scorer = scoring.load(llama)
