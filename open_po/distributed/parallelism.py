@@ -189,6 +189,8 @@ def _not_for(found: Parallelism, config: RunConfig) -> Iterator[str]:
     if config.output.async_checkpointing and found.zero_stage:
         yield f"async_checkpointing: DeepSpeed waits for its checkpoints (parallel {found.kind}); leave it out"
     yield from _not_for_update(found, config.train)
+    if found.kind == "tp":
+        yield from _not_for_tensor_parallelism(config)
     if config.model.use_qlora and found.kind not in ("single", "ddp"):
         yield f"use_qlora: weights in 4 bits are whole on every rank, this run is {found.kind}; use parallel ddp"
     spec = OPTIMIZERS[config.train.optimizer]
@@ -208,6 +210,18 @@ def _not_for(found: Parallelism, config: RunConfig) -> Iterator[str]:
             f"reference_sharding: the policy is its own reference, and whole on every rank (parallel {found.kind}); "
             "leave it out, or use fsdp"
         )
+
+
+def _not_for_tensor_parallelism(config: RunConfig) -> Iterator[str]:
+    """What a model that is divided within its layers cannot do yet."""
+    if config.model.use_lora:
+        yield "use_lora: parallel tp trains no adapters; use fsdp"
+    for name in ("mlp_tile_tokens", "torch_compile", "offload_activations"):
+        if getattr(config.model, name):
+            yield f"{name}: has not been tried with parallel tp; leave it out, or use fsdp"
+    if "log_sum_sq" in config.loss.mix().extras:
+        names = ", ".join(config.loss.names)
+        yield f"loss_type: {names} needs a token's whole distribution, which parallel tp divides; use fsdp"
 
 
 def _not_for_update(found: Parallelism, train: TrainConfig) -> Iterator[str]:

@@ -24,10 +24,9 @@ from open_po.hub.fetch import fetch_checkpoint
 from open_po.losses import LossMix, PairLogps
 from open_po.model.divided import HollowModel
 from open_po.model.export import export_adapter, export_model
-from open_po.model.lora import refuse_wrong_start
 from open_po.model.memory import peak_memory_bytes
 from open_po.model.numerics import Numerics, policy_numerics, reference_numerics, saved_dtype
-from open_po.model.prepare import Policy, is_divided, load_policy
+from open_po.model.prepare import Policy, is_divided, load_policy, refuse_what_cannot_train
 from open_po.model.scorer import Scorer
 from open_po.model.token_budget import SMALLEST
 from open_po.model_files import agreed_identity, policy_source
@@ -105,7 +104,7 @@ def _train(
     """Everything from the data to the saved model; returns all observers of the run."""
     needs_reference = config.loss.mix().needs_reference
     source = policy_source(config)
-    runtime.on_each_node(refuse_wrong_start, config, runtime.parallelism)
+    runtime.on_each_node(refuse_what_cannot_train, config, numerics, runtime)
     if needs_reference:
         runtime.on_each_node(open_cache, config)
     data = prepare_data(config, runtime)
