@@ -43,6 +43,10 @@ class DdpEngine(SingleEngine):
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
+    @property
+    def spared_gradients(self) -> int:
+        return 0  # all are there when they are reduced
+
     def _adds(self, packs: int) -> bool:
         return True  # the ranks' packs add up too
 

@@ -45,6 +45,7 @@ class SingleEngine(Engine):
         self._in_backward: UpdateInBackward | None = None
         if self._updates_in_backward():
             self._in_backward = UpdateInBackward(parameters, self.optimizer)
+        self._packs = 0  # of the step under way
         self._told = False  # that a step could not be updated in its backward pass
 
     def _updates_in_backward(self) -> bool:
@@ -56,9 +57,18 @@ class SingleEngine(Engine):
     def weights_changed(self) -> bool:
         return self._in_backward is not None and self._in_backward.weights_changed
 
+    @property
+    def spared_gradients(self) -> int:
+        if self._packs != 1 or (self._in_backward is None and self._host is None):
+            return 0
+        sums = self._sums
+        dtypes = [(p, p.dtype if sums is None else sums.dtype_of(p)) for p in self._parameters]
+        return sum(parameter.numel() * dtype.itemsize for parameter, dtype in dtypes)
+
     @contextmanager
     def step(self, *, packs: int) -> Iterator[None]:
         self.discard()
+        self._packs = packs
         if self._in_backward is not None:
             self._in_backward.begin(active=packs == 1)
             if packs > 1 and self._rules.optimizer_in_backward == "on" and not self._told:

@@ -220,6 +220,29 @@ def test_memory_that_does_not_suffice_is_one_line(
     assert re.search(r"the pair .*pairs.jsonl row \d+ alone .* lower max_seq_length", said), said
 
 
+def test_smaller_packs_than_one_hold_gradients_and_that_is_told(
+    llama: Path, pairs_file: Path, tmp_path: Path, fail_at: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Updates in the backward pass leave no gradients; the same step in several packs has them all."""
+    fields = STEPS | {"max_tokens_per_batch": 2000, "max_grad_norm": 0}
+    words = cli.arguments(llama, pairs_file, tmp_path / "twice", **fields)
+    fail_at(1, always=True)
+    assert cli.main(words) == 1
+    out, err = capsys.readouterr()
+    added = "in several packs, whose gradients add up in 0.0 GB that one pack spares"
+    assert re.search(rf"the step is done again, .* with at most \d+ tokens at a time, {added}; its values", out)
+    assert re.search(
+        rf"Step 1: .* 2.00 GiB.\), {added}; lower per_device_train_batch_size or gradient_accumulation_steps until a "
+        "step is one pack that fits, or set gradient_checkpointing",
+        err,
+    )
+    fail_at(1)
+    retried = cli.train(llama, pairs_file, tmp_path / "once", **fields)
+    fail_at(-1)
+    plain = cli.train(llama, pairs_file, tmp_path / "plain", **fields)
+    cli.assert_close_weights(cli.weights(retried), cli.weights(plain), cli.weights(llama))
+
+
 def test_a_rank_does_not_try_again_while_others_wait(
     llama: Path, pairs_file: Path, tmp_path: Path, fail_at: Callable[..., None], capfd: pytest.CaptureFixture[str]
 ) -> None:
