@@ -13,10 +13,11 @@ from open_po.distributed.parallelism import Parallelism
 from open_po.errors import UserError, first_line
 from open_po.memory_plan import EngineName, MemoryPlan, TrainingShape
 from open_po.memory_plan.states import ZERO_HOST
+from open_po.model.lora import no_adapters
 from open_po.model.numerics import policy_numerics, reference_numerics
 from open_po.model.rehearsal import Rehearsal
 from open_po.model.token_budget import SMALLEST, usual
-from open_po.model_files import policy_source, reference_source
+from open_po.model_files import adapter_base, policy_source, reference_source
 from open_po.optimizers import OPTIMIZERS
 
 DeviceType = Literal["cuda", "cpu"]
@@ -134,10 +135,15 @@ def plan_memory(
     the lengths of the data are known. Raises UserError if the model cannot be made, or its passes not be rehearsed.
     """
     shape = dataclasses.replace(shape or training_shape(config, device), engine=engine, ranks=ranks)
-    folder = policy_source(config).config_folder()
+    source = policy_source(config)
+    folder, adapters = source.config_folder(), None
+    if config.model.use_lora and config.model.lora_start == "continue":
+        adapters = source.description()
+        if adapter_base(adapters, source.trust_remote_code) is None:
+            raise no_adapters(source)
     refused: list[str] = []
     for laid_out in _layouts(shape):
-        rehearsal = Rehearsal(folder, config.model, laid_out)
+        rehearsal = Rehearsal(folder, config.model, laid_out, adapters)
         plan = MemoryPlan(laid_out, rehearsal.model, rehearsal, card)
         try:
             plan.rehearse()

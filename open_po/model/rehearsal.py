@@ -30,7 +30,7 @@ from open_po.model.activations import checkpoint_gradients
 from open_po.model.attention import MissingSegments, count_calls
 from open_po.model.ledger import Ledger
 from open_po.model.load import apply_liger, model_settings
-from open_po.model.lora import attach_lora
+from open_po.model.lora import attach_like, attach_lora
 from open_po.model.mlp_tiles import tile_mlps
 from open_po.model.model_bytes import model_bytes
 from open_po.model.numerics import Numerics
@@ -49,9 +49,12 @@ _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 class Rehearsal:
     """What the passes of one model hold, trained in one way."""
 
-    def __init__(self, folder: Path, config: ModelConfig, shape: TrainingShape) -> None:
-        """`folder` has the model's config.json; of `config` the adapters are read. Raises UserError."""
-        self.config, self.shape = config, shape
+    def __init__(self, folder: Path, config: ModelConfig, shape: TrainingShape, adapters: Path | None = None) -> None:
+        """`folder` has the model's config.json; of `config` the adapters are read, unless a folder has them.
+
+        Raises UserError.
+        """
+        self.config, self.shape, self._adapters = config, shape, adapters
         self.numerics = Numerics(
             compute_dtype=_DTYPES[shape.compute], weights_dtype=_DTYPES[shape.weight], use_liger=shape.liger
         )
@@ -182,7 +185,9 @@ class Rehearsal:
             checkpoint_gradients(scorer, shape.checkpoint_every)
         if shape.four_bit:
             keep_in_four_bits(layers, self.numerics.compute_dtype)
-        if self.config.use_lora:
+        if self._adapters is not None:
+            attach_like(scorer, self._adapters)
+        elif self.config.use_lora:
             attach_lora(scorer, self.config)
         if self.config.mlp_tile_tokens is not None:
             tile_mlps(scorer, self.config.mlp_tile_tokens)
