@@ -11,6 +11,7 @@ from open_po.commands.place import Place
 from open_po.config import RunConfig
 from open_po.config.checks import contradictions
 from open_po.config.run_config import FIELDS
+from open_po.distributed.parallelism import Parallelism
 from open_po.errors import UserError
 from open_po.memory_plan import EngineName, MemoryPlan, usable
 from open_po.memory_plan.advice import Change, advice
@@ -29,13 +30,11 @@ def show(config: RunConfig, arguments: argparse.Namespace) -> int:
     """Print the plan; returns the exit code. Raises UserError if the model cannot be made."""
     card: float = arguments.gpu_memory or _DEFAULT_CARD
     ranks: int = arguments.gpus
-    first = plan_memory(config, arguments.device, card=card)
     room = usable(card)
-    plans: dict[str, MemoryPlan] = {
-        engine: filling(first.under(engine, ranks), config, room) for engine in _engines(config, ranks)
-    }
+    found = _plans(config, arguments.device, ranks, card)
+    plans: dict[str, MemoryPlan] = {engine: filling(plan, config, room) for engine, plan in found.items()}
     console = make_console()
-    console.print(_model_line(config, first))
+    console.print(_model_line(config, next(iter(plans.values()))))
     console.print(f"{ranks} x {card / 1e9:,.0f} GB", soft_wrap=True)
     console.print(engines_table(plans, card, room))
     if any(plan.fits(room) for plan in plans.values()):
@@ -45,8 +44,7 @@ def show(config: RunConfig, arguments: argparse.Namespace) -> int:
     def replan(change: Change) -> MemoryPlan | None:
         return _after(change, config, arguments.device, base, card)
 
-    found = advice(base, config.flat(), replan, ranks)
-    console.print(advice_table(found, room))
+    console.print(advice_table(advice(base, config.flat(), replan, ranks), room))
     return _NOTHING_FITS
 
 
@@ -76,6 +74,26 @@ def _card_here() -> float:
     return card_bytes(torch.device("cuda", 0)) if torch.cuda.is_available() else _DEFAULT_CARD
 
 
+def _plans(config: RunConfig, device: DeviceType, ranks: int, card: float) -> dict[EngineName, MemoryPlan]:
+    """Those of all engines that a run could have. One rehearsal does for all whose weights have one precision."""
+    found: dict[EngineName, MemoryPlan] = {}
+    for engine in _engines(config, ranks):
+        shape = training_shape(config, device, Parallelism.asked_for(config.distributed, engine))
+        alike = (plan for plan in found.values() if plan.shape.weight == shape.weight)
+        if (like := next(alike, None)) is None:
+            found[engine] = plan_memory(config, device, engine=engine, ranks=ranks, card=card, shape=shape)
+            continue
+        shape = dataclasses.replace(
+            shape,
+            engine=engine,
+            ranks=ranks,
+            layout=like.shape.layout,
+            short_last_layer=like.shape.short_last_layer,
+        )
+        found[engine] = dataclasses.replace(like, shape=shape)
+    return found
+
+
 def _engines(config: RunConfig, ranks: int) -> tuple[EngineName, ...]:
     """Those that a run on so many GPUs could have, the one that it asks for first."""
     if ranks == 1:
@@ -89,7 +107,7 @@ def _after(change: Change, config: RunConfig, device: DeviceType, base: MemoryPl
     sections: dict[str, dict[str, object]] = {}
     for name, value in change.fields.items():
         sections.setdefault(FIELDS[name].section, {})[name] = value
-    if "use_lora" in change.fields and config.flat()["lora_rank"] is None:
+    if "use_lora" in change.fields and config.flat()["lora_rank"] is None and config.model.lora_start == "new":
         sections["model"] |= {"lora_rank": 64, "lora_alpha": 16.0, "lora_dropout": 0.0}
         sections["model"]["lora_target_modules"] = ["all-linear"]
     changed = dataclasses.replace(
@@ -101,7 +119,8 @@ def _after(change: Change, config: RunConfig, device: DeviceType, base: MemoryPl
         return None
     engine = next((name for name in ENGINES if name == change.fields.get("parallel")), base.shape.engine)
     try:
-        shape = dataclasses.replace(training_shape(changed, device), reference_tokens=base.shape.reference_tokens)
+        shape = training_shape(changed, device, Parallelism.asked_for(changed.distributed, engine))
+        shape = dataclasses.replace(shape, reference_tokens=base.shape.reference_tokens)
         if "max_tokens_per_batch" not in change.fields:
             shape = dataclasses.replace(shape, max_tokens=base.shape.max_tokens)
         return plan_memory(changed, device, engine=engine, ranks=base.shape.ranks, card=card, shape=shape)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from open_po.config import DistributedConfig, RunConfig, TrainConfig
+from open_po.config import RunConfig, TrainConfig
 from open_po.distributed.parallelism import Parallelism
 from open_po.errors import UserError, first_line
 from open_po.memory_plan import EngineName, MemoryPlan, TrainingShape
@@ -33,10 +33,10 @@ def training_shape(config: RunConfig, device: DeviceType, parallelism: Paralleli
     those of a few such pairs, until there is a card to fill.
     """
     model, train = config.model, config.train
-    spread = parallelism or _asked_for(config.distributed)
+    spread = parallelism or Parallelism.asked_for(config.distributed)
     # Liger's kernels need no GPU to be planned with.
     without = dataclasses.replace(config, model=dataclasses.replace(model, use_liger_kernel=False))
-    numerics = policy_numerics(without, torch.device(device))
+    numerics = policy_numerics(without, torch.device(device), spread)
     prompt = config.data.max_seq_length // 2
     if config.data.max_prompt_length is not None:
         prompt = min(prompt, config.data.max_prompt_length)
@@ -56,7 +56,7 @@ def training_shape(config: RunConfig, device: DeviceType, parallelism: Paralleli
         pairs_of_rank=train.per_device_train_batch_size * train.gradient_accumulation_steps,
         separate_reference=reference_source(config) is not None,
         no_reference=not config.loss.mix().needs_reference,
-        reference_weight=reference_numerics(without, torch.device(device)).weights_dtype.itemsize,
+        reference_weight=reference_numerics(without, torch.device(device), spread).weights_dtype.itemsize,
         reference_sharding=config.reference.reference_sharding,
         **_update_facts(train, spread, 4 if model.use_lora else numerics.weights_dtype.itemsize),
     )
@@ -64,15 +64,6 @@ def training_shape(config: RunConfig, device: DeviceType, parallelism: Paralleli
     tokens = usual(shape.pair_tokens) if asked == "auto" else asked
     return dataclasses.replace(
         shape, max_tokens=tokens, reference_tokens=_SCORED[device] * tokens if scored == "auto" else scored
-    )
-
-
-def _asked_for(config: DistributedConfig) -> Parallelism:
-    """What the fields say by themselves of how a run is spread."""
-    return Parallelism(
-        kind="ddp" if config.parallel == "auto" else config.parallel,
-        offload_optimizer=config.offload_optimizer,
-        offload_param=config.offload_param,
     )
 
 
@@ -91,7 +82,7 @@ def _update_facts(train: TrainConfig, spread: Parallelism, trained: int) -> dict
     if not spread.offload_optimizer:
         return facts
     # Float32 weights and their states, and the gradient on its way; DeepSpeed has buffers of its own.
-    host = ZERO_HOST if spread.zero_stage else 4 + states(4) + trained
+    host = 4 + states(4) + trained if spread.updates_on_host else ZERO_HOST
     return facts | {
         "optimizer": 0.0,
         "optimizer_of_layers": None,
@@ -134,7 +125,8 @@ def plan_memory(
     `card` is the memory of the device in bytes, if it is known. `shape` replaces what the configuration says, as where
     the lengths of the data are known. Raises UserError if the model cannot be made, or its passes not be rehearsed.
     """
-    shape = dataclasses.replace(shape or training_shape(config, device), engine=engine, ranks=ranks)
+    shape = shape or training_shape(config, device, Parallelism.asked_for(config.distributed, engine))
+    shape = dataclasses.replace(shape, engine=engine, ranks=ranks)
     source = policy_source(config)
     folder, adapters = source.config_folder(), None
     if config.model.use_lora and config.model.lora_start == "continue":

@@ -54,7 +54,7 @@ from open_po.training.trainer import Trainer
 def run(config: RunConfig, runtime: Runtime, words: Sequence[str] = ()) -> None:
     """The whole job; `words` are those of the command line. Raises UserError for whatever a user can cause."""
     folder = RunFolder(Path(config.output.output_dir))
-    numerics = runtime.from_main(policy_numerics, config, runtime.device)
+    numerics = runtime.from_main(policy_numerics, config, runtime.device, runtime.parallelism)
     if runtime.parallelism.is_free and not numerics.four_bit:
         runtime = runtime.on_every_rank(HollowModel, policy_source(config), numerics, runtime).settle(config)
     try:
@@ -147,7 +147,7 @@ def _train(
 
 def _tell_of_other_numerics(config: RunConfig, numerics: Numerics, runtime: Runtime) -> None:
     """Say so if the reference does not compute as the policy does, whose log-probs it is compared with."""
-    reference = runtime.from_main(reference_numerics, config, runtime.device)
+    reference = runtime.from_main(reference_numerics, config, runtime.device, runtime.parallelism)
     if reference.describe() != numerics.describe():
         runtime.say(f"Reference model: computes {reference.describe()}, the policy {numerics.describe()}")
 
