@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
-from open_po.memory_plan.shape import EngineName, ModelBytes, PassBytes, TrainingShape
+from open_po.memory_plan.shape import ModelBytes, PassBytes, TrainingShape
 from open_po.memory_plan.states import RankBytes, rank_bytes, reference_bytes
 
 # What is taken before the first tensor: CUDA's context and the libraries' kernels; on a CPU the program and its
@@ -93,10 +93,6 @@ class MemoryPlan:
         lines = replace(self, passes=_Lines(self.passes))
         return _largest(lambda tokens: sum(lines._reference_parts(tokens).values()), room)
 
-    def under(self, engine: EngineName, ranks: int) -> MemoryPlan:
-        """The plan on other ranks, or spread over them otherwise."""
-        return replace(self, shape=replace(self.shape, engine=engine, ranks=ranks))
-
     def rehearse(self) -> None:
         """Compute what there is to know. Raises what the model's own code raises."""
         self._parts(self.shape.max_tokens)
@@ -111,8 +107,9 @@ class MemoryPlan:
         head = max(0.0, found.head_peak - found.activations)
         layers = max(0.0, found.layers_peak - found.activations - head)
         kept = {"weights": rank.weights, "gradients": rank.gradients, "optimizer": rank.optimizer}
-        # Of a step of one pack the gradients come as the activations go.
-        before = kept if shape.several_packs or not shape.gradients_whole else kept | {"gradients": 0.0}
+        # Of a step of one pack the gradients come as the activations go, unless they have their place.
+        there = shape.several_packs or shape.has_buckets or not shape.gradients_whole
+        before = kept if there else kept | {"gradients": 0.0}
         begins = before | {"gathered": rank.gathered, "activations": activations, "head": head, "layers": layers}
         ends = kept | {"gathered": rank.gathered_at_end, "activations": 0.0, "head": 0.0, "layers": 0.0}
         return self._with_overheads(max(begins, ends, key=lambda parts: sum(parts.values())))

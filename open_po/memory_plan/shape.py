@@ -69,6 +69,11 @@ class TrainingShape:
         return self.pairs_of_rank * self.pair_tokens > self.max_tokens
 
     @property
+    def has_buckets(self) -> bool:
+        """Whether gradients have their place from the start: DDP's buckets, in which packs add up too."""
+        return self.engine == "ddp" and self.gradient_alone == 4
+
+    @property
     def gradients_whole(self) -> bool:
         """Whether all gradients are there at the end of a step's passes."""
         return self.several_packs or not (self.gradients_leave and self.engine in ("single", "layers"))

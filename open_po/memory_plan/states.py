@@ -45,8 +45,6 @@ def gradient_bytes(shape: TrainingShape, trained: float, card: float | None) -> 
     """Of a trained weight's gradient, at the end of a step's passes."""
     if not shape.gradients_whole:
         return 0.0
-    if shape.engine == "ddp" and shape.gradient_alone == 4:  # buckets of float32 stay, several packs add up beside them
-        return 8.0 if shape.several_packs else 4.0
     if not shape.several_packs and shape.engine != "ddp":  # under which bfloat16 weights' always add up apart
         return shape.gradient_alone
     cards = shape.ranks if shape.engine in ("fsdp", "layers") else 1
@@ -112,7 +110,7 @@ def reference_bytes(model: ModelBytes, shape: TrainingShape, *, card: float | No
     kept = rank_bytes(model, shape, card=card)
     return RankBytes(
         weights=kept.weights,
-        gradients=kept.gradients if shape.engine == "ddp" and shape.gradient_alone == 4 else 0.0,
+        gradients=kept.gradients if shape.has_buckets else 0.0,
         optimizer=kept.optimizer if shape.engine.startswith("zero") else 0.0,
         gathered=gathered,
     )
