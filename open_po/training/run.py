@@ -31,12 +31,13 @@ from open_po.model.scorer import Scorer
 from open_po.model.token_budget import SMALLEST
 from open_po.model_files import agreed_identity, policy_source
 from open_po.output.card import write_card
+from open_po.output.estimate import Groups
 from open_po.output.files import disk_faults
 from open_po.output.metrics import evaluations, read_metrics
 from open_po.output.observers import Observers, RunObserver
 from open_po.output.run_folder import RunFolder
 from open_po.output.summary import RunSummary, Status
-from open_po.output.tables import packing_line, result_table
+from open_po.output.tables import groups_table, packing_line, result_table
 from open_po.output.trackers import make_trackers
 from open_po.packing import Planner
 from open_po.reference import FilledStore, ensure_reference, log_probs_of, open_cache, separate_reference
@@ -247,7 +248,8 @@ def finish(
     dtype = saved_dtype(config.output, trainer.scorer.numerics)
     peak = peak_memory_bytes()  # of training, not of the copies that an export makes
     runtime.on_every_rank(_save_model, trainer, data.tokenizer, dtype, runtime.is_main)
-    runtime.on_main(_write_results, runtime, trainer, data, reference, words, peak)
+    groups = trainer.held_out_groups()
+    runtime.on_main(_write_results, runtime, trainer, data, reference, words, peak, groups)
 
 
 def _save_model(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, mine: bool) -> None:
@@ -266,11 +268,14 @@ def _write_results(
     reference: FilledStore | None,
     words: Sequence[str],
     peak: int,
+    groups: Groups | None,
 ) -> None:
     folder = trainer.folder
     records = read_metrics(folder.metrics)
-    result = run_result(trainer, data, reference, evaluations(records), peak)
+    result = run_result(trainer, data, reference, evaluations(records), peak, groups)
     with disk_faults(f"{folder.path}: the model's card", "the model is written"):
         write_card(folder.path, card_facts(trainer, data, reference, result, words), records)
     folder.write_summary(RunSummary(status=Status.COMPLETED, result=result))
     runtime.console.print(result_table(result, folder.path))
+    if groups is not None:
+        runtime.console.print(groups_table(groups, "Held out"))
