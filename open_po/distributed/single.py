@@ -22,7 +22,8 @@ from open_po.distributed.runtime import Runtime
 from open_po.distributed.update import UpdateRules, clip_and_step
 from open_po.errors import UserError
 
-_WEIGHTS, _OPTIMIZER = "weights.safetensors", "optimizer.pt"
+WEIGHTS = "weights.safetensors"  # the trained ones, by their names in the module
+_OPTIMIZER = "optimizer.pt"
 
 
 class SingleEngine(Engine):
@@ -143,7 +144,7 @@ class SingleEngine(Engine):
 
     def load(self, folder: Path) -> None:
         parameters = self._updated()
-        weights = load_file(folder / _WEIGHTS)
+        weights = load_file(folder / WEIGHTS)
         state = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
         for name, value in weights.items():
             if value.dtype != parameters[name].dtype:
@@ -180,7 +181,7 @@ class _Writing(Saving):
 
 
 def _write(folder: Path, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
-    save_file(weights, folder / _WEIGHTS)
+    save_file(weights, folder / WEIGHTS)
     with open(folder / _OPTIMIZER, "wb") as file:
         torch.save(optimizer, file)
 
