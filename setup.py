@@ -47,7 +47,12 @@ setup(
             "tensorboard",
             "mlflow-skinny",
             "bitsandbytes>=0.50",
+            "sacrebleu>=2.5",
+            "rouge-score>=0.1.2",
+            "nltk>=3.9",
         ],
+        "evaluation": ["sacrebleu>=2.5", "rouge-score>=0.1.2", "nltk>=3.9"],  # BLEU, chrF; ROUGE; METEOR
+        "bertscore": ["bert-score>=0.3.13"],
         "quantised": ["bitsandbytes>=0.50"],  # use_qlora, optimizers with states in 8 bits or paged
         "trackers": ["tensorboard", "mlflow-skinny", "trackio"],  # W&B comes with the package
     },

@@ -61,6 +61,16 @@ def _uncollected() -> Iterator[None]:
         gc.enable()
 
 
+# The fields that `--data` gives, in whichever form.
+DATA_INSTEAD = dict.fromkeys(
+    (
+        *("mixer_list", "dataset_mixer", "mixture"),
+        *(name for name in FIELDS if name.startswith(("eval_mixer_list", "eval_mixture"))),
+    ),
+    "--data",
+)
+
+
 def load_fields(
     flags: Sequence[str],
     rest: Sequence[str],

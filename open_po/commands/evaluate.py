@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from open_po.commands.command_line import CommandParser, Job, load_fields, run_command
+from open_po.commands.command_line import DATA_INSTEAD, CommandParser, Job, load_fields, run_command
 from open_po.config import FIELDS, RunConfig
 from open_po.errors import ConfigError
 from open_po.evaluation.metrics import METRICS, TASKS, MetricSpec, Task, Tools, metric
@@ -77,13 +77,7 @@ _TOOLS = {
     "target_language": "of the answers: how bleu tells words apart, and which model bertscore takes",
     "source_pattern": "for comet: a regular expression whose first group is what a prompt asks to translate",
 }
-_INSTEAD = {
-    "model_name_or_path": "--model",
-    "mixer_list": "--data",
-    "dataset_mixer": "--data",
-    "eval_mixer_list": "--data",
-    "eval_mixer_list_splits": "--data",
-}
+_INSTEAD = {**DATA_INSTEAD, "model_name_or_path": "--model"}
 
 
 def _listed(task: Task) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from open_po.commands.command_line import CommandParser, Job, load_fields, run_command
+from open_po.commands.command_line import DATA_INSTEAD, CommandParser, Job, load_fields, run_command
 from open_po.config import FIELDS, RunConfig
 
 _BETA = 0.1
@@ -57,14 +57,8 @@ def _beta(word: str) -> float:
 
 
 _INSTEAD = {
+    **DATA_INSTEAD,
     "model_name_or_path": "--model",
-    "mixer_list": "--data",
-    "dataset_mixer": "--data",
-    "mixture": "--data",
-    "eval_mixer_list": "--data",
-    "eval_mixer_list_splits": "--data",
-    "eval_mixer_list_configs": "--data",
-    "eval_mixture": "--data",
     "reference_model_name_or_path": "--reference",
     "max_tokens_per_batch": "--reference_max_tokens_per_batch",  # of a pass that keeps no activations
 }

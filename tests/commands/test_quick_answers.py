@@ -95,7 +95,7 @@ def test_every_mistake_is_told_at_once(folder: Path) -> None:
         "config error: num_epochs: expects a whole number, got 'many'",
         "config error: loss_typ: unknown field; did you mean loss_type?",
         "config error: model_name_or_path: is required, a local folder or a Hub name",
-        "config error: mixer_list: is required, the training data (or dataset_mixer in YAML)",
+        "config error: mixer_list: is required, the training data (or dataset_mixer or mixture in YAML)",
         "config error: loss_type dpo: beta is -1 but must lie in (0, inf)",
     ]
 
