@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -44,7 +44,7 @@ class DataConfig:
     eval_mixture: list[dict[str, str]] | None = option(None, "held-out data, written as mixture", shapes_result=False)
     format: str | None = option(
         None,
-        "layout of the rows: a name of the README's table, or MODULE:FUNCTION; default: found by each row's columns",
+        "layout of the rows: a name of docs/add_a_dataset.md, or MODULE:FUNCTION; default: found by each row's columns",
     )
     prompt_template: str | None = option(
         None, "text of the prompt with {column} for a row's columns, instead of the layout's own prompt"
@@ -92,15 +92,28 @@ class DataConfig:
     def training_mixture(self) -> list[MixturePart]:
         """The training data. Raises ValueError with one line per problem."""
         if self.mixture is not None:
-            return typed_mixture(self.mixture)
-        return parse_mixture(self.mixer_list or [], self.mixer_list_splits, self.mixer_list_configs or [None])
+            return self._as_the_run_reads(typed_mixture(self.mixture))
+        configs = self.mixer_list_configs or [None]
+        return self._as_the_run_reads(parse_mixture(self.mixer_list or [], self.mixer_list_splits, configs))
 
     @cached_property
     def held_out_mixture(self) -> list[MixturePart]:
         """The held-out data; empty if there is none. Raises ValueError with one line per problem."""
         if self.eval_mixture is not None:
-            return typed_mixture(self.eval_mixture, "eval_mixture")
+            return self._as_the_run_reads(typed_mixture(self.eval_mixture, "eval_mixture"))
         if self.eval_mixer_list is None:
             return []
         configs = self.eval_mixer_list_configs or [None]
-        return parse_mixture(self.eval_mixer_list, self.eval_mixer_list_splits, configs, "eval_mixer_list")
+        parts = parse_mixture(self.eval_mixer_list, self.eval_mixer_list_splits, configs, "eval_mixer_list")
+        return self._as_the_run_reads(parts)
+
+    def _as_the_run_reads(self, parts: list[MixturePart]) -> list[MixturePart]:
+        """Parts that have no format or prompt template of their own with those of the run."""
+        return [
+            replace(
+                part,
+                format=part.format or self.format,
+                prompt_template=self.prompt_template if part.prompt_template is None else part.prompt_template,
+            )
+            for part in parts
+        ]
