@@ -62,7 +62,8 @@ class Row:
         pair = self.dataset[index]
         lost = self.dataset.lost[index].tolist()
         for name, ids, cut in zip(COLOURS, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids), lost, strict=True):
-            yield from self._part(name, ids, cut, shaded=_shows_shades(console))
+            if ids:
+                yield from self._part(name, ids, cut, shaded=_shows_shades(console))
         yield Text()
 
     def _part(self, name: str, ids: list[int], cut: int, *, shaded: bool) -> Iterator[RenderableType]:

@@ -94,7 +94,7 @@ def left_out_table(parts: Sequence[Part]) -> Table | Text:
 
 def _before_truncation(pairs: PairDataset) -> dict[str, NDArray[np.int64]]:
     lengths = np.stack([pairs.prompt_lengths, pairs.chosen_lengths, pairs.rejected_lengths], 1) + pairs.lost
-    named = dict(zip(COLOURS, lengths.T, strict=True))
+    named = {name: part for name, part in zip(COLOURS, lengths.T, strict=True) if part.any()}
     return named | {"prompt + longer": lengths[:, 0] + lengths[:, 1:].max(1)}
 
 
@@ -104,7 +104,7 @@ def histograms(pairs: PairDataset, data: DataConfig) -> Histograms:
         Column(title=title, lengths=lengths, style=COLOURS.get(title, ("#d7af5f",))[0])
         for title, lengths in _before_truncation(pairs).items()
     ]
-    limits = [Limit(column=3, length=data.max_seq_length, text="max_seq_length")]
+    limits = [Limit(column=len(columns) - 1, length=data.max_seq_length, text="max_seq_length")]
     if data.max_prompt_length is not None:
         limits.insert(0, Limit(column=0, length=data.max_prompt_length, text="max_prompt_length"))
     return Histograms(columns=columns, limits=limits)
@@ -177,6 +177,8 @@ def _bos(part: Part, tokenizer: PreTrainedTokenizerBase) -> Text:
 
 
 def _ending(part: Part, side: int) -> Text:
+    if part.special.ended(side, "absent") == len(part.pairs):
+        return Text("there are none")
     behind = part.special.behind_eos[part.special.endings[:, side] == "followed", side].max(initial=0)
     said: dict[Ending, tuple[str, bool]] = {
         "once": ("once", False),
@@ -206,7 +208,10 @@ def _likeness(found: Shared) -> Text:
 
 
 def _difference(pairs: PairDataset) -> Text:
-    apart = pairs.chosen_lengths - pairs.rejected_lengths
+    both = pairs.rejected_lengths > 0
+    if not both.any():
+        return Text("there are no rejected responses")
+    apart = (pairs.chosen_lengths - pairs.rejected_lengths)[both]
     return Text(
         f"{apart.mean():+,.1f} tokens on average; chosen is the longer one in {(apart > 0).mean():.0%} of pairs"
     )

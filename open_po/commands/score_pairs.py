@@ -26,7 +26,7 @@ def score(config: RunConfig, runtime: Runtime, out: Path, beta: float) -> None:
     """Score the data under the policy, and under the reference if there is one, and write one line a pair."""
     runtime.on_main(_check, out, config)
     runtime.on_each_node(open_cache, config)
-    data = prepare_data(config, runtime, label="Data")
+    data = prepare_data(config, runtime, label="Data", compared_by="score")
 
     numerics = runtime.from_main(frozen_numerics, config.model, runtime.device)
     scored = log_probs_of(policy_source(config), numerics, config, runtime, data, label="Model")

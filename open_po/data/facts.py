@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from open_po.data.dataset import PairDataset
 
 # How a response ends: with one EOS, with several, with one and other tokens behind it; or without because it was
-# truncated, or though it was not.
-Ending = Literal["once", "repeated", "followed", "cut", "missing"]
+# truncated, or though it was not. Of a rejected response that there is not: "absent".
+Ending = Literal["once", "repeated", "followed", "cut", "missing", "absent"]
 _CHUNK = 10_000  # rows
 
 
@@ -85,12 +85,12 @@ def special_tokens(dataset: PairDataset, tokenizer: PreTrainedTokenizerBase) -> 
         parts["behind"].append(np.stack([c.behind_last(eos) for c in columns[1:]], 1))
     found = {name: np.concatenate(arrays) for name, arrays in parts.items()}
     lengths = np.stack([dataset.chosen_lengths, dataset.rejected_lengths], 1)
-    tests = [found["run"] == 1, found["run"] > 1, dataset.lost[:, 1:] > 0, found["behind"] < lengths]
+    tests = [lengths == 0, found["run"] == 1, found["run"] > 1, dataset.lost[:, 1:] > 0, found["behind"] < lengths]
     inner = found["bos"] > found["leading"]
     return SpecialTokens(
         leading_bos=found["leading"],
         inner_bos=inner if bos != eos else np.zeros_like(inner),
-        endings=np.select(tests, ["once", "repeated", "cut", "followed"], "missing"),
+        endings=np.select(tests, ["absent", "once", "repeated", "cut", "followed"], "missing"),
         behind_eos=found["behind"],
         unknown=found["unknown"],
     )
@@ -118,7 +118,7 @@ def shared(dataset: PairDataset) -> Shared:
         prompts=len(by_prompt),
         in_company=int(by_prompt[by_prompt > 1].sum()),
         most=int(by_prompt.max()),
-        responses=len(np.unique(numbers)),
+        responses=len(np.unique(np.append(numbers[:, 0], numbers[dataset.rejected_lengths > 0, 1]))),
         repeated=len(pairs) - len(np.unique(pairs)),
         contradicted=int(np.isin(pairs, swapped).sum()),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 
 from open_po.config import RunConfig
@@ -28,7 +29,8 @@ def plan_of_run(config: RunConfig, runtime: Runtime, data: Data) -> MemoryPlan |
         return None
     pairs = data.train
     prompt = max(1, round(float(pairs.prompt_lengths.mean())))
-    response = max(1, round(float((pairs.chosen_lengths + pairs.rejected_lengths).mean()) / 2))
+    responses = len(pairs) + np.count_nonzero(pairs.rejected_lengths)
+    response = max(1, round(float((pairs.chosen_lengths + pairs.rejected_lengths).sum()) / responses))
     key = f"{config.to_yaml()} {engine} {runtime.world_size} {prompt} {response}"
     if key not in _known:
         shape = dataclasses.replace(training_shape(config, "cuda"), prompt_tokens=prompt, response_tokens=response)

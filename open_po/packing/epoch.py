@@ -22,7 +22,7 @@ def plan_epoch(planner: Planner, sampler: Sampler, ranks: int) -> EpochPlan:
     data = planner.dataset
     rows = data.prompt_lengths + data.chosen_lengths
     if planner.with_rejected:
-        rows = rows + data.prompt_lengths + data.rejected_lengths
+        rows = rows + data.rejected_lengths + data.prompt_lengths * (data.rejected_lengths > 0)
     packing, passes, tokens = PackingStats(), 0, 0
     for step in range(sampler.steps_per_epoch):
         pairs = sampler.step_pairs(step)

@@ -107,7 +107,7 @@ class Planner:
 
     def pair_tokens(self) -> NDArray[np.int64]:
         """Tokens of each pair of the data in a pack of its own."""
-        data, sides = self.dataset, 2 if self.with_rejected else 1
+        data, sides = self.dataset, self._sides(slice(None))
         longest = data.chosen_lengths
         if self.with_rejected:
             longest = np.maximum(longest, data.rejected_lengths)
@@ -142,8 +142,8 @@ class Planner:
     def _stats(self, indices: Sequence[int]) -> PackingStats:
         by_prompt = _by_key(indices, lambda index: int(self.dataset.prompt_numbers[index]))
         units = [self._unit(items) for items in by_prompt]
-        sides = 2 if self.with_rejected else 1
-        return _stats(units, self.layout, self.max_tokens, sides * sum(unit.prompt * len(unit.items) for unit in units))
+        repeated = sum(unit.prompt * int(self._sides(list(unit.items)).sum()) for unit in units)
+        return _stats(units, self.layout, self.max_tokens, repeated)
 
     def batch(self, indices: Sequence[int], pad_token_id: int) -> PackedBatch:
         """The tensors of one pack."""
@@ -155,12 +155,17 @@ class Planner:
             with_prompt=self.with_prompt,
         )
 
+    def _sides(self, pairs: slice | list[int]) -> NDArray[np.int64]:
+        """How many responses of each of `pairs` are computed: some have no rejected one."""
+        sides: NDArray[np.int64] = 1 + self.with_rejected * (self.dataset.rejected_lengths[pairs] > 0)
+        return sides
+
     def _unit(self, pairs: Sequence[int]) -> PromptUnit[int]:
         data, lengths = self.dataset, {}
         for index in pairs:
             chosen, rejected = data.response_numbers[index].tolist()
             lengths[chosen] = int(data.chosen_lengths[index])
-            if self.with_rejected:
+            if self.with_rejected and data.rejected_lengths[index]:
                 lengths[rejected] = int(data.rejected_lengths[index])
         return PromptUnit(tuple(pairs), int(data.prompt_lengths[pairs[0]]), tuple(lengths.values()))
 
