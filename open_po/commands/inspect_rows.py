@@ -57,7 +57,7 @@ class Row:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         index = self.example.index
-        yield Text(f"Row {self.number}: {self.dataset.origins[index]}", style="bold")
+        yield Text(f"Row {self.number}: {self.dataset.origin(index)}", style="bold")
         yield Text(f"shown because {'; '.join(self.example.reasons)}", style="dim")
         pair = self.dataset[index]
         lost = self.dataset.lost[index].tolist()

@@ -19,8 +19,6 @@ from open_po.data.token_texts import Piece
 from open_po.output.histograms import Column, Histograms, Limit
 from open_po.packing import EpochPlan, Layout, Sampler
 
-_ORIGINS = 3  # rows that were left out, named for each reason
-
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -60,8 +58,9 @@ def tokenizer_table(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Ta
 
 def sources_table(parts: Sequence[Part]) -> Table:
     """How many rows and pairs came from where."""
-    table = _table("Rows", "data", "source", "rows taken", "pairs", "left out", "mean tokens of a pair")
-    for column in table.columns[2:]:
+    columns = ["rows taken", "repeated", "left out", "pairs", "mean tokens of a pair"]
+    table = _table("Rows", "data", "source", "format", *columns)
+    for column in table.columns[3:]:
         column.justify = "right"
     for part in parts:
         pairs, start = part.pairs, 0
@@ -72,9 +71,11 @@ def sources_table(parts: Sequence[Part]) -> Table:
             table.add_row(
                 part.title,
                 Text(source.name),
+                source.format or "by columns",
                 f"{source.rows:,} of {source.available:,}",
+                f"{source.repeated:,}",
+                f"{sum(source.left_out.values()):,}",
                 f"{source.pairs:,}",
-                f"{source.rows - source.pairs:,}",
                 f"{mine.mean():,.0f}" if len(mine) else "",
             )
     return table
@@ -86,9 +87,9 @@ def left_out_table(parts: Sequence[Part]) -> Table | Text:
         return Text("No row is left out.")
     table = _table("Rows left out", "data", "reason", "rows", "which")
     for part in parts:
-        for reason, origins in part.pairs.left_out.items():
-            more = f"; and {len(origins) - _ORIGINS:,} more" if len(origins) > _ORIGINS else ""
-            table.add_row(part.title, reason, f"{len(origins):,}", Text("; ".join(origins[:_ORIGINS]) + more))
+        for reason, rows in part.pairs.left_out.items():
+            more = f"; and {rows.more:,} more" if rows.more else ""
+            table.add_row(part.title, reason, f"{rows.count:,}", Text("; ".join(rows.first) + more))
     return table
 
 

@@ -59,7 +59,7 @@ def _check(out: Path, config: RunConfig) -> None:
 
 def _rows(data: Data, policy: PairLogps, reference: PairLogps | None, beta: float) -> list[dict[str, Any]]:
     columns: dict[str, Sequence[Any]] = {
-        "pair": data.train.origins,
+        "pair": [data.train.origin(index) for index in range(len(data.train))],
         "chosen_logps": policy.chosen.tolist(),
         "rejected_logps": policy.rejected.tolist(),
         "chosen_tokens": policy.chosen_tokens.int().tolist(),

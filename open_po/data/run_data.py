@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from open_po.config import RunConfig
+from open_po.config import DataConfig, MixturePart, RunConfig
 from open_po.data import PairDataset, load_pairs
+from open_po.data.facts import tell_known
+from open_po.data.selection import Selection
 from open_po.data.tokenization import Truncation
 from open_po.data.tokenizer import load_tokenizer, pad_token_id
 from open_po.distributed.runtime import Runtime
 from open_po.errors import UserError
+from open_po.output.tables import part_line, parts_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +50,7 @@ class Data:
             lone = np.flatnonzero(part.rejected_lengths == 0)
             if len(lone):
                 more = f" ({len(lone) - 1:,} more like it)" if len(lone) > 1 else ""
-                raise UserError(f"{part.origins[int(lone[0])]}: has no rejected response, {why}{more}")
+                raise UserError(f"{part.origin(int(lone[0]))}: has no rejected response, {why}{more}")
 
 
 def load_data(config: RunConfig, console: Console, compared_by: str | None = None) -> Data:
@@ -55,19 +60,17 @@ def load_data(config: RunConfig, console: Console, compared_by: str | None = Non
     """
     tokenizer = load_tokenizer(config.model)
     data = config.data
-    truncation = Truncation(data.max_seq_length, data.max_prompt_length)
-    workers = data.preprocessing_num_workers
-    train = load_pairs(
-        data.training_mixture,
-        tokenizer,
-        truncation,
-        max_rows=data.max_train_samples,
-        num_workers=workers,
+    load = partial(
+        load_pairs,
+        tokenizer=tokenizer,
+        truncation=Truncation(data.max_seq_length, data.max_prompt_length),
+        num_workers=data.preprocessing_num_workers,
         console=console,
     )
+    train = load(_read_as(data, data.training_mixture), selection=Selection.of(data), max_rows=data.max_train_samples)
     held_out = None
     if data.held_out_mixture:
-        held_out = load_pairs(data.held_out_mixture, tokenizer, truncation, num_workers=workers, console=console)
+        held_out = load(_read_as(data, data.held_out_mixture), selection=Selection.of(data, held_out=True))
     loaded = Data(tokenizer=tokenizer, pad=pad_token_id(tokenizer), train=train, held_out=held_out)
     if compared_by is not None:
         loaded.refuse_lone_answers(f"and {compared_by} compares two")
@@ -75,6 +78,14 @@ def load_data(config: RunConfig, console: Console, compared_by: str | None = Non
         names = " + ".join(config.loss.names)
         loaded.refuse_lone_answers(f"which loss_type {names} needs; give it a field rejected, or set loss_type sft")
     return loaded
+
+
+def _read_as(data: DataConfig, mixture: Sequence[MixturePart]) -> list[MixturePart]:
+    """The parts with the run's format and prompt template where they have none of their own."""
+    return [
+        replace(part, format=part.format or data.format, prompt_template=part.prompt_template or data.prompt_template)
+        for part in mixture
+    ]
 
 
 def prepare_data(
@@ -88,4 +99,17 @@ def prepare_data(
     for name, part in ((label, loaded.train), ("Held-out data", loaded.held_out)):
         for line in part.describe() if part is not None else []:
             runtime.say(f"{name}: {line}")
+        if part is not None and len(part.sources) > 1:
+            runtime.on_main(_tell_parts, name, part, runtime.console)
+    if loaded.held_out is not None and (line := runtime.on_main(tell_known, loaded.held_out, loaded.train)):
+        runtime.say(f"Held-out data: {line}")
     return loaded
+
+
+def _tell_parts(name: str, pairs: PairDataset, console: Console) -> None:
+    """What came from where: a table on a terminal, a line for each part in a file."""
+    if console.is_terminal:
+        console.print(parts_table(f"{name}: what came from where", pairs.sources), markup=False)
+        return
+    for source in pairs.sources:
+        console.print(f"{name}: {part_line(source)}", soft_wrap=True, markup=False)

@@ -282,7 +282,7 @@ class ReferencePass:
             if not is_out_of_memory(error):
                 raise
             if len(pack.numbers) == 1:
-                tokens, where = len(batch.input_ids), self.dataset.origins[pack.items[0].pair]
+                tokens, where = len(batch.input_ids), self.dataset.origin(pack.items[0].pair)
                 raise UserError(
                     f"{where}: out of memory in the reference pass, with one response of {tokens:,} tokens, its "
                     f"prompt included ({first_line(error)}); lower max_seq_length"
@@ -313,7 +313,7 @@ class ReferencePass:
             if not math.isfinite(logp):
                 side = ("chosen", "rejected")[response.side]
                 raise UserError(
-                    f"{dataset.origins[response.pair]}: the reference model's log-prob of the {side} response is "
+                    f"{dataset.origin(response.pair)}: the reference model's log-prob of the {side} response is "
                     f"{logp}; check the reference model, or use dtype float32"
                 )
             key = dataset.response_keys[response].item()

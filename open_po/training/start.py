@@ -42,7 +42,8 @@ def start_or_resume(
     that are not `needed` are removed. Raises UserError if the checkpoint is damaged or another run's.
     """
     train = config.train
-    saved = _saved_state(config, runtime, identity, folder)
+    data = dataset.identity()
+    saved = _saved_state(config, runtime, identity, data, folder)
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * runtime.replicas
     sampler = Sampler(
         num_pairs=len(dataset),
@@ -54,6 +55,7 @@ def start_or_resume(
     state = TrainingState(
         engine=engine,
         started_from=identity,
+        data=data,
         global_batch=sampler.global_batch,
         schedule=make_schedule(engine.optimizer, train, steps),
         progress=TrainingProgress(running_means=[RunningMean() for _ in config.loss.mix().parts]),
@@ -72,7 +74,13 @@ def start_or_resume(
     return Start(state=state, sampler=sampler, steps=steps, resumed=saved is not None)
 
 
-def _saved_state(config: RunConfig, runtime: Runtime, identity: dict[str, str], folder: RunFolder) -> SavedState | None:
+def _saved_state(
+    config: RunConfig,
+    runtime: Runtime,
+    identity: dict[str, str],
+    data: list[dict[str, str | int]],
+    folder: RunFolder,
+) -> SavedState | None:
     """The checkpoint to continue from, if any, after a check that this run may."""
     wanted = config.output.resume_from_checkpoint
     if wanted is None:
@@ -83,5 +91,5 @@ def _saved_state(config: RunConfig, runtime: Runtime, identity: dict[str, str], 
         runtime.say(f"No checkpoint in {folder.checkpoints} yet: starting from the beginning.")
         return None
     saved = runtime.on_every_rank(SavedState.read, checkpoint)
-    runtime.on_every_rank(saved.refuse_unless_continued_by, config, identity, runtime)
+    runtime.on_every_rank(saved.refuse_unless_continued_by, config, identity, data, runtime)
     return saved
