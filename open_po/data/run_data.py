@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from open_po.config import DataConfig, MixturePart, RunConfig
+from open_po.config import RunConfig
 from open_po.data import PairDataset, load_pairs
 from open_po.data.facts import tell_known
 from open_po.data.selection import Selection
@@ -67,10 +66,10 @@ def load_data(config: RunConfig, console: Console, compared_by: str | None = Non
         num_workers=data.preprocessing_num_workers,
         console=console,
     )
-    train = load(_read_as(data, data.training_mixture), selection=Selection.of(data), max_rows=data.max_train_samples)
+    train = load(data.training_mixture, selection=Selection.of(data), max_rows=data.max_train_samples)
     held_out = None
     if data.held_out_mixture:
-        held_out = load(_read_as(data, data.held_out_mixture), selection=Selection.of(data, held_out=True))
+        held_out = load(data.held_out_mixture, selection=Selection.of(data, held_out=True))
     loaded = Data(tokenizer=tokenizer, pad=pad_token_id(tokenizer), train=train, held_out=held_out)
     if compared_by is not None:
         loaded.refuse_lone_answers(f"and {compared_by} compares two")
@@ -78,14 +77,6 @@ def load_data(config: RunConfig, console: Console, compared_by: str | None = Non
         names = " + ".join(config.loss.names)
         loaded.refuse_lone_answers(f"which loss_type {names} needs; give it a field rejected, or set loss_type sft")
     return loaded
-
-
-def _read_as(data: DataConfig, mixture: Sequence[MixturePart]) -> list[MixturePart]:
-    """The parts with the run's format and prompt template where they have none of their own."""
-    return [
-        replace(part, format=part.format or data.format, prompt_template=part.prompt_template or data.prompt_template)
-        for part in mixture
-    ]
 
 
 def prepare_data(

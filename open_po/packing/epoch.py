@@ -18,7 +18,7 @@ class EpochPlan:
 
 
 def plan_epoch(planner: Planner, sampler: Sampler, ranks: int) -> EpochPlan:
-    """Draw the first epoch's steps and cut them into packs as a run does; it takes 20 us for a pair."""
+    """Draw the first epoch's steps and cut them into packs as a run does; it takes PLAN us for a pair."""
     data = planner.dataset
     rows = data.prompt_lengths + data.chosen_lengths
     if planner.with_rejected:
@@ -26,8 +26,8 @@ def plan_epoch(planner: Planner, sampler: Sampler, ranks: int) -> EpochPlan:
     packing, passes, tokens = PackingStats(), 0, 0
     for step in range(sampler.steps_per_epoch):
         pairs = sampler.step_pairs(step)
-        shares = planner.packs_of_all(pairs, ranks)
-        packing += planner.stats(pack for packs in shares for pack in packs)
-        passes += max(map(len, shares))
+        stats, rounds = planner.loads(pairs, ranks)
+        packing += stats
+        passes += rounds
         tokens += int(rows[pairs].sum())
     return EpochPlan(packing=packing, forward_passes=passes, tokens_otherwise=tokens)
