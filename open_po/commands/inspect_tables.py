@@ -71,7 +71,7 @@ def sources_table(parts: Sequence[Part]) -> Table:
             table.add_row(
                 part.title,
                 Text(source.name),
-                source.format or "by columns",
+                source.format or "",
                 f"{source.rows:,} of {source.available:,}",
                 f"{source.repeated:,}",
                 f"{sum(source.left_out.values()):,}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from open_po.config import MixturePart
-from open_po.data.formats import row_reader
+from open_po.data.formats import RowError, row_reader
 from open_po.data.keys import key_numbers
 from open_po.data.selection import LeftOutRows, PartRows, Selection, apply_filters, leave_out_repeated, origin
 from open_po.data.sources import SourceRows, load_mixture
@@ -144,7 +145,8 @@ class PairDataset:
 
     def describe(self) -> list[str]:
         """Lines for the console: how many pairs, how long, and which rows were left out, by reason."""
-        tokens = int(2 * self.prompt_lengths.sum() + self.chosen_lengths.sum() + self.rejected_lengths.sum())
+        sides = 1 + (self.rejected_lengths > 0)
+        tokens = int((sides * self.prompt_lengths + self.chosen_lengths + self.rejected_lengths).sum())
         lines = [f"{len(self):,} pairs, {tokens:,} tokens (prompts counted with each response)"]
         if repeated := sum(source.repeated for source in self.sources):
             lines[0] += f"; rows are repeated {repeated:,} times"
@@ -295,6 +297,17 @@ def _left_out(parts: Sequence[PartRows]) -> dict[str, LeftOutRows]:
     return found
 
 
+def _layout(source: SourceRows) -> str | None:
+    """The layout that rows are read by: what is asked for, or what the first one has; None if it has none."""
+    part = source.part
+    if part.format is not None or not len(source.taken):
+        return part.format
+    (first,) = source.rows.read(source.taken[:1])
+    with suppress(RowError):
+        return None if isinstance(first, RowError) else row_reader(None, None).recognise(first)
+    return None
+
+
 def _totals(
     sources: Sequence[SourceRows], parts: Sequence[PartRows], kept: Sequence[NDArray[np.int64]]
 ) -> Iterator[PartTotals]:
@@ -306,7 +319,7 @@ def _totals(
         yield PartTotals(
             dataset=source.part.dataset,
             name=source.name,
-            format=source.part.format,
+            format=_layout(source),
             available=source.available,
             rows=rows,
             repeated=len(source.taken) - rows,

@@ -159,8 +159,9 @@ def _filters(part: PartRows, selection: Selection) -> Iterator[tuple[NDArray[np.
     if selection.leave_out_long:
         yield part.known.sides("lost").any(1), "longer than the limits (long_rows leave_out)"
     if (least := selection.min_response_length) is not None:
-        shorter = np.minimum(part.known.numbers("chosen_length"), part.known.numbers("rejected_length"))
-        yield shorter < least, f"a response is shorter than {least:,} tokens (min_response_length)"
+        chosen, rejected = part.known.numbers("chosen_length"), part.known.numbers("rejected_length")
+        short = (chosen < least) | ((rejected > 0) & (rejected < least))
+        yield short, f"a response is shorter than {least:,} tokens (min_response_length)"
     fields = {"min_score_gap": selection.min_score_gap, "min_score_ratio": selection.min_score_ratio}
     for name, smallest in fields.items():
         if smallest is not None:

@@ -61,7 +61,7 @@ class PartTotals:
 
     dataset: str  # its name in the mixture
     name: str  # for messages: with its split, if it is no file
-    format: str | None  # as asked for; None: found by each row's columns
+    format: str | None  # as asked for, or as the first row is read; None: that one cannot be read
     available: int  # rows that there are
     rows: int  # that the mixture takes, each counted once
     repeated: int  # more passes over rows, of an amount above 1.0

@@ -42,7 +42,7 @@ def parts_table(title: str, parts: Sequence[PartTotals]) -> Table:
     for part in parts:
         table.add_row(
             Text(part.name),
-            part.format or "by columns",
+            part.format or "",
             f"{part.available:,}",
             f"{part.rows:,}",
             f"{part.repeated:,}",
