@@ -120,31 +120,35 @@ class SavedState:
         except Exception as error:
             raise _damaged(folder, error) from error
 
-    def refuse_unless_continued_by(
-        self,
-        config: RunConfig,
-        started_from: dict[str, str],
-        data: list[dict[str, str | int]],
-        runtime: Runtime,
-    ) -> None:
-        """Raises UserError if a run would not go on from this checkpoint as the one that wrote it."""
-        said = f"resume_from_checkpoint {self.folder}: "
+    def refuse_other_run(self, config: RunConfig, data: list[dict[str, str | int]]) -> None:
+        """Raises UserError if a run of this configuration on these data is not the one that wrote it.
+
+        `data` are `PairDataset.identity`.
+        """
         if changed := changed_fields(self.config, config):
             raise UserError(
-                f"{said}was written under another configuration ({changed}); resume with the one it was started with"
-            )
-        if self.started_from != started_from:
-            raise UserError(
-                f"{said}the run started from other weights than {config.model.model_name_or_path} holds now; put them "
-                "back, or start a new run"
+                f"{self._said}was written under another configuration ({changed}); resume with the one it was started "
+                "with"
             )
         if self.data is not None and (changed := _changed_data(self.data, data)):
             raise UserError(
-                f"{said}the training data have changed since ({changed}); put them back, or start a new run"
+                f"{self._said}the training data have changed ({changed}); put them back, or start a new run"
+            )
+
+    def refuse_unless_continued_by(self, config: RunConfig, started_from: dict[str, str], runtime: Runtime) -> None:
+        """Raises UserError if the same run would not go on from it, with these weights and this engine."""
+        if self.started_from != started_from:
+            raise UserError(
+                f"{self._said}the run started from other weights than {config.model.model_name_or_path} holds now; put "
+                "them back, or start a new run"
             )
         kind = runtime.parallelism.kind
         if _format(self.kind) != _format(kind):
-            raise UserError(f"{said}was written under parallel {self.kind}, this run is {kind}; use {self.kind}")
+            raise UserError(f"{self._said}was written under parallel {self.kind}, this run is {kind}; use {self.kind}")
+
+    @property
+    def _said(self) -> str:
+        return f"resume_from_checkpoint {self.folder}: "
 
 
 def _changed_data(theirs: list[dict[str, str | int]], ours: list[dict[str, str | int]]) -> str:

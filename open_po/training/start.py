@@ -42,8 +42,7 @@ def start_or_resume(
     that are not `needed` are removed. Raises UserError if the checkpoint is damaged or another run's.
     """
     train = config.train
-    data = dataset.identity()
-    saved = _saved_state(config, runtime, identity, data, folder)
+    saved = _saved_state(config, runtime, identity, folder)
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * runtime.replicas
     sampler = Sampler(
         num_pairs=len(dataset),
@@ -55,7 +54,7 @@ def start_or_resume(
     state = TrainingState(
         engine=engine,
         started_from=identity,
-        data=data,
+        data=dataset.identity(),
         global_batch=sampler.global_batch,
         schedule=make_schedule(engine.optimizer, train, steps),
         progress=TrainingProgress(running_means=[RunningMean() for _ in config.loss.mix().parts]),
@@ -74,22 +73,32 @@ def start_or_resume(
     return Start(state=state, sampler=sampler, steps=steps, resumed=saved is not None)
 
 
-def _saved_state(
-    config: RunConfig,
-    runtime: Runtime,
-    identity: dict[str, str],
-    data: list[dict[str, str | int]],
-    folder: RunFolder,
-) -> SavedState | None:
+def refuse_other_run(config: RunConfig, runtime: Runtime, dataset: PairDataset, folder: RunFolder) -> None:
+    """Raises UserError if the checkpoint to continue from is of another configuration or of other data.
+
+    All ranks call this, before anything takes long.
+    """
+    if (checkpoint := _checkpoint(config, runtime, folder)) is not None:
+        saved = runtime.on_every_rank(SavedState.read, checkpoint)
+        runtime.on_every_rank(saved.refuse_other_run, config, dataset.identity())
+
+
+def _saved_state(config: RunConfig, runtime: Runtime, identity: dict[str, str], folder: RunFolder) -> SavedState | None:
     """The checkpoint to continue from, if any, after a check that this run may."""
+    checkpoint = _checkpoint(config, runtime, folder)
+    if checkpoint is None:
+        if config.output.resume_from_checkpoint is not None:
+            runtime.say(f"No checkpoint in {folder.checkpoints} yet: starting from the beginning.")
+        return None
+    saved = runtime.on_every_rank(SavedState.read, checkpoint)
+    runtime.on_every_rank(saved.refuse_unless_continued_by, config, identity, runtime)
+    return saved
+
+
+def _checkpoint(config: RunConfig, runtime: Runtime, folder: RunFolder) -> Path | None:
+    """The one that the configuration names, on rank 0's disk."""
     wanted = config.output.resume_from_checkpoint
     if wanted is None:
         return None
     found = latest_checkpoint(folder.checkpoints) if wanted in ("auto", "hub") else Path(wanted)
-    checkpoint = runtime.from_main(lambda: found)
-    if checkpoint is None:
-        runtime.say(f"No checkpoint in {folder.checkpoints} yet: starting from the beginning.")
-        return None
-    saved = runtime.on_every_rank(SavedState.read, checkpoint)
-    runtime.on_every_rank(saved.refuse_unless_continued_by, config, identity, data, runtime)
-    return saved
+    return runtime.from_main(lambda: found)
