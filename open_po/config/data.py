@@ -52,18 +52,22 @@ class DataConfig:
     on_bad_rows: OnBadRows = option(
         "stop", "rows that cannot be read: stop and name them, or skip them, counted and named"
     )
-    deduplicate: bool = option(False, "leave out pairs whose prompt, chosen and rejected came before")
+    deduplicate: bool = option(False, "leave out training pairs whose prompt, chosen and rejected came before")
     min_score_gap: float | None = option(
         None,
-        "leave out pairs whose chosen score exceeds the rejected by less; rows need scores",
+        "leave out training pairs whose chosen score exceeds the rejected by less; rows need scores",
         not_negative=True,
     )
     min_score_ratio: float | None = option(
-        None, "leave out pairs whose scores' ratio, higher by lower, is less; needs rows with scores", not_negative=True
+        None,
+        "leave out training pairs whose scores' ratio, higher by lower, is less; needs rows with scores",
+        not_negative=True,
     )
-    min_response_length: int | None = option(None, "leave out pairs with a shorter response, in tokens", above=0)
+    min_response_length: int | None = option(
+        None, "leave out training pairs with a shorter response, in tokens", above=0
+    )
     long_rows: LongRows = option(
-        "truncate", "truncate pairs longer than max_seq_length or max_prompt_length, or leave_out"
+        "truncate", "truncate training pairs longer than max_seq_length or max_prompt_length, or leave_out"
     )
     max_train_samples: int | None = option(None, "use at most so many training rows", above=0)
     max_seq_length: int = option(

@@ -141,6 +141,7 @@ class PairDataset:
             truncated_prompts=self.truncated_prompts,
             truncated_responses=self.truncated_responses,
             parts=list(self.sources),
+            left_out_first={reason: rows.first for reason, rows in self.left_out.items()},
         )
 
     def describe(self) -> list[str]:

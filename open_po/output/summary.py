@@ -79,6 +79,7 @@ class DataTotals:
     truncated_prompts: int
     truncated_responses: int
     parts: list[PartTotals] | None = None  # of the mixture; None in what earlier versions wrote
+    left_out_first: dict[str, list[str]] | None = None  # some of the rows that are left out, by reason; None: as above
 
 
 @dataclass(frozen=True, kw_only=True)

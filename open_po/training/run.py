@@ -108,8 +108,7 @@ def _train(
     runtime.on_each_node(refuse_wrong_start, config, runtime.parallelism)
     if needs_reference:
         runtime.on_each_node(open_cache, config)
-    data = prepare_data(config, runtime)
-    refuse_other_run(config, runtime, data.train, folder)
+    data = _data(config, runtime, folder)
     if needs_reference:
         _tell_of_other_numerics(config, numerics, runtime)
     plan = runtime.on_main(tell_plan, config, runtime, data)
@@ -145,6 +144,13 @@ def _train(
         trainer.observers.stopped(error)
         raise
     return trainer.observers
+
+
+def _data(config: RunConfig, runtime: Runtime, folder: RunFolder) -> Data:
+    """The run's data, refused if they are not those of the checkpoint that it goes on from."""
+    data = prepare_data(config, runtime)
+    refuse_other_run(config, runtime, data.train, folder)
+    return data
 
 
 def _tell_of_other_numerics(config: RunConfig, numerics: Numerics, runtime: Runtime) -> None:
