@@ -114,23 +114,24 @@ class Tokenisation:
 
 def _code(layout: str | None) -> str:
     """Hash of the module of a format of the user's own, MODULE:FUNCTION, whose code decides too."""
-    module = sys.modules.get((layout or "").partition(":")[0])
+    name, colon, _ = (layout or "").partition(":")
     with suppress(OSError, TypeError):
-        return "" if module is None else text_digest(inspect.getsource(module))
+        return text_digest(inspect.getsource(sys.modules[name])) if colon else ""
     return ""
 
 
 def read_tokenised(work: Tokenisation) -> tuple[TokenFile, Known] | None:
     """What is kept of it; None if that is not all, or damaged."""
-    try:
-        found = TokenFile(work.lists), Known.read(work.known)
-    except FileNotFoundError:
-        return None
-    except (OSError, pa.ArrowInvalid):
-        work.known.unlink(missing_ok=True)
-        work.lists.unlink(missing_ok=True)
-        return None
-    return found if len(found[0]) == len(found[1]) else None
+    while True:
+        there = work.known.exists()  # then the ids are too
+        with suppress(FileNotFoundError, pa.ArrowInvalid):
+            found = TokenFile(work.lists), Known.read(work.known)
+            if len(found[0]) == len(found[1]):
+                return found
+        if there:
+            work.known.unlink(missing_ok=True)
+        if there or not work.known.exists():
+            return None
 
 
 def tokenise_rows(

@@ -158,7 +158,7 @@ def test_a_row_may_give_several_pairs_or_none(
 
 def test_bad_rows_are_skipped_and_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Broken lines, other encodings and rows that lack a side; a row of 10 MB is a row."""
-    big = row("q" * 10_000_000, "a", "b")
+    big = row("q", "a", "d") | {"notes": "x" * 10_000_000}
     lines = [
         json.dumps(row("q", "a", "b")).encode(),
         b'{"prompt": "q", "chosen"',
