@@ -92,9 +92,14 @@ def prepare_data(
             runtime.say(f"{name}: {line}")
         if part is not None and len(part.sources) > 1:
             runtime.on_main(_tell_parts, name, part, runtime.console)
-    if loaded.held_out is not None and (line := runtime.on_main(tell_known, loaded.held_out, loaded.train)):
-        runtime.say(f"Held-out data: {line}")
+    if loaded.held_out is not None:
+        runtime.on_main(_tell_known, loaded.held_out, loaded.train, runtime)
     return loaded
+
+
+def _tell_known(held_out: PairDataset, training: PairDataset, runtime: Runtime) -> None:
+    if (line := tell_known(held_out, training)) is not None:
+        runtime.say(f"Held-out data: {line}")
 
 
 def _tell_parts(name: str, pairs: PairDataset, console: Console) -> None:

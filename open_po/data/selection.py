@@ -157,7 +157,7 @@ def apply_filters(parts: Sequence[PartRows], selection: Selection) -> None:
 def _filters(part: PartRows, selection: Selection) -> Iterator[tuple[NDArray[np.bool_], str]]:
     """Rows that are not to train, and why."""
     if selection.leave_out_long:
-        yield part.known.sides("lost").any(1), "longer than the limits (long_rows leave_out)"
+        yield part.known.sides("lost").sum(1) > 0, "longer than the limits (long_rows leave_out)"
     if (least := selection.min_response_length) is not None:
         chosen, rejected = part.known.numbers("chosen_length"), part.known.numbers("rejected_length")
         short = (chosen < least) | ((rejected > 0) & (rejected < least))

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from open_po.errors import UserError
@@ -25,11 +26,12 @@ def run_workers(do: Callable[..., object], arguments: tuple[Any, ...], count: in
     Raises what one of them raises, or UserError if one was killed; the others are then ended.
     """
     context = multiprocessing.get_context(_METHOD)
+    process: Callable[..., BaseProcess] = context.Process  # type: ignore[attr-defined]
     workers, lines = [], []
     try:
         for _ in range(count):
             ours, theirs = context.Pipe(duplex=False)
-            worker = context.Process(target=_work, args=(theirs, os.getpid(), do, arguments), daemon=True)
+            worker = process(target=_work, args=(theirs, os.getpid(), do, arguments), daemon=True)
             worker.start()
             theirs.close()
             workers.append(worker)

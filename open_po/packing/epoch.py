@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from open_po.packing.planner import PackingStats, Planner
+from open_po.packing.planner import Planner
 from open_po.packing.sampler import Sampler
+from open_po.packing.units import PackingStats
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,14 +117,14 @@ def test_repeated_rows_share_numbers_and_keys(tmp_path: Path, tokenizer: PreTrai
 
 
 def ranked(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Questions with 0 to 4 answers each, of few different scores."""
+    """Questions with 1 to 4 answers each, of few different scores."""
     rng = random.Random(seed)
     return [
         {
             "question": f"which {number}",
             "answers": [
-                {"text": " ".join(rng.choices(tiny.WORDS, k=3)), "pm_score": rng.randint(0, 3)}
-                for _ in range(rng.randint(0, 4))
+                {"text": " ".join(rng.choices(tiny.WORDS, k=rng.randint(1, 6))), "pm_score": rng.randint(0, 3)}
+                for _ in range(rng.randint(1, 4))
             ],
         }
         for number in range(count)
@@ -240,7 +240,7 @@ def test_repeated_pairs_are_left_out_by_content(tmp_path: Path, tokenizer: PreTr
             expected[number >= 40].append(found)
     assert ids(pairs) == expected[0] * 2 + expected[1]
     assert reasons(pairs) == {"identical responses": left, REPEATED: repeated}
-    assert repeated > 40
+    assert repeated > 20
     everything = load_pairs(parts, tokenizer, limits)
     assert len(everything) == 2 * sum(r["chosen"] != r["rejected"] for r in rows[:40]) + sum(
         r["chosen"] != r["rejected"] for r in rows[40:]
@@ -252,11 +252,11 @@ def test_repeated_pairs_are_left_out_by_content(tmp_path: Path, tokenizer: PreTr
     [
         (Selection(min_score_gap=2), lambda better, worse, pair: better - worse >= 2),
         (Selection(min_score_ratio=2), lambda better, worse, pair: worse == 0 or better / worse >= 2),
-        (Selection(min_response_length=9), lambda better, worse, pair: min(map(len, pair[1:])) >= 9),
+        (Selection(min_response_length=5), lambda better, worse, pair: min(map(len, pair[1:])) >= 5),
         (
-            Selection(min_score_gap=1, min_score_ratio=1.5, min_response_length=8),
+            Selection(min_score_gap=1, min_score_ratio=1.5, min_response_length=4),
             lambda better, worse, pair: (
-                better - worse >= 1 and (worse == 0 or better / worse >= 1.5) and min(map(len, pair[1:])) >= 8
+                better - worse >= 1 and (worse == 0 or better / worse >= 1.5) and min(map(len, pair[1:])) >= 4
             ),
         ),
     ],
@@ -291,12 +291,12 @@ def test_a_score_filter_needs_scores(tmp_path: Path, tokenizer: PreTrainedTokeni
 
 
 def test_long_rows_may_be_left_out(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    limits = Truncation(48, 20)
+    limits = Truncation(34, 16)
     rows = tiny.text_rows(80)
     pairs = load_pairs([part(tmp_path / "x.jsonl", rows)], tokenizer, limits, selection=Selection(leave_out_long=True))
     whole = [read(each, tokenizer)[0] for each in rows]
     assert ids(pairs) == [
-        pair for pair in whole if len(pair[0]) <= 20 and len(pair[0]) + max(len(pair[1]), len(pair[2])) <= 48
+        pair for pair in whole if len(pair[0]) <= 16 and len(pair[0]) + max(len(pair[1]), len(pair[2])) <= 34
     ]
     assert 5 < len(pairs) < 75
     assert not pairs.lost.any()

@@ -74,12 +74,9 @@ def test_lines_are_found_where_they_are(
             expected.append(f"line {number}: {kind}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_files, "_CHUNK", chunk)
-        if not expected:
-            with pytest.raises(ValueError, match=r"holds no rows|the file is empty"):
-                open_file(path)
-            return
-        rows = open_file(path)
-        got = read(rows)
+        lines = row_files._lines(path)
+    rows = JsonLines(path=path, digest="", lines=lines, facts=content.file_facts(path))
+    got = read(rows)
     assert len(got) == len(expected) == len(rows)
     for mine, theirs in zip(got, expected, strict=True):
         assert mine.startswith(theirs) if isinstance(theirs, str) else mine == theirs
@@ -170,7 +167,8 @@ def test_a_hash_is_remembered_only_of_a_file_that_nobody_had_touched_for_a_while
     first = content.file_digest(path)
     assert content.file_digest(path) == first
     assert len(hashed) == 2  # it was written a moment ago
-    monkeypatch.setattr(time, "time_ns", lambda: path.stat().st_ctime_ns + 61 * 10**9)
+    later = path.stat().st_ctime_ns + 61 * 10**9
+    monkeypatch.setattr(time, "time_ns", lambda: later)
     for _ in range(3):
         assert content.file_digest(path) == first
     assert len(hashed) == 3
