@@ -181,15 +181,15 @@ def load_pairs(
             continue
         work = _work(source, tokenizer, digest, truncation)
         check = partial(_stop_early, source) if not selection.skip_bad_rows else _look
-        file, known = tokenise_rows(
+        found = tokenise_rows(
             work,
             label=f"Tokenising {source.name}",
             num_workers=num_workers,
             console=console or Console(quiet=True),
             check=check,
         )
-        files.append(file)
-        parts.append(PartRows(source=source, known=known))
+        files.append(found.file)
+        parts.append(PartRows(source=source, known=found.known, places=found.places))
     apply_filters(parts, selection)
     return _dataset(sources, parts, TokenRows(files), selection)
 
@@ -216,7 +216,7 @@ def _look(known: Known) -> None:
 
 def _stop_early(source: SourceRows, known: Known) -> None:
     """Raises UserError if rows among the first ones cannot be read."""
-    PartRows(source=source, known=known).stop_at_bad_rows()
+    PartRows(source=source, known=known, places=np.arange(len(known))).stop_at_bad_rows()
 
 
 def _dataset(
@@ -239,11 +239,10 @@ def _dataset(
     def sides(what: str) -> NDArray[np.int64]:
         return np.concatenate([part.known.sides(what)[places] for part, places in zip(parts, kept, strict=True)])
 
-    before = np.cumsum([0, *(len(part.known) for part in parts)])
     lengths = sides("length")
     return PairDataset(
         rows=rows,
-        places=np.concatenate([places + start for places, start in zip(kept, before, strict=False)]),
+        places=rows.numbered([part.places[places] for part, places in zip(parts, kept, strict=True)]),
         row_numbers=column("row") + 1,
         pair_numbers=column("pair"),
         prompt_lengths=np.ascontiguousarray(lengths[:, 0]),

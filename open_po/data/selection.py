@@ -69,6 +69,7 @@ class PartRows:
 
     source: SourceRows
     known: Known
+    places: NDArray[np.int64]  # of the rows in their file
     left_out: dict[str, LeftOutRows] = field(default_factory=dict)  # by reason
 
     def __post_init__(self) -> None:

@@ -143,6 +143,10 @@ class TokenRows:
         number = int(np.searchsorted(self._starts, place, side="right")) - 1
         return self._files[number].row(place - int(self._starts[number]))
 
+    def numbered(self, places: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+        """The numbers of rows at places in the first file, in the second, and so on."""
+        return np.concatenate([each + start for each, start in zip(places, self._starts, strict=False)])
+
     def gather(self, places: NDArray[np.int64]) -> list[IdColumn]:
         """The ids of the rows at `places`, in this order: prompts, chosen and rejected responses."""
         numbers = np.searchsorted(self._starts, places, side="right") - 1
@@ -167,6 +171,10 @@ class Known:
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
+
+    def take(self, places: NDArray[np.int64]) -> Known:
+        """Some of the rows."""
+        return Known(self.table.take(pa.array(places)).combine_chunks())
 
     def numbers(self, name: str) -> NDArray[Any]:
         """A column of numbers."""

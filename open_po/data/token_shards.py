@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -73,11 +73,15 @@ class Tokenisation:
     def folder(self) -> Path:
         """Where it is kept."""
         part = self.part
-        all_rows = len(self.numbers) == len(self.rows)
-        which = "all" if all_rows else hashlib.sha256(self.numbers.tobytes()).hexdigest()
+        which = hashlib.sha256(self.numbers.tobytes()).hexdigest() if self.is_subset else "all"
         reading = [str(part.format), str(part.prompt_template), _code(part.format)]
         how = [*reading, self.tokenizer_digest, str(self.truncation), str(_TOKENISATION_VERSION)]
         return cache_folder() / "tokenised" / text_digest(self.rows.digest, which, *how)
+
+    @property
+    def is_subset(self) -> bool:
+        """Whether the data set has other rows."""
+        return len(self.numbers) < len(self.rows)
 
     @property
     def lists(self) -> Path:
@@ -120,14 +124,32 @@ def _code(layout: str | None) -> str:
     return ""
 
 
-def read_tokenised(work: Tokenisation) -> tuple[TokenFile, Known] | None:
-    """What is kept of it; None if that is not all, or damaged."""
+@dataclass(frozen=True, kw_only=True)
+class Tokenised:
+    """Rows that are tokenised."""
+
+    file: TokenFile
+    known: Known
+    places: NDArray[np.int64]  # of each row in the file
+
+
+def read_tokenised(work: Tokenisation) -> Tokenised | None:
+    """What is kept of it, also among all rows of its data set; None if that is not all, or damaged."""
+    if work.is_subset and (whole := _read(replace(work, numbers=np.arange(len(work.rows))))) is not None:
+        wanted = np.zeros(len(work.rows), dtype=bool)
+        wanted[work.numbers] = True
+        places = np.flatnonzero(wanted[whole.known.numbers("row")])
+        return Tokenised(file=whole.file, known=whole.known.take(places), places=places)
+    return _read(work)
+
+
+def _read(work: Tokenisation) -> Tokenised | None:
     while True:
         there = work.known.exists()  # then the ids are too
         with suppress(FileNotFoundError, pa.ArrowInvalid):
-            found = TokenFile(work.lists), Known.read(work.known)
-            if len(found[0]) == len(found[1]):
-                return found
+            file, known = TokenFile(work.lists), Known.read(work.known)
+            if len(file) == len(known):
+                return Tokenised(file=file, known=known, places=np.arange(len(known)))
         if there:
             work.known.unlink(missing_ok=True)
         if there or not work.known.exists():
@@ -136,7 +158,7 @@ def read_tokenised(work: Tokenisation) -> tuple[TokenFile, Known] | None:
 
 def tokenise_rows(
     work: Tokenisation, *, label: str, num_workers: int | None, console: Console, check: Callable[[Known], object]
-) -> tuple[TokenFile, Known]:
+) -> Tokenised:
     """Tokenise what is not kept yet; all of it then.
 
     `check` sees the first of many rows, and the first of its errors ends it: what is wrong is often wrong everywhere.

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from open_po.config import MixturePart, parse_mixture
 from open_po.data import PairDataset, PreferencePair, load_pairs, token_shards
 from open_po.data.chat_templates import chat_template
+from open_po.data.content import cache_folder
 from open_po.data.formats import Pair, row_reader
 from open_po.data.tokenization import Truncation, response_key, tokenise
 from open_po.errors import UserError
@@ -354,8 +355,26 @@ def test_only_the_changed_part_of_a_mixture_is_tokenised_again(
     first, second = write(tiny.text_rows(5), "first.jsonl"), write(tiny.text_rows(7, seed=1), "second.jsonl")
     load_pairs(parse_mixture([first, "1.0", second, "1.0"], ["train"]), tokenizer, FREE)
     assert len(tokenised) == 12
+    write(tiny.text_rows(8, seed=2), "second.jsonl")
     load_pairs(parse_mixture([first, "1.0", second, "3"], ["train"]), tokenizer, FREE)
     assert len(tokenised) == 15
+
+
+def test_a_part_of_what_is_tokenised_is_not_tokenised_again(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[..., str], tokenised: list[str]
+) -> None:
+    rows = [*tiny.text_rows(20), row("q", "a", "a")]
+    name = write(rows)
+    load(name, tokenizer)
+    for split, amount in (("train[:7]", "1.0"), ("train[5:]+train[:2]", "3"), ("train[-3:]", "2.5")):
+        pairs = load_pairs(parse_mixture([name, amount], [split]), tokenizer, FREE)
+        numbers = [int(origin.rsplit(" ", 1)[1]) - 1 for origin in origins(pairs)]
+        assert tokens(pairs) == [tokenise(read(rows[number]), tokenizer, FREE)[0] for number in numbers]
+        gathered = [ids for column in pairs.columns(4) for ids in column]
+        assert sum(len(column.ids) for column in gathered) == sum(
+            len(ids) for pair in tokens(pairs) for ids in vars(pair).values()
+        )
+    assert len(tokenised) == 21
 
 
 def test_the_cache_does_not_depend_on_the_number_of_workers(
@@ -387,6 +406,8 @@ def test_what_decides_the_ids_decides_the_cache(
         write(expected)
     elif change == "slice":
         split, expected = "train[:19]", rows[:19]
+        for kept in cache_folder().rglob("*.arrow"):
+            kept.unlink()
     elif change == "tokenizer":
         tokenizer.add_tokens(["cat"])
     elif change == "special token":

@@ -41,9 +41,12 @@ Pair = TextPair | MessagePair
 
 def common_prefix_length(*sequences: Sequence[Any]) -> int:
     """How many leading items all sequences share."""
-    length = 0
-    for items in zip(*sequences, strict=False):
-        if any(item != items[0] for item in items):
-            break
-        length += 1
-    return length
+    first, *others = sequences
+    shared, limit = 0, min(map(len, sequences))
+    while shared < limit:  # by halves: slices are compared much faster than items
+        middle = (shared + limit + 1) // 2
+        if all(other[shared:middle] == first[shared:middle] for other in others):
+            shared = middle
+        else:
+            limit = middle - 1
+    return shared
