@@ -19,7 +19,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from open_po.config import MixturePart
-from open_po.data.formats import RowError, parse_row
+from open_po.data.formats import RowError, RowReader, row_reader
 from open_po.data.rows_bar import rows_bar
 from open_po.data.sources import SourceRows, load_mixture, row_fields
 from open_po.data.tokenization import (
@@ -133,7 +133,8 @@ class PairDataset:
 
     def describe(self) -> list[str]:
         """Lines for the console: how many pairs, how long, and every row that was left out, by reason."""
-        tokens = int(2 * self.prompt_lengths.sum() + self.chosen_lengths.sum() + self.rejected_lengths.sum())
+        sides = 1 + (self.rejected_lengths > 0)
+        tokens = int((sides * self.prompt_lengths + self.chosen_lengths + self.rejected_lengths).sum())
         lines = [f"{len(self):,} pairs, {tokens:,} tokens (prompts counted with each response)"]
         if self.truncated_prompts or self.truncated_responses:
             lines.append(f"truncated: {self.truncated_prompts} prompts, responses of {self.truncated_responses} pairs")
@@ -157,9 +158,14 @@ def load_pairs(
     Raises UserError naming the first rows that cannot be read, or if no row can train.
     """
     all_parts = load_mixture(mixture, max_rows)
+    readers = [_reader(wanted) for wanted in mixture]
     parts = [part for part in all_parts if part.row_numbers]
+    read_by = [reader for reader, part in zip(readers, all_parts, strict=True) if part.row_numbers]
     console = console or Console(quiet=True)
-    tokenised = [_tokenise_part(part, tokenizer, truncation, num_workers, console) for part in parts]
+    tokenised = [
+        _tokenise_part(part, reader, tokenizer, truncation, num_workers, console)
+        for part, reader in zip(parts, read_by, strict=True)
+    ]
     origins = [f"{part.name} row {number}" for part in parts for number in part.row_numbers]
     rows = datasets.concatenate_datasets(tokenised) if len(tokenised) > 1 else tokenised[0]
     _stop_at_errors(rows["error"][:], origins)
@@ -220,8 +226,16 @@ def _stop_at_errors(errors: Sequence[str], origins: Sequence[str]) -> None:
         raise UserError(f"{origin}: {error}" + (f" (rows: {', '.join(rest)})" if rest else ""))
 
 
+def _reader(part: MixturePart) -> RowReader:
+    try:
+        return row_reader(part.format, part.prompt_template)
+    except ValueError as error:
+        raise UserError(f"{part.dataset}: {error}") from error
+
+
 def _tokenise_part(
     part: SourceRows,
+    reader: RowReader,
     tokenizer: PreTrainedTokenizerBase,
     truncation: Truncation,
     num_workers: int | None,
@@ -231,10 +245,11 @@ def _tokenise_part(
     workers = min(workers, math.ceil(len(part.rows) / _ROWS_PER_WORKER))
     # `datasets` would hash the tokenizer's pickle, which changes between processes: name the result by its content.
     key = [part.rows._fingerprint, tokenizer_digest(tokenizer), str(truncation), str(_TOKENISATION_VERSION)]
+    key += [str(reader.format and reader.format.name), str(reader.template)]
     with rows_bar(console, f"Tokenising {part.name}"):
         return part.rows.map(
             _tokenise_row,
-            fn_kwargs={"tokenizer": tokenizer, "truncation": truncation},
+            fn_kwargs={"reader": reader, "tokenizer": tokenizer, "truncation": truncation},
             remove_columns=part.rows.column_names,
             features=_FEATURES,
             num_proc=workers if workers > 1 else None,
@@ -260,12 +275,17 @@ _FEATURES = datasets.Features(
 
 
 def _tokenise_row(
-    row: Mapping[str, Any], *, tokenizer: PreTrainedTokenizerBase, truncation: Truncation
+    row: Mapping[str, Any], *, reader: RowReader, tokenizer: PreTrainedTokenizerBase, truncation: Truncation
 ) -> dict[str, Any]:
     """One row of `_FEATURES`. Faults are returned rather than raised, so that all of them can be reported."""
     pair, lost, error, left_out = PreferencePair([], [], []), Lost(0, 0, 0), "", ""
     try:
-        pair, lost = tokenise(parse_row(row_fields(row)), tokenizer, truncation)
+        pairs = reader(row_fields(row))
+        if not pairs:
+            raise LeftOut("gives no pair")
+        if len(pairs) > 1:
+            raise RowError("gives several pairs")
+        pair, lost = tokenise(pairs[0], tokenizer, truncation)
     except RowError as fault:
         error = str(fault)
     except LeftOut as reason:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from open_po.config import MixturePart, parse_mixture
 from open_po.data import PairDataset, PreferencePair, dataset, load_pairs
 from open_po.data.chat_templates import chat_template
-from open_po.data.formats import parse_row
+from open_po.data.formats import Pair, row_reader
 from open_po.data.tokenization import Truncation, response_key, tokenise
 from open_po.errors import UserError
 from tests import tiny
@@ -37,6 +37,11 @@ def write(tmp_path: Path) -> Callable[..., str]:
 
 def load(name: str, tokenizer: Any, truncation: Truncation = FREE, **settings: Any) -> PairDataset:
     return load_pairs(parse_mixture([name, "1.0"], ["train"]), tokenizer, truncation, **settings)
+
+
+def read(row: dict[str, Any]) -> Pair:
+    (pair,) = row_reader(None, None)(row)
+    return pair
 
 
 def row(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
@@ -69,7 +74,7 @@ def test_pairs_are_their_rows_tokenised(
 ) -> None:
     rows = tiny.text_rows(50)
     pairs = load(write(rows), tokenizer, truncation)
-    expected = [tokenise(parse_row(r), tokenizer, truncation) for r in rows]
+    expected = [tokenise(read(r), tokenizer, truncation) for r in rows]
     assert tokens(pairs) == [pair for pair, _ in expected]
     assert pairs[np.int64(7)] == expected[7][0]
     assert pairs.lost.tolist() == [list(lost) for _, lost in expected]
@@ -161,7 +166,7 @@ def test_a_mixture_is_its_parts_in_order(tokenizer: PreTrainedTokenizerFast, wri
     numbers = [int(origin.removeprefix(f"{second} row ")) for origin in pairs.origins[6:]]
     assert len(numbers) == 3
     expected = [*rows[:6], *(rows[11 + number] for number in numbers)]
-    assert tokens(pairs) == [tokenise(parse_row(r), tokenizer, FREE)[0] for r in expected]
+    assert tokens(pairs) == [tokenise(read(r), tokenizer, FREE)[0] for r in expected]
     told = [(source.name, source.available, source.rows, source.pairs) for source in pairs.sources]
     assert told == [(first, 6, 6, 6), (second, 8, 3, 3)]
 
@@ -201,7 +206,7 @@ def test_rows_that_cannot_train_are_counted_and_listed(
         "empty response": [f"{name} row 3"],
         "identical responses after truncation": [f"{name} row 5"],
     }
-    assert tokens(pairs) == [tokenise(parse_row(rows[i]), tokenizer, FREE)[0] for i in (0, 5)]
+    assert tokens(pairs) == [tokenise(read(rows[i]), tokenizer, FREE)[0] for i in (0, 5)]
     assert pairs.describe() == [
         "2 pairs, 12 tokens (prompts counted with each response)",
         f"left out: 4 rows, identical responses ({name} row 2; {name} row 4; {name} row 7; ...)",
@@ -245,7 +250,7 @@ GOOD = row("q", "a", "b")
     ("rows", "message"),
     [
         (
-            [GOOD, {"prompt": "q", "chosen": "a"}, GOOD],
+            [GOOD, {"prompt": "q", "chosen": "a", "rejected": None}, GOOD],
             "row 2: field rejected is missing or null; fields: prompt, chosen",
         ),
         (
@@ -381,7 +386,7 @@ def test_what_decides_the_ids_decides_the_cache(
         truncation = Truncation(16, 6)
     pairs = load_pairs(parse_mixture([name, "1.0"], [split]), tokenizer, truncation)
     assert len(tokenised) == 20 + len(expected)
-    assert tokens(pairs) == [tokenise(parse_row(r), tokenizer, truncation)[0] for r in expected]
+    assert tokens(pairs) == [tokenise(read(r), tokenizer, truncation)[0] for r in expected]
 
 
 # ------------------------------------------------------------------------------------------------------------- workers
