@@ -158,14 +158,10 @@ def load_pairs(
     Raises UserError naming the first rows that cannot be read, or if no row can train.
     """
     all_parts = load_mixture(mixture, max_rows)
-    readers = [_reader(wanted) for wanted in mixture]
+    read = {id(part): _reader(wanted) for part, wanted in zip(all_parts, mixture, strict=True)}
     parts = [part for part in all_parts if part.row_numbers]
-    read_by = [reader for reader, part in zip(readers, all_parts, strict=True) if part.row_numbers]
     console = console or Console(quiet=True)
-    tokenised = [
-        _tokenise_part(part, reader, tokenizer, truncation, num_workers, console)
-        for part, reader in zip(parts, read_by, strict=True)
-    ]
+    tokenised = [_tokenise_part(part, read[id(part)], tokenizer, truncation, num_workers, console) for part in parts]
     origins = [f"{part.name} row {number}" for part in parts for number in part.row_numbers]
     rows = datasets.concatenate_datasets(tokenised) if len(tokenised) > 1 else tokenised[0]
     _stop_at_errors(rows["error"][:], origins)
