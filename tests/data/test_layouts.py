@@ -470,6 +470,12 @@ def test_html_that_is_none_or_broken_is_read_anyway(text: str) -> None:
     row_reader("stack_exchange_dpo_paper", None)(row)
 
 
+def test_a_declaration_that_html_does_not_have_is_an_error() -> None:
+    for name in ("scored", "dpo_paper", "sft_paper"):
+        with pytest.raises(RowError, match="has text that is no HTML"):
+            row_reader(f"stack_exchange_{name}", None)(SCORED | {"question": "<![x[y"})
+
+
 # -------------------------------------------------------------------------------------------------------- broken rows
 
 BIG = "x" * 10 * 2**20
@@ -536,6 +542,7 @@ def test_a_row_of_10_mb_is_an_error_wherever_it_is_read(name: str) -> None:
             else:
                 refused += 1
                 assert field in fault or "chosen and rejected" in fault
+                assert len(fault) < 500
                 assert f"{len(BIG):,} bytes" in fault or "role" in fault or "share" in fault
         assert refused
 

@@ -49,10 +49,10 @@ def tokenizer(tmp_path: Path) -> PreTrainedTokenizerFast:
 def test_they_are_rendered(tokenizer: PreTrainedTokenizerFast) -> None:
     (pair,) = row_reader(None, None)(ROW)
     ids, _ = tokenise(pair, tokenizer, WHOLE)
-    opened = f'[tools {json.dumps(TOOLS)}]\nuser: 3 and 4\nassistant: [call add {{"a": '
-    assert tokenizer.decode(ids.prompt_ids) == opened  # the answers have that much in common
-    assert tokenizer.decode(ids.chosen_ids) == '3, "b": 4}]</s>\ntool: 7\nassistant: seven</s>\n'
-    assert tokenizer.decode(ids.rejected_ids) == '4, "b": 4}]</s>\n'
+    assert tokenizer.decode(ids.prompt_ids) == f"[tools {json.dumps(TOOLS)}]\nuser: 3 and 4\nassistant: "
+    called = '[call add {"a": 3, "b": 4}]</s>\ntool: 7\nassistant: seven</s>\n'
+    assert tokenizer.decode(ids.chosen_ids) == called
+    assert tokenizer.decode(ids.rejected_ids) == '[call add {"a": 4, "b": 4}]</s>\n'
 
 
 def test_without_tools_nothing_is_said_of_them(tokenizer: PreTrainedTokenizerFast) -> None:

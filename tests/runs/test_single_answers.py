@@ -16,7 +16,8 @@ from tests.report.pages import make_page
 Capture = pytest.CaptureFixture[str]
 PAIRS = tiny.text_rows(6, seed=3)
 HELD_OUT = tiny.text_rows(3, seed=4)
-FIELDS: dict[str, Any] = {"loss_type": "sft", "num_epochs": 2, "eval_steps": 1, "sample_during_eval": 2}
+FIELDS: dict[str, Any] = {"loss_type": "sft", "num_epochs": 2, "eval_steps": 1}
+SAMPLES: dict[str, Any] = {"sample_during_eval": 2, "sample_max_new_tokens": 4}
 
 
 def alone(rows: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -27,14 +28,14 @@ def train(model: Path, folder: Path, rows: list[Any], held_out: list[Any], **fie
     folder.mkdir()
     data = tiny.write_jsonl(folder / "data.jsonl", rows)
     other = tiny.write_jsonl(folder / "held_out.jsonl", held_out)
-    fields = {**FIELDS, "eval_mixer_list": [other, "1.0"], "sample_max_new_tokens": 4, **fields}
+    fields = {**FIELDS, "eval_mixer_list": [other, "1.0"], **fields}
     return cli.train(model, data, folder / "run", **fields)
 
 
 @pytest.mark.parametrize("sharing", ["auto", "off"])
 def test_they_train_as_the_chosen_responses_of_pairs_do(sharing: str, llama: Path, tmp_path: Path) -> None:
     """To the last bit, and evaluate to the same figures, but for those of two responses."""
-    fields = {"prompt_sharing": sharing, "sample_during_eval": 2 if sharing == "auto" else 0}
+    fields = {"prompt_sharing": sharing, **(SAMPLES if sharing == "auto" else {})}
     single = train(llama, tmp_path / "single", alone(PAIRS), alone(HELD_OUT), **fields)
     paired = train(llama, tmp_path / "paired", PAIRS, HELD_OUT, **fields)
     ours, theirs = cli.weights(single), cli.weights(paired)
@@ -74,7 +75,7 @@ def test_answers_of_both_labels(llama: Path, tmp_path: Path, capsys: Capture) ->
     only = train(llama, tmp_path / "only", alone(PAIRS[::2]), alone(HELD_OUT))
     ours, theirs = cli.weights(output), cli.weights(only)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    left_out = cli.summary(output)["result"]["data"]["left_out"]
+    left_out = cli.summary(output)["data"]["left_out"]
     assert sum(left_out.values()) == 3
 
 
@@ -94,7 +95,7 @@ def test_inspect_shows_one_answer(llama: Path, tmp_path: Path, capsys: Capture) 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({}, "which loss_type dpo_norm needs; give it a field rejected, or set loss_type sft (4 more like it)"),
+        ({}, "which loss_type dpo needs; give it a field rejected, or set loss_type sft (4 more like it)"),
         (
             {"loss_type": ["sft", "dpo"], "loss_weights": [1, 1]},
             "which loss_type sft + dpo needs; give it a field rejected, or set loss_type sft (4 more like it)",

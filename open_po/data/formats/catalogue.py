@@ -197,10 +197,11 @@ def _meant(row: Row) -> str | None:
     columns = [name for name in row if row[name] is not None]
     others = [name for name in columns if name != "rejected"]
     if row.get("chosen") is None:
-        slip = row.get("rejected") is not None or get_close_matches("chosen", others, n=1, cutoff=_CLOSE)
-        return "chosen" if slip else None
-    slip = "rejected" in row or any(name.startswith("reject") for name in others)
-    return "rejected" if slip or get_close_matches("rejected", others, n=1, cutoff=_CLOSE) else None
+        meant = row.get("rejected") is not None or get_close_matches("chosen", others, n=1, cutoff=_CLOSE)
+        return "chosen" if meant else None
+    if "rejected" in row or any(name.startswith("reject") for name in others):
+        return "rejected"
+    return "rejected" if get_close_matches("rejected", others, n=1, cutoff=_CLOSE) else None
 
 
 def _unknown(row: Row) -> RowError:

@@ -10,6 +10,7 @@ from typing import Any
 from open_po.data.formats.pairs import Row, RowError, Scores
 
 _LONGEST = 4 * 2**20  # bytes of a text, a million tokens or so: what is longer is no answer but a fault
+_SHOWN = 60  # characters of a value
 _SCORES = (  # of chosen and rejected, as public data sets name them
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),
@@ -24,6 +25,11 @@ def kind(value: Any) -> str:
     if isinstance(value, list):
         return "a list" if value else "an empty list"
     return "text" if isinstance(value, str) else "null" if value is None else type(value).__name__
+
+
+def shown(value: Any) -> str:
+    """A value for an error's line, of whatever size it is."""
+    return repr(value[:_SHOWN]) if isinstance(value, str) else repr(value)[:_SHOWN]
 
 
 def missing(row: Row, name: str) -> RowError:
@@ -68,7 +74,7 @@ def items_of(row: Row, name: str, *keys: str) -> list[Mapping[str, Any]]:
 def number_of(value: Any, name: str) -> float:
     """`value`, which must be a finite number."""
     if not _is_number(value):
-        raise RowError(f"field {name} is {value!r}, expected a number")
+        raise RowError(f"field {name} is {shown(value)}, expected a number")
     return float(value)
 
 
@@ -76,7 +82,7 @@ def choice_of(row: Row, name: str) -> int:
     """A field that is 0 or 1."""
     value = value_of(row, name)
     if isinstance(value, bool) or value not in (0, 1):
-        raise RowError(f"field {name} is {value!r}, expected 0 or 1")
+        raise RowError(f"field {name} is {shown(value)}, expected 0 or 1")
     return int(value)
 
 

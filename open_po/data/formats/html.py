@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 
+from open_po.data.formats.pairs import RowError
+
 _VOID = frozenset(
     ["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"]
 )
@@ -27,8 +29,11 @@ def paragraphs_and_code(html: str) -> str:
 
 
 def _joined(parser: _Blocks, html: str) -> str:
-    parser.feed(html)
-    parser.close()
+    try:
+        parser.feed(html)
+        parser.close()
+    except AssertionError as error:  # the parser's way with a declaration that it does not know
+        raise RowError(f"has text that is no HTML ({error})") from error
     parser.end_block()
     return "\n\n".join(parser.blocks)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from open_po.data.formats.fields import as_text, kind, scores_of, text_of, value_of
+from open_po.data.formats.fields import as_text, kind, scores_of, shown, text_of, value_of
 from open_po.data.formats.pairs import Message, MessagePair, Pair, Row, RowError, common_prefix_length
 
 _ROLES = {
@@ -134,7 +134,9 @@ def _message(item: Any, name: str) -> Message:
         raise RowError(f"field {name} has a message without text in role and content (or from and value)")
     role = _ROLES.get(role.lower(), role.lower())
     if role not in _KNOWN_ROLES:
-        raise RowError(f"field {name} has a message of the unknown role {role!r}; known: {', '.join(_KNOWN_ROLES)}")
+        raise RowError(
+            f"field {name} has a message of the unknown role {shown(role)}; known: {', '.join(_KNOWN_ROLES)}"
+        )
     message: Message = {"role": role, "content": None if content is None else as_text(content, name)}
     if calls:
         message["tool_calls"] = calls

@@ -88,7 +88,8 @@ class _Custom:
         except RowError:
             raise
         except Exception as error:  # it is the user's: anything may be raised
-            raise RowError(f"format {self.name} fails on it ({type(error).__name__}: {error})") from error
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RowError(f"format {self.name} fails on it ({reason})") from error
         return [self._checked(pair) for pair in (found if isinstance(found, list) else [found])]
 
     def _checked(self, pair: Any) -> Pair:

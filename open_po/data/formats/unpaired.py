@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from open_po.data.formats.fields import missing, text_of, value_of
+from open_po.data.formats.fields import missing, shown, text_of, value_of
 from open_po.data.formats.messages import alone, conversation, opening_of, read_messages, split_last
 from open_po.data.formats.pairs import Pair, Row, RowError, TextPair
 
@@ -27,7 +27,7 @@ def labelled(row: Row) -> list[Pair]:
     """`prompt`, `completion`, and whether it is good as `label`; none is given of one that is not."""
     label: Any = value_of(row, "label")
     if label not in (0, 1):
-        raise RowError(f"field label is {label!r}, expected true or false")
+        raise RowError(f"field label is {shown(label)}, expected true or false")
     value_of(row, "completion")
     pairs = _answer(row, "completion")
     return pairs if label else []
