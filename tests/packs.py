@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from open_po.data import PairDataset, PreferencePair
-from open_po.data.dataset import Source
 from open_po.data.tokenization import response_key
+from open_po.output.summary import PartTotals
 from open_po.packing import Layout, PackedBatch
 
 LAYOUTS: tuple[Layout, ...] = ("shared", "unshared", "rows")
@@ -40,17 +40,31 @@ def dataset_of(items: Sequence[PreferencePair]) -> PairDataset:
 
     return PairDataset(
         rows=cast(Any, [vars(pair) for pair in items]),
-        origins=[f"row {number}" for number in range(len(items))],
+        places=np.arange(len(items)),
+        row_numbers=np.arange(len(items)),
+        pair_numbers=np.zeros(len(items), dtype=np.int32),
         prompt_lengths=np.array([len(ids) for ids in prompts]),
         chosen_lengths=np.array([len(ids) for ids in chosen]),
         rejected_lengths=np.array([len(ids) for ids in rejected]),
+        prompt_keys=np.array([response_key(prompt, []) for prompt in prompts], dtype="V16"),
         response_keys=np.array(keys, dtype="V16").T,
         prompt_numbers=np.array([number(0, tuple(prompt)) for prompt in prompts]),
         response_numbers=np.array([[number(1, key) for key in pair] for pair in zip(*keys, strict=True)]),
         highest_id=300,
         left_out={},
         lost=np.zeros((len(items), 3), dtype=np.int64),
-        sources=[Source(dataset="rows", name="rows", available=len(items), rows=len(items), pairs=len(items))],
+        sources=[
+            PartTotals(
+                dataset="rows",
+                name="the",
+                format="text",
+                available=len(items),
+                rows=len(items),
+                repeated=0,
+                left_out={},
+                pairs=len(items),
+            )
+        ],
     )
 
 

@@ -57,12 +57,13 @@ class Row:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         index = self.example.index
-        yield Text(f"Row {self.number}: {self.dataset.origins[index]}", style="bold")
+        yield Text(f"Row {self.number}: {self.dataset.origin(index)}", style="bold")
         yield Text(f"shown because {'; '.join(self.example.reasons)}", style="dim")
         pair = self.dataset[index]
         lost = self.dataset.lost[index].tolist()
         for name, ids, cut in zip(COLOURS, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids), lost, strict=True):
-            yield from self._part(name, ids, cut, shaded=_shows_shades(console))
+            if ids:
+                yield from self._part(name, ids, cut, shaded=_shows_shades(console))
         yield Text()
 
     def _part(self, name: str, ids: list[int], cut: int, *, shaded: bool) -> Iterator[RenderableType]:

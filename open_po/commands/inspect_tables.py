@@ -19,8 +19,6 @@ from open_po.data.token_texts import Piece
 from open_po.output.histograms import Column, Histograms, Limit
 from open_po.packing import EpochPlan, Layout, Sampler
 
-_ORIGINS = 3  # rows that were left out, named for each reason
-
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -60,8 +58,9 @@ def tokenizer_table(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Ta
 
 def sources_table(parts: Sequence[Part]) -> Table:
     """How many rows and pairs came from where."""
-    table = _table("Rows", "data", "source", "rows taken", "pairs", "left out", "mean tokens of a pair")
-    for column in table.columns[2:]:
+    columns = ["rows taken", "repeated", "left out", "pairs", "mean tokens of a pair"]
+    table = _table("Rows", "data", "source", "format", *columns)
+    for column in table.columns[3:]:
         column.justify = "right"
     for part in parts:
         pairs, start = part.pairs, 0
@@ -72,9 +71,11 @@ def sources_table(parts: Sequence[Part]) -> Table:
             table.add_row(
                 part.title,
                 Text(source.name),
+                source.format or "",
                 f"{source.rows:,} of {source.available:,}",
+                f"{source.repeated:,}",
+                f"{sum(source.left_out.values()):,}",
                 f"{source.pairs:,}",
-                f"{source.rows - source.pairs:,}",
                 f"{mine.mean():,.0f}" if len(mine) else "",
             )
     return table
@@ -86,15 +87,15 @@ def left_out_table(parts: Sequence[Part]) -> Table | Text:
         return Text("No row is left out.")
     table = _table("Rows left out", "data", "reason", "rows", "which")
     for part in parts:
-        for reason, origins in part.pairs.left_out.items():
-            more = f"; and {len(origins) - _ORIGINS:,} more" if len(origins) > _ORIGINS else ""
-            table.add_row(part.title, reason, f"{len(origins):,}", Text("; ".join(origins[:_ORIGINS]) + more))
+        for reason, rows in part.pairs.left_out.items():
+            more = f"; and {rows.more:,} more" if rows.more else ""
+            table.add_row(part.title, reason, f"{rows.count:,}", Text("; ".join(rows.first) + more))
     return table
 
 
 def _before_truncation(pairs: PairDataset) -> dict[str, NDArray[np.int64]]:
     lengths = np.stack([pairs.prompt_lengths, pairs.chosen_lengths, pairs.rejected_lengths], 1) + pairs.lost
-    named = dict(zip(COLOURS, lengths.T, strict=True))
+    named = {name: part for name, part in zip(COLOURS, lengths.T, strict=True) if part.any()}
     return named | {"prompt + longer": lengths[:, 0] + lengths[:, 1:].max(1)}
 
 
@@ -104,7 +105,7 @@ def histograms(pairs: PairDataset, data: DataConfig) -> Histograms:
         Column(title=title, lengths=lengths, style=COLOURS.get(title, ("#d7af5f",))[0])
         for title, lengths in _before_truncation(pairs).items()
     ]
-    limits = [Limit(column=3, length=data.max_seq_length, text="max_seq_length")]
+    limits = [Limit(column=len(columns) - 1, length=data.max_seq_length, text="max_seq_length")]
     if data.max_prompt_length is not None:
         limits.insert(0, Limit(column=0, length=data.max_prompt_length, text="max_prompt_length"))
     return Histograms(columns=columns, limits=limits)
@@ -177,6 +178,8 @@ def _bos(part: Part, tokenizer: PreTrainedTokenizerBase) -> Text:
 
 
 def _ending(part: Part, side: int) -> Text:
+    if part.special.ended(side, "absent") == len(part.pairs):
+        return Text("there are none")
     behind = part.special.behind_eos[part.special.endings[:, side] == "followed", side].max(initial=0)
     said: dict[Ending, tuple[str, bool]] = {
         "once": ("once", False),
@@ -206,7 +209,10 @@ def _likeness(found: Shared) -> Text:
 
 
 def _difference(pairs: PairDataset) -> Text:
-    apart = pairs.chosen_lengths - pairs.rejected_lengths
+    both = pairs.rejected_lengths > 0
+    if not both.any():
+        return Text("there are no rejected responses")
+    apart = (pairs.chosen_lengths - pairs.rejected_lengths)[both]
     return Text(
         f"{apart.mean():+,.1f} tokens on average; chosen is the longer one in {(apart > 0).mean():.0%} of pairs"
     )

@@ -29,7 +29,7 @@ def score(config: RunConfig, runtime: Runtime, out: Path, beta: float) -> None:
     """Score the data under the policy, and under the reference if there is one, and write one line a pair."""
     runtime.on_main(_check, out, config)
     runtime.on_each_node(open_cache, config)
-    data = prepare_data(config, runtime, label="Data")
+    data = prepare_data(config, runtime, label="Data", compared_by="score")
 
     numerics = runtime.from_main(frozen_numerics, config.model, runtime.device)
     scored = log_probs_of(policy_source(config), numerics, config, runtime, data, label="Model")
@@ -69,7 +69,7 @@ def _check(out: Path, config: RunConfig) -> None:
 
 def _rows(data: Data, policy: PairLogps, reference: PairLogps | None, beta: float) -> list[dict[str, Any]]:
     columns: dict[str, Sequence[Any]] = {
-        "pair": data.train.origins,
+        "pair": [data.train.origin(index) for index in range(len(data.train))],
         "chosen_logps": policy.chosen.tolist(),
         "rejected_logps": policy.rejected.tolist(),
         "chosen_tokens": policy.chosen_tokens.int().tolist(),

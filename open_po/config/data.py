@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -44,7 +44,7 @@ class DataConfig:
     eval_mixture: list[dict[str, str]] | None = option(None, "held-out data, written as mixture", shapes_result=False)
     format: str | None = option(
         None,
-        "layout of the rows: a name of the README's table, or MODULE:FUNCTION; default: found by each row's columns",
+        "layout of the rows: a name of docs/add_a_dataset.md, or MODULE:FUNCTION; default: found by each row's columns",
     )
     prompt_template: str | None = option(
         None, "text of the prompt with {column} for a row's columns, instead of the layout's own prompt"
@@ -52,18 +52,22 @@ class DataConfig:
     on_bad_rows: OnBadRows = option(
         "stop", "rows that cannot be read: stop and name them, or skip them, counted and named"
     )
-    deduplicate: bool = option(False, "leave out pairs whose prompt, chosen and rejected came before")
+    deduplicate: bool = option(False, "leave out training pairs whose prompt, chosen and rejected came before")
     min_score_gap: float | None = option(
         None,
-        "leave out pairs whose chosen score exceeds the rejected by less; rows need scores",
+        "leave out training pairs whose chosen score exceeds the rejected by less; rows need scores",
         not_negative=True,
     )
     min_score_ratio: float | None = option(
-        None, "leave out pairs whose scores' ratio, higher by lower, is less; needs rows with scores", not_negative=True
+        None,
+        "leave out training pairs whose scores' ratio, higher by lower, is less; needs rows with scores",
+        not_negative=True,
     )
-    min_response_length: int | None = option(None, "leave out pairs with a shorter response, in tokens", above=0)
+    min_response_length: int | None = option(
+        None, "leave out training pairs with a shorter response, in tokens", above=0
+    )
     long_rows: LongRows = option(
-        "truncate", "truncate pairs longer than max_seq_length or max_prompt_length, or leave_out"
+        "truncate", "truncate training pairs longer than max_seq_length or max_prompt_length, or leave_out"
     )
     max_train_samples: int | None = option(None, "use at most so many training rows", above=0)
     max_seq_length: int = option(
@@ -92,15 +96,28 @@ class DataConfig:
     def training_mixture(self) -> list[MixturePart]:
         """The training data. Raises ValueError with one line per problem."""
         if self.mixture is not None:
-            return typed_mixture(self.mixture)
-        return parse_mixture(self.mixer_list or [], self.mixer_list_splits, self.mixer_list_configs or [None])
+            return self._as_the_run_reads(typed_mixture(self.mixture))
+        configs = self.mixer_list_configs or [None]
+        return self._as_the_run_reads(parse_mixture(self.mixer_list or [], self.mixer_list_splits, configs))
 
     @cached_property
     def held_out_mixture(self) -> list[MixturePart]:
         """The held-out data; empty if there is none. Raises ValueError with one line per problem."""
         if self.eval_mixture is not None:
-            return typed_mixture(self.eval_mixture, "eval_mixture")
+            return self._as_the_run_reads(typed_mixture(self.eval_mixture, "eval_mixture"))
         if self.eval_mixer_list is None:
             return []
         configs = self.eval_mixer_list_configs or [None]
-        return parse_mixture(self.eval_mixer_list, self.eval_mixer_list_splits, configs, "eval_mixer_list")
+        parts = parse_mixture(self.eval_mixer_list, self.eval_mixer_list_splits, configs, "eval_mixer_list")
+        return self._as_the_run_reads(parts)
+
+    def _as_the_run_reads(self, parts: list[MixturePart]) -> list[MixturePart]:
+        """Parts that have no format or prompt template of their own with those of the run."""
+        return [
+            replace(
+                part,
+                format=part.format or self.format,
+                prompt_template=self.prompt_template if part.prompt_template is None else part.prompt_template,
+            )
+            for part in parts
+        ]

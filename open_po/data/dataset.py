@@ -1,84 +1,79 @@
-"""All pairs of a mixture, tokenised once, in parallel, and kept on disk by `datasets`."""
+"""All pairs of a mixture, tokenised once, in parallel, and kept on disk."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
-import datasets
 import numpy as np
-from datasets import Dataset
 from numpy.typing import NDArray
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from open_po.config import MixturePart
-from open_po.data.formats import RowError, parse_row
-from open_po.data.rows_bar import rows_bar
-from open_po.data.sources import SourceRows, load_mixture, row_fields
-from open_po.data.tokenization import (
-    KEY_DTYPE,
-    LeftOut,
-    Lost,
-    PreferencePair,
-    Truncation,
-    response_key,
-    tokenise,
-    tokenizer_digest,
-)
+from open_po.data.formats import RowError, row_reader
+from open_po.data.keys import key_numbers
+from open_po.data.selection import LeftOutRows, PartRows, Selection, apply_filters, leave_out_repeated, origin
+from open_po.data.sources import SourceRows, load_mixture
+from open_po.data.token_rows import IDS, IdColumn, Known, TokenRows
+from open_po.data.token_shards import Tokenisation, tokenise_rows
+from open_po.data.tokenization import PreferencePair, Truncation, tokenizer_digest
 from open_po.errors import UserError
-from open_po.output.summary import DataTotals
+from open_po.output.summary import DataTotals, PartTotals
 
-# Part of the name under which tokenised rows are kept: raise it when the same row gives other ids, or columns, than
-# before.
-_TOKENISATION_VERSION = 5
-_ROWS_PER_WORKER = 500  # below, starting another process costs more than it saves
+_CHUNK = 10_000  # pairs whose ids are read at a time
+_EVERYTHING = Selection()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """What came of one part of a mixture."""
+class StoredRows(Protocol):
+    """Token ids by row, wherever they are."""
 
-    dataset: str  # its name in the mixture
-    name: str  # for messages
-    available: int  # rows that there are
-    rows: int  # that the mixture takes
-    pairs: int  # that train
+    def __getitem__(self, place: int) -> Mapping[str, Any]: ...
+
+    def gather(self, places: NDArray[np.int64]) -> list[IdColumn]:
+        """The ids of several rows: prompts, chosen and rejected responses."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairDataset:
-    """Tokenised pairs by index, their lengths, and what was left out.
+    """Tokenised pairs by index, their lengths, and what was left out. The ids stay on disk.
 
     Lengths are arrays [P] of token counts. Numbers, from 0 on, name equal prompts, and equal responses to equal
     prompts.
     """
 
-    rows: Dataset  # with prompt_ids, chosen_ids, rejected_ids
-    origins: Sequence[str]  # where each pair came from, for messages
+    rows: StoredRows
+    places: NDArray[np.int64]  # [P] of each pair among the rows: pairs that are repeated share one
+    row_numbers: NDArray[np.int64]  # [P] from 1, in the part's file, or in the split of a Hub dataset
+    pair_numbers: NDArray[np.int32]  # [P] from 1, of a row that gives several; else 0
     prompt_lengths: NDArray[np.int64]
     chosen_lengths: NDArray[np.int64]
     rejected_lengths: NDArray[np.int64]
+    prompt_keys: NDArray[np.void]  # [P] `response_key` of the prompt without a response, 16 bytes
     response_keys: NDArray[np.void]  # [P, 2] `response_key` of chosen and rejected, 16 bytes each
     prompt_numbers: NDArray[np.int64]  # [P]
     response_numbers: NDArray[np.int64]  # [P, 2], chosen and rejected
     highest_id: int  # of all tokens
-    left_out: Mapping[str, Sequence[str]]  # origins of the rows that cannot train, by reason
+    left_out: Mapping[str, LeftOutRows]  # the rows that do not train, by reason
     lost: NDArray[np.int64]  # [P, 3] tokens that truncation took from prompt, chosen and rejected
-    sources: Sequence[Source]  # the pairs of the first come first, and so on
+    sources: Sequence[PartTotals]  # the pairs of the first come first, and so on
 
     def __len__(self) -> int:
-        return len(self.origins)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> PreferencePair:
-        row = self.rows[int(index)]
-        return PreferencePair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
+        row = self.rows[int(self.places[index])]
+        return PreferencePair(*(row[name] for name in IDS))
+
+    def origin(self, index: int) -> str:
+        """Where a pair came from, for messages."""
+        ends = np.cumsum([source.pairs for source in self.sources])
+        source = self.sources[int(np.searchsorted(ends, index, side="right"))]
+        return origin(source.name, int(self.row_numbers[index]), int(self.pair_numbers[index]))
 
     @property
     def by_source(self) -> dict[str, int]:
@@ -98,13 +93,18 @@ class PairDataset:
         """How many pairs lost tokens of a response."""
         return int((self.lost[:, 1:] > 0).any(1).sum())
 
+    def columns(self, chunk: int = _CHUNK) -> Iterator[list[IdColumn]]:
+        """The ids of prompts, chosen and rejected responses, `chunk` pairs at a time."""
+        for start in range(0, len(self), chunk):
+            yield self.rows.gather(self.places[start : start + chunk])
+
     def token_ids(self) -> set[int]:
         """Every token id that occurs."""
-        found: set[int] = set()
-        for rows in self.rows.with_format("arrow").iter(10_000):
-            for column in rows.columns:
-                found.update(column.combine_chunks().flatten().unique().to_pylist())
-        return found
+        found = np.zeros(self.highest_id + 1, dtype=bool)
+        for columns in self.columns():
+            for column in columns:
+                found[column.ids] = True
+        return set(np.flatnonzero(found).tolist())
 
     @property
     def longest_pair(self) -> int:
@@ -121,25 +121,41 @@ class PairDataset:
         longer: NDArray[np.int64] = self.prompt_lengths + np.maximum(self.chosen_lengths, self.rejected_lengths)
         return longer
 
+    def identity(self) -> list[dict[str, str | int]]:
+        """What the pairs of each part are, by their tokens; equal for equal pairs in equal order."""
+        found: list[dict[str, str | int]] = []
+        start = 0
+        for source in self.sources:
+            keys = self.response_keys[start : start + source.pairs]
+            start += source.pairs
+            digest = hashlib.sha256(keys.tobytes()).hexdigest()[:32]
+            found.append({"name": source.name, "pairs": source.pairs, "digest": digest})
+        return found
+
     def totals(self) -> DataTotals:
         """What became of the rows, in numbers."""
         return DataTotals(
             pairs=len(self),
             by_source=self.by_source,
-            left_out={reason: len(origins) for reason, origins in self.left_out.items()},
+            left_out={reason: rows.count for reason, rows in self.left_out.items()},
             truncated_prompts=self.truncated_prompts,
             truncated_responses=self.truncated_responses,
+            parts=list(self.sources),
+            left_out_first={reason: rows.first for reason, rows in self.left_out.items()},
         )
 
     def describe(self) -> list[str]:
-        """Lines for the console: how many pairs, how long, and every row that was left out, by reason."""
-        tokens = int(2 * self.prompt_lengths.sum() + self.chosen_lengths.sum() + self.rejected_lengths.sum())
+        """Lines for the console: how many pairs, how long, and which rows were left out, by reason."""
+        sides = 1 + (self.rejected_lengths > 0)
+        tokens = int((sides * self.prompt_lengths + self.chosen_lengths + self.rejected_lengths).sum())
         lines = [f"{len(self):,} pairs, {tokens:,} tokens (prompts counted with each response)"]
+        if repeated := sum(source.repeated for source in self.sources):
+            lines[0] += f"; rows are repeated {repeated:,} times"
         if self.truncated_prompts or self.truncated_responses:
             lines.append(f"truncated: {self.truncated_prompts} prompts, responses of {self.truncated_responses} pairs")
-        for reason, origins in self.left_out.items():
-            shown = "; ".join(origins[:3]) + ("; ..." if len(origins) > 3 else "")
-            lines.append(f"left out: {len(origins)} rows, {reason} ({shown})")
+        for reason, rows in self.left_out.items():
+            shown = "; ".join(rows.first) + ("; ..." if rows.more else "")
+            lines.append(f"left out: {rows.count} rows, {reason} ({shown})")
         return lines
 
 
@@ -148,6 +164,7 @@ def load_pairs(
     tokenizer: PreTrainedTokenizerBase,
     truncation: Truncation,
     *,
+    selection: Selection = _EVERYTHING,
     max_rows: int | None = None,
     num_workers: int | None = None,
     console: Console | None = None,
@@ -156,131 +173,156 @@ def load_pairs(
 
     Raises UserError naming the first rows that cannot be read, or if no row can train.
     """
-    all_parts = load_mixture(mixture, max_rows)
-    parts = [part for part in all_parts if part.row_numbers]
-    console = console or Console(quiet=True)
-    tokenised = [_tokenise_part(part, tokenizer, truncation, num_workers, console) for part in parts]
-    origins = [f"{part.name} row {number}" for part in parts for number in part.row_numbers]
-    rows = datasets.concatenate_datasets(tokenised) if len(tokenised) > 1 else tokenised[0]
-    _stop_at_errors(rows["error"][:], origins)
-    reasons = rows["left_out"][:]
-    left_out: dict[str, list[str]] = {}
-    for origin, reason in zip(origins, reasons, strict=True):
-        if reason:
-            left_out.setdefault(reason, []).append(origin)
-    kept = [index for index, reason in enumerate(reasons) if not reason]
-    if not kept:
-        words = " ".join(f"{part.dataset} {part.amount}" for part in mixture)
-        counts = ", ".join(f"{len(where)} {reason}" for reason, where in left_out.items())
-        raise UserError(f"{words}: none of {len(origins)} rows can train ({counts})")
-    trainable = rows.select(kept)
-    columns = trainable.with_format("numpy", columns=["lengths", "lost"])[:]
-    lengths, lost = columns["lengths"].astype(np.int64), columns["lost"].astype(np.int64)
-    chosen_keys, rejected_keys = trainable["chosen_key"][:], trainable["rejected_key"][:]
-    by_side = np.frombuffer(b"".join(chain(chosen_keys, rejected_keys)), dtype=KEY_DTYPE).reshape(2, -1)
-    return PairDataset(
-        rows=trainable.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]),
-        origins=[origins[index] for index in kept],
-        prompt_lengths=lengths[:, 0],
-        chosen_lengths=lengths[:, 1],
-        rejected_lengths=lengths[:, 2],
-        response_keys=np.ascontiguousarray(by_side.T),
-        prompt_numbers=_numbers(trainable["prompt_key"][:]),
-        response_numbers=_numbers([*chosen_keys, *rejected_keys]).reshape(2, -1).T,
-        highest_id=max(trainable["highest_id"][:]),
-        left_out=left_out,
-        lost=lost,
-        sources=list(_sources(all_parts, reasons)),
+    sources = load_mixture(mixture, max_rows)
+    digest = tokenizer_digest(tokenizer)
+    files, parts = [], []
+    for source in sources:
+        if not len(source.taken):
+            continue
+        work = _work(source, tokenizer, digest, truncation)
+        check = partial(_stop_early, source) if not selection.skip_bad_rows else _look
+        found = tokenise_rows(
+            work,
+            label=f"Tokenising {source.name}",
+            num_workers=num_workers,
+            console=console or Console(quiet=True),
+            check=check,
+        )
+        files.append(found.file)
+        parts.append(PartRows(source=source, known=found.known, places=found.places))
+    apply_filters(parts, selection)
+    return _dataset(sources, parts, TokenRows(files), selection)
+
+
+def _work(source: SourceRows, tokenizer: PreTrainedTokenizerBase, digest: str, truncation: Truncation) -> Tokenisation:
+    part = source.part
+    try:
+        row_reader(part.format, part.prompt_template)
+    except ValueError as error:
+        raise UserError(f"{part.dataset}: {error}") from error
+    return Tokenisation(
+        rows=source.rows,
+        numbers=np.unique(source.taken),
+        part=part,
+        tokenizer=tokenizer,
+        tokenizer_digest=digest,
+        truncation=truncation,
     )
 
 
-def _sources(parts: Sequence[SourceRows], reasons: Sequence[str]) -> Iterator[Source]:
-    """What came of each part; `reasons` of all their rows, empty for one that trains."""
-    start = 0
+def _look(known: Known) -> None:
+    """What stops no run."""
+
+
+def _stop_early(source: SourceRows, known: Known) -> None:
+    """Raises UserError if rows among the first ones cannot be read."""
+    PartRows(source=source, known=known, places=np.arange(len(known))).stop_at_bad_rows()
+
+
+def _dataset(
+    sources: Sequence[SourceRows], parts: Sequence[PartRows], rows: TokenRows, selection: Selection
+) -> PairDataset:
+    """The pairs that train, each as often as its row is taken. Raises UserError if there are none."""
+    if not any(part.keeps.any() for part in parts):
+        _refuse(parts)
+    response_keys = np.concatenate([_response_keys(part) for part in parts])
+    if selection.deduplicate:
+        stay = leave_out_repeated(parts, key_numbers(response_keys.T.ravel()).reshape(2, -1).T)
+        response_keys = response_keys[stay]
+    prompt_keys = np.concatenate([part.known.keys("prompt_key")[part.keeps] for part in parts])
+    kept = [_repeated(part) for part in parts]  # places in the part's rows, in the order of training
+    inner = _inner(parts, kept)  # the same among the rows that stay, of all parts
+
+    def column(name: str) -> NDArray[Any]:
+        return np.concatenate([part.known.numbers(name)[places] for part, places in zip(parts, kept, strict=True)])
+
+    def sides(what: str) -> NDArray[np.int64]:
+        return np.concatenate([part.known.sides(what)[places] for part, places in zip(parts, kept, strict=True)])
+
+    lengths = sides("length")
+    return PairDataset(
+        rows=rows,
+        places=rows.numbered([part.places[places] for part, places in zip(parts, kept, strict=True)]),
+        row_numbers=column("row") + 1,
+        pair_numbers=column("pair"),
+        prompt_lengths=np.ascontiguousarray(lengths[:, 0]),
+        chosen_lengths=np.ascontiguousarray(lengths[:, 1]),
+        rejected_lengths=np.ascontiguousarray(lengths[:, 2]),
+        prompt_keys=prompt_keys[inner],
+        response_keys=response_keys[inner],
+        prompt_numbers=key_numbers(prompt_keys)[inner],
+        response_numbers=key_numbers(response_keys.T.ravel()).reshape(2, -1).T[inner],
+        highest_id=int(column("highest_id").max()),
+        left_out=_left_out(parts),
+        lost=sides("lost"),
+        sources=list(_totals(sources, parts, kept)),
+    )
+
+
+def _refuse(parts: Sequence[PartRows]) -> None:
+    asked = " ".join(f"{part.source.part.dataset} {part.source.part.amount}" for part in parts)
+    total = sum(len(part.known) for part in parts)
+    counts = ", ".join(f"{rows.count} {reason}" for reason, rows in _left_out(parts).items())
+    raise UserError(f"{asked}: none of {total} rows can train ({counts})")
+
+
+def _response_keys(part: PartRows) -> NDArray[np.void]:
+    """[K, 2] of the rows that train."""
+    sides = [part.known.keys(name)[part.keeps] for name in ("chosen_key", "rejected_key")]
+    return np.stack(sides, 1)
+
+
+def _repeated(part: PartRows) -> NDArray[np.int64]:
+    """Places of the rows that train: all in order, then those that are taken twice, and so on."""
+    taken, times = np.unique(part.source.taken, return_counts=True)
+    places = np.flatnonzero(part.keeps)
+    wanted = times[np.searchsorted(taken, part.known.numbers("row")[places])]
+    return np.concatenate([places[wanted > turn] for turn in range(int(times.max()))])
+
+
+def _inner(parts: Sequence[PartRows], kept: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Where each of `kept` stands when the rows that do not train are gone, counted through all parts."""
+    found, before = [], 0
+    for part, places in zip(parts, kept, strict=True):
+        found.append(np.cumsum(part.keeps)[places] - 1 + before)
+        before += int(part.keeps.sum())
+    return np.concatenate(found)
+
+
+def _left_out(parts: Sequence[PartRows]) -> dict[str, LeftOutRows]:
+    found: dict[str, LeftOutRows] = {}
     for part in parts:
-        end = start + len(part.rows)
-        pairs = sum(not reason for reason in reasons[start:end])
-        yield Source(dataset=part.source, name=part.name, available=part.available, rows=end - start, pairs=pairs)
-        start = end
+        for reason, rows in part.left_out.items():
+            found[reason] = found.get(reason, LeftOutRows()).joined(rows)
+    return found
 
 
-def _numbers(keys: Sequence[bytes]) -> NDArray[np.int64]:
-    """Small numbers, equal where the keys are."""
-    found: dict[bytes, int] = {}
-    return np.fromiter((found.setdefault(key, len(found)) for key in keys), dtype=np.int64, count=len(keys))
+def _layout(source: SourceRows) -> str | None:
+    """The layout that rows are read by: what is asked for, or what the first one has; None if it has none."""
+    part = source.part
+    if part.format is not None or not len(source.taken):
+        return part.format
+    (first,) = source.rows.read(source.taken[:1])
+    with suppress(RowError):
+        return None if isinstance(first, RowError) else row_reader(None, None).recognise(first)
+    return None
 
 
-def _stop_at_errors(errors: Sequence[str], origins: Sequence[str]) -> None:
-    bad = [(origin, error) for origin, error in zip(origins, errors, strict=True) if error]
-    if bad:
-        origin, error = bad[0]
-        more = Counter(error for _, error in bad)[error] - 1
-        others = len(bad) - 1 - more
-        rest = [f"{more} more like it"] * bool(more) + [f"{others} with other faults"] * bool(others)
-        raise UserError(f"{origin}: {error}" + (f" (rows: {', '.join(rest)})" if rest else ""))
-
-
-def _tokenise_part(
-    part: SourceRows,
-    tokenizer: PreTrainedTokenizerBase,
-    truncation: Truncation,
-    num_workers: int | None,
-    console: Console,
-) -> Dataset:
-    workers = num_workers or len(os.sched_getaffinity(0))
-    workers = min(workers, math.ceil(len(part.rows) / _ROWS_PER_WORKER))
-    # `datasets` would hash the tokenizer's pickle, which changes between processes: name the result by its content.
-    key = [part.rows._fingerprint, tokenizer_digest(tokenizer), str(truncation), str(_TOKENISATION_VERSION)]
-    with rows_bar(console, f"Tokenising {part.name}"):
-        return part.rows.map(
-            _tokenise_row,
-            fn_kwargs={"tokenizer": tokenizer, "truncation": truncation},
-            remove_columns=part.rows.column_names,
-            features=_FEATURES,
-            num_proc=workers if workers > 1 else None,
-            new_fingerprint=hashlib.sha256("\0".join(key).encode()).hexdigest()[:32],
+def _totals(
+    sources: Sequence[SourceRows], parts: Sequence[PartRows], kept: Sequence[NDArray[np.int64]]
+) -> Iterator[PartTotals]:
+    """What came of each part."""
+    found = {id(part.source): (part, len(places)) for part, places in zip(parts, kept, strict=True)}
+    for source in sources:
+        part, pairs = found.get(id(source), (None, 0))
+        rows = len(np.unique(source.taken))
+        yield PartTotals(
+            dataset=source.part.dataset,
+            name=source.name,
+            format=_layout(source),
+            available=source.available,
+            rows=rows,
+            repeated=len(source.taken) - rows,
+            left_out={} if part is None else {reason: each.count for reason, each in part.left_out.items()},
+            pairs=pairs,
         )
-
-
-_FEATURES = datasets.Features(
-    {
-        "prompt_ids": datasets.List(datasets.Value("int32")),
-        "chosen_ids": datasets.List(datasets.Value("int32")),
-        "rejected_ids": datasets.List(datasets.Value("int32")),
-        "prompt_key": datasets.Value("binary"),
-        "chosen_key": datasets.Value("binary"),
-        "rejected_key": datasets.Value("binary"),
-        "lengths": datasets.List(datasets.Value("int64"), length=3),
-        "highest_id": datasets.Value("int64"),
-        "lost": datasets.List(datasets.Value("int64"), length=3),
-        "error": datasets.Value("string"),
-        "left_out": datasets.Value("string"),
-    }
-)
-
-
-def _tokenise_row(
-    row: Mapping[str, Any], *, tokenizer: PreTrainedTokenizerBase, truncation: Truncation
-) -> dict[str, Any]:
-    """One row of `_FEATURES`. Faults are returned rather than raised, so that all of them can be reported."""
-    pair, lost, error, left_out = PreferencePair([], [], []), Lost(0, 0, 0), "", ""
-    try:
-        pair, lost = tokenise(parse_row(row_fields(row)), tokenizer, truncation)
-    except RowError as fault:
-        error = str(fault)
-    except LeftOut as reason:
-        left_out = str(reason)
-    parts = [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]
-    return {
-        "prompt_ids": parts[0],
-        "chosen_ids": parts[1],
-        "rejected_ids": parts[2],
-        "prompt_key": response_key(parts[0], []),
-        "chosen_key": response_key(parts[0], parts[1]),
-        "rejected_key": response_key(parts[0], parts[2]),
-        "lengths": [len(part) for part in parts],
-        "highest_id": max(chain(*parts), default=0),
-        "lost": list(lost),
-        "error": error,
-        "left_out": left_out,
-    }

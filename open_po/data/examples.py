@@ -52,8 +52,9 @@ def _candidates(dataset: PairDataset, special: SpecialTokens) -> Iterator[tuple[
     if counts.max() > 1:
         most = int((dataset.prompt_numbers == numbers[counts.argmax()]).argmax())
         yield most, f"{counts.max():,} pairs have its prompt"
-    apart = np.abs(dataset.chosen_lengths - dataset.rejected_lengths)
-    yield int(apart.argmax()), f"its responses differ most in length, by {int(apart.max()):,} tokens"
+    apart = np.abs(dataset.chosen_lengths - dataset.rejected_lengths) * (dataset.rejected_lengths > 0)
+    if apart.any():
+        yield int(apart.argmax()), f"its responses differ most in length, by {int(apart.max()):,} tokens"
 
 
 def _first_of_each(dataset: PairDataset) -> list[tuple[int, str]]:

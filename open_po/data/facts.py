@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,34 +10,39 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from open_po.data.dataset import PairDataset
+from open_po.data.keys import key_numbers, may_be_among
+from open_po.data.token_rows import IdColumn
 
 # How a response ends: with one EOS, with several, with one and other tokens behind it; or without because it was
-# truncated, or though it was not.
-Ending = Literal["once", "repeated", "followed", "cut", "missing"]
+# truncated, or though it was not. Of a rejected response that there is not: "absent".
+Ending = Literal["once", "repeated", "followed", "cut", "missing", "absent"]
 _CHUNK = 10_000  # rows
 
 
 @dataclass(frozen=True)
 class _Column:
-    """Token ids of several rows: those of row i are `ids[starts[i]:ends[i]]`."""
+    """Token ids of several rows, and questions about each of them."""
 
-    ids: NDArray[np.int32]
-    starts: NDArray[np.int64]
-    ends: NDArray[np.int64]
+    rows: IdColumn
+
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        return self.rows.ids
 
     def count(self, hits: NDArray[np.bool_]) -> NDArray[np.int64]:
         """How many of each row's tokens are among `hits`."""
         sums = np.concatenate([[0], np.cumsum(hits)])
-        counts: NDArray[np.int64] = sums[self.ends] - sums[self.starts]
+        counts: NDArray[np.int64] = sums[self.rows.ends] - sums[self.rows.starts]
         return counts
 
     def run(self, token: int, *, at_end: bool = False) -> NDArray[np.int64]:
         """How often each row has `token` in a row, at its beginning or its end."""
-        lengths = self.ends - self.starts
+        starts, ends = self.rows.starts, self.rows.ends
+        lengths = ends - starts
         runs = np.zeros(len(lengths), dtype=np.int64)
         going = np.arange(len(lengths))
         while len(going := going[runs[going] < lengths[going]]):
-            place = self.ends[going] - 1 - runs[going] if at_end else self.starts[going] + runs[going]
+            place = ends[going] - 1 - runs[going] if at_end else starts[going] + runs[going]
             going = going[self.ids[place] == token]
             runs[going] += 1
         return runs
@@ -47,9 +50,9 @@ class _Column:
     def behind_last(self, token: int) -> NDArray[np.int64]:
         """How many tokens stand behind each row's last `token`; all of them where there is none."""
         places = np.flatnonzero(self.ids == token)
-        before = np.searchsorted(places, self.ends)  # how many places come before the row's end
+        before = np.searchsorted(places, self.rows.ends)  # how many places come before the row's end
         last = np.where(before > 0, places[np.maximum(before - 1, 0)] if len(places) else -1, -1)
-        behind: NDArray[np.int64] = self.ends - 1 - np.maximum(last, self.starts - 1)
+        behind: NDArray[np.int64] = self.rows.ends - 1 - np.maximum(last, self.rows.starts - 1)
         return behind
 
 
@@ -77,7 +80,8 @@ def special_tokens(dataset: PairDataset, tokenizer: PreTrainedTokenizerBase) -> 
     if unknown in (bos, eos):
         unknown = -1  # some tokenizers have one token for all, and know every byte
     parts: dict[str, list[NDArray[np.int64]]] = {"leading": [], "bos": [], "unknown": [], "run": [], "behind": []}
-    for columns in _columns(dataset):
+    for found_columns in dataset.columns(_CHUNK):
+        columns = list(map(_Column, found_columns))
         parts["leading"].append(columns[0].run(bos))
         parts["bos"].append(np.sum([c.count(c.ids == bos) for c in columns], axis=0))
         parts["unknown"].append(np.sum([c.count(c.ids == unknown) for c in columns], axis=0))
@@ -85,12 +89,12 @@ def special_tokens(dataset: PairDataset, tokenizer: PreTrainedTokenizerBase) -> 
         parts["behind"].append(np.stack([c.behind_last(eos) for c in columns[1:]], 1))
     found = {name: np.concatenate(arrays) for name, arrays in parts.items()}
     lengths = np.stack([dataset.chosen_lengths, dataset.rejected_lengths], 1)
-    tests = [found["run"] == 1, found["run"] > 1, dataset.lost[:, 1:] > 0, found["behind"] < lengths]
+    tests = [lengths == 0, found["run"] == 1, found["run"] > 1, dataset.lost[:, 1:] > 0, found["behind"] < lengths]
     inner = found["bos"] > found["leading"]
     return SpecialTokens(
         leading_bos=found["leading"],
         inner_bos=inner if bos != eos else np.zeros_like(inner),
-        endings=np.select(tests, ["once", "repeated", "cut", "followed"], "missing"),
+        endings=np.select(tests, ["absent", "once", "repeated", "cut", "followed"], "missing"),
         behind_eos=found["behind"],
         unknown=found["unknown"],
     )
@@ -118,7 +122,7 @@ def shared(dataset: PairDataset) -> Shared:
         prompts=len(by_prompt),
         in_company=int(by_prompt[by_prompt > 1].sum()),
         most=int(by_prompt.max()),
-        responses=len(np.unique(numbers)),
+        responses=len(np.unique(np.append(numbers[:, 0], numbers[dataset.rejected_lengths > 0, 1]))),
         repeated=len(pairs) - len(np.unique(pairs)),
         contradicted=int(np.isin(pairs, swapped).sum()),
     )
@@ -126,24 +130,28 @@ def shared(dataset: PairDataset) -> Shared:
 
 def known_prompts(dataset: PairDataset, others: PairDataset) -> int:
     """How many distinct prompts of `dataset` are prompts of `others` too."""
-    return len(_prompts(dataset) & _prompts(others))
+    mine = dataset.prompt_keys[may_be_among(dataset.prompt_keys, others.prompt_keys)]
+    theirs = others.prompt_keys[may_be_among(others.prompt_keys, dataset.prompt_keys)]
+    numbers = key_numbers(np.concatenate([mine, theirs]))
+    return len(np.intersect1d(numbers[: len(mine)], numbers[len(mine) :]))
 
 
-def _prompts(dataset: PairDataset) -> set[bytes]:
-    """A digest of every prompt."""
-    return {
-        hashlib.blake2b(prompts.ids[start:end].tobytes(), digest_size=16).digest()
-        for prompts, *_ in _columns(dataset)
-        for start, end in zip(prompts.starts, prompts.ends, strict=True)
-    }
+def known_pairs(dataset: PairDataset, others: PairDataset) -> int:
+    """How many pairs of `dataset` are in `others` too: the same prompt and responses, whichever is preferred."""
+    mine = dataset.response_keys[may_be_among(dataset.response_keys, others.response_keys).all(1)]
+    theirs = others.response_keys[may_be_among(others.response_keys, dataset.response_keys).all(1)]
+    numbers = np.sort(key_numbers(np.concatenate([mine, theirs]).ravel()).reshape(-1, 2), 1)
+    pairs = numbers @ np.array([int(numbers.max(initial=0)) + 1, 1])
+    return int(np.isin(pairs[: len(mine)], pairs[len(mine) :]).sum())
 
 
-def _columns(dataset: PairDataset) -> Iterator[list[_Column]]:
-    """The ids of prompts, chosen and rejected responses, many rows at a time."""
-    for rows in dataset.rows.with_format("arrow").iter(_CHUNK):
-        columns = []
-        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-            lists = rows[name].combine_chunks()
-            offsets = lists.offsets.to_numpy().astype(np.int64)
-            columns.append(_Column(lists.values.to_numpy(), offsets[:-1], offsets[1:]))
-        yield columns
+def tell_known(held_out: PairDataset, training: PairDataset) -> str | None:
+    """One line if held-out pairs or prompts are trained on; None if none are."""
+    prompts = known_prompts(held_out, training)
+    if not prompts:
+        return None
+    pairs, distinct = known_pairs(held_out, training), len(np.unique(held_out.prompt_numbers))
+    return (
+        f"{pairs:,} of {len(held_out):,} pairs are trained on too, and {prompts:,} of {distinct:,} prompts; figures on "
+        "them tell of memory"
+    )

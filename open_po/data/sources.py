@@ -1,56 +1,43 @@
-"""Where rows come from: files and Hub datasets, mixed by fraction or count."""
+"""Where rows come from: files, data sets on disk and Hub datasets, mixed by fraction or count."""
 
 from __future__ import annotations
 
-import csv
-import glob
-import hashlib
-import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
 import datasets
+import numpy as np
 import torch
 from datasets import Dataset
-from pyarrow import parquet
+from numpy.typing import NDArray
 
 from open_po.config import MixturePart
+from open_po.data.content import cache_folder, folder_digest, text_digest
+from open_po.data.row_files import FILE_TYPES, DatasetRows, Rows, open_file
 from open_po.errors import UserError
-
-_FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
-_TYPES = ", ".join(_FILE_TYPES)
 
 # Rows of a subset, and the order of a mixture, are drawn by this constant and not by the run's seed, so that a sweep
 # over seeds trains on the same rows and finds their reference log-probs in the cache.
 _DRAW_SEED = 0
-
-# `datasets` guesses the types of a JSON or CSV column from its values: answers that look like dates become timestamps
-# and are changed even if text is asked for, `007` becomes 7, and `NA` is taken for a missing answer. So the rows of
-# these files are kept whole, as JSON, in one column.
-_JSON_ROW = "open_po_json_row"
-_READING_VERSION = 1  # part of the name under which they are kept: raise it when a file gives other rows than before
+_SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves in a folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceRows:
     """The rows of one dataset that a mixture takes."""
 
-    source: str  # its name in the mixture
+    part: MixturePart
     name: str  # for messages
-    rows: Dataset  # `row_fields` reads one
-    row_numbers: Sequence[int]  # of each row, from 1: in the file, or in the split of a Hub dataset
+    rows: Rows
+    taken: NDArray[np.int64]  # numbers of rows, from 0; one that stands here again is trained on again
     available: int  # rows that there were to take from
 
     def draw(self, count: int) -> SourceRows:
-        """`count` rows in their old order."""
-        if count == len(self.rows):
+        """`count` of the rows, in their old order."""
+        if count == len(self.taken):
             return self
-        drawn = sorted(_order(len(self.rows))[:count])
-        numbers = [self.row_numbers[i] for i in drawn]
-        return replace(self, rows=self.rows.select(drawn), row_numbers=numbers)
+        return replace(self, taken=self.taken[np.sort(_order(len(self.taken))[:count])])
 
 
 def load_mixture(mixture: Sequence[MixturePart], max_rows: int | None = None) -> list[SourceRows]:
@@ -59,66 +46,70 @@ def load_mixture(mixture: Sequence[MixturePart], max_rows: int | None = None) ->
     With `max_rows`, the parts are thinned by one draw over the whole mixture, in which one may get none. Raises
     UserError for what cannot be read.
     """
-    parts: list[SourceRows] = []
-    for wanted in mixture:
-        name, amount, split = wanted.dataset, wanted.amount, wanted.split
-        part = _load(name, split)
-        available = len(part.rows)
-        count = amount if isinstance(amount, int) else max(1, round(amount * available))
-        if count > available:
-            raise UserError(f"{name}: {count} rows are asked for, split {split} has {available}")
-        parts.append(part.draw(count))
+    parts = [_take(_load(part)) for part in mixture]
     return parts if max_rows is None else _thin(parts, max_rows)
-
-
-def row_fields(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields of a row of `SourceRows.rows`, by name."""
-    return cast(Mapping[str, Any], json.loads(row[_JSON_ROW])) if _JSON_ROW in row else row
 
 
 def is_data_file(name: str) -> bool:
     """Whether a data set's name is that of a file here, of any type, or can only be one."""
     path = Path(name).expanduser()
-    return path.suffix.lower() in _FILE_TYPES or path.is_file()
+    return path.suffix.lower() in FILE_TYPES or path.is_file()
+
+
+def _take(source: SourceRows) -> SourceRows:
+    """As many of the rows as the mixture asks for: above all of them, all once more, and a draw of the rest."""
+    amount, available = source.part.amount, source.available
+    count = amount if isinstance(amount, int) else max(1, round(amount * available))
+    if isinstance(amount, int) and count > available:
+        raise UserError(
+            f"{source.part.dataset}: {count} rows are asked for, split {source.part.split} has {available}; a fraction "
+            "above 1.0 repeats rows"
+        )
+    whole, rest = divmod(count, available)
+    drawn = [source.taken] * whole + ([source.draw(rest).taken] if rest else [])
+    return replace(source, taken=np.concatenate(drawn))
 
 
 def _thin(parts: list[SourceRows], count: int) -> list[SourceRows]:
     """`count` rows drawn from all parts together."""
-    owners = [index for index, part in enumerate(parts) for _ in part.row_numbers]
-    shares = Counter(owners[position] for position in _order(len(owners))[:count])
-    return [part.draw(shares[index]) for index, part in enumerate(parts)]
+    owners = np.repeat(np.arange(len(parts)), [len(part.taken) for part in parts])
+    shares = np.bincount(owners[_order(len(owners))[:count]], minlength=len(parts)).tolist()
+    return [part.draw(share) for part, share in zip(parts, shares, strict=True)]
 
 
-def _order(length: int) -> list[int]:
+def _order(length: int) -> NDArray[np.int64]:
     generator = torch.Generator().manual_seed(_DRAW_SEED)
-    order: list[int] = torch.randperm(length, generator=generator).tolist()
+    order: NDArray[np.int64] = torch.randperm(length, generator=generator).numpy()
     return order
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-def _load(name: str, split: str) -> SourceRows:
+def _load(part: MixturePart) -> SourceRows:
     """All rows of a split. Raises UserError if there are none or they cannot be read."""
-    path, is_file = Path(name).expanduser(), is_data_file(name)
+    name, is_file = part.dataset, is_data_file(part.dataset)
+    path = Path(name).expanduser()
+    which = part.split if part.configuration is None else f"{part.configuration}, {part.split}"
     try:
         if is_file:
-            rows = _load_file(path)
-            indices = _slice(split, len(rows))
-            numbers: Sequence[int] = [index + 1 for index in indices]
-            shown, rows = name, rows.select(indices)
+            shown = name
+            rows, taken = _load_file(path, part)
         else:
-            shown, rows = f"{name} ({split})", datasets.load_dataset(name, split=split)
-            numbers = range(1, len(rows) + 1)
-        part = SourceRows(source=name, name=shown, rows=rows, row_numbers=numbers, available=len(numbers))
+            shown = f"{name} ({which})"
+            found = _load_folder(path, part) if path.is_dir() else _load_hub(part)
+            rows, taken = found, np.arange(len(found))
+    except UserError:
+        raise
     except Exception as error:  # datasets wraps parser, file and network errors in types of its own
         reason = _root_cause(error)
         if not is_file:
-            reason = f"neither a file ({_TYPES}) nor a Hub dataset that can be loaded, split {split} ({reason})"
+            types = ", ".join(FILE_TYPES)
+            reason = f"neither a file ({types}) nor a Hub dataset that can be loaded, split {which} ({reason})"
         raise UserError(f"{name}: {reason}") from error
-    if not part.row_numbers:
-        raise UserError(f"{name}: split {split} holds no rows")
-    return part
+    if not len(taken):
+        raise UserError(f"{name}: split {part.split} holds no rows")
+    return SourceRows(part=part, name=shown, rows=rows, taken=taken, available=len(taken))
 
 
 def _root_cause(error: BaseException) -> str:
@@ -127,91 +118,43 @@ def _root_cause(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _load_file(path: Path) -> Dataset:
-    """The rows of a file. Raises ValueError with one line, or what `datasets` raises."""
-    kind = path.suffix.lower()
-    if kind not in _FILE_TYPES:
-        raise ValueError(f"is of no known type; data files are {_TYPES}")
-    if not path.is_file():
-        raise ValueError(f"is no file; data are {_TYPES} files, or Hub names")
-    if path.stat().st_size == 0:
-        raise ValueError("the file is empty")
-    if kind == ".parquet":
-        if parquet.read_metadata(path).num_rows == 0:
-            raise ValueError("holds no rows")
-        return datasets.load_dataset("parquet", data_files={"train": glob.escape(str(path))}, split="train")
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    return Dataset.from_generator(
-        _text_rows,
-        gen_kwargs={"path": path},
-        features=datasets.Features({_JSON_ROW: datasets.Value("string")}),
-        fingerprint=f"{digest}-{kind[1:]}-{_READING_VERSION}",
-    )
+def _load_file(path: Path, part: MixturePart) -> tuple[Rows, NDArray[np.int64]]:
+    """A file's rows, and which of them the split takes. Raises ValueError with one line."""
+    if part.configuration is not None:
+        raise ValueError(f"is a file, which has no configuration {part.configuration}; leave it out")
+    rows = open_file(path)
+    spans = _spans(part.split, {"train": len(rows)})
+    return rows, np.concatenate([np.arange(0), *(np.arange(start, end) for _, start, end in spans)])
 
 
-def _slice(split: str, length: int) -> list[int]:
-    """Indices of the rows of a file that a split such as `train[:90%]` takes. Raises ValueError."""
-    spans = datasets.ReadInstruction.from_spec(split).to_absolute({"train": length})
-    return [index for span in spans for index in range(span.from_, span.to)]
+def _load_hub(part: MixturePart) -> Rows:
+    rows = datasets.load_dataset(part.dataset, part.configuration, split=part.split)
+    return DatasetRows(rows=rows, digest=text_digest(rows._fingerprint, part.split))
 
 
-def _text_rows(path: Path) -> Iterator[dict[str, str]]:
-    """The rows of a JSON or CSV file, each as JSON. Raises ValueError naming the line that is wrong."""
-    empty = True
-    for row in _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path):
-        empty = False
-        yield {_JSON_ROW: row}
-    if empty:
-        raise ValueError("holds no rows")
+def _load_folder(path: Path, part: MixturePart) -> Rows:
+    """The rows of a folder on this machine, of files that `datasets` reads or as its `save_to_disk` wrote it."""
+    content = folder_digest(path)
+    digest = text_digest(content, str(part.configuration), part.split)
+    if any((path / name).is_file() for name in _SAVED):
+        return DatasetRows(rows=_saved(path, part.split), digest=digest)
+    # `datasets` goes by the files' times, so what it makes of another content gets another place.
+    cache = cache_folder() / "folders" / content
+    rows = datasets.load_dataset(str(path), part.configuration, split=part.split, cache_dir=str(cache))
+    return DatasetRows(rows=rows, digest=digest)
 
 
-def _json_rows(path: Path) -> Iterator[str]:
-    """The objects of a file that is one list of them, or has one in each line."""
-    if next(filter(str.strip, _lines(path)), "").lstrip().startswith("["):
-        for number, item in enumerate(_parse_json("".join(_lines(path))), 1):
-            if not isinstance(item, dict):
-                raise ValueError(f"row {number}: is not a JSON object with named fields")
-            yield json.dumps(item)
-        return
-    for number, line in enumerate(_lines(path), 1):
-        if line.strip():
-            if not isinstance(_parse_json(line.rstrip(), number), dict):
-                raise ValueError(f"line {number}: is not a JSON object with named fields")
-            yield line.strip()
+def _saved(path: Path, split: str) -> Dataset:
+    found = datasets.load_from_disk(str(path))
+    by_name = {"train": found} if isinstance(found, Dataset) else found
+    spans = _spans(split, {name: len(rows) for name, rows in by_name.items()})
+    return datasets.concatenate_datasets([by_name[name].select(range(start, end)) for name, start, end in spans])
 
 
-def _parse_json(text: str, first_line: int = 1) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise ValueError(f"line {line}: broken JSON ({error.msg}, column {error.colno})") from None
-
-
-def _csv_rows(path: Path) -> Iterator[str]:
-    """The rows of a file whose first row names the columns; a short row lacks its last fields."""
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long conversation
-    reader = csv.reader(_lines(path), strict=True)
-    header: list[str] = []
-    start = 1
-    try:
-        for cells in reader:
-            if not header:
-                header = cells
-            elif len(cells) > len(header):
-                raise ValueError(f"line {start}: has more cells than the header")
-            elif cells:
-                yield json.dumps(dict(zip(header, cells, strict=False)))
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"line {start}: broken CSV ({error})") from None
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"line {number}: is not UTF-8 text ({error.reason})") from None
+def _spans(split: str, lengths: dict[str, int]) -> list[tuple[str, int, int]]:
+    """The rows that a split such as `train[:90%]` takes: of which split, from and to. Raises ValueError."""
+    found = []
+    for span in datasets.ReadInstruction.from_spec(split).to_absolute(lengths):
+        length = lengths[span.splitname]
+        found.append((span.splitname, span.from_ or 0, length if span.to is None else span.to))
+    return found

@@ -6,18 +6,18 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from open_po.data.formats import MessagePair, RowError, TextPair, common_prefix_length
+from open_po.data.formats import Message, MessagePair, RowError, TextPair, called, common_prefix_length
 
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Token ids of one prompt and its two responses. No part is empty."""
+    """Token ids of one prompt and its two responses. No part is empty, but `rejected_ids` where there is none."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -64,29 +64,30 @@ def tokenise(
     """Token ids of a pair, and how many it lost to truncation.
 
     The prompt's ids are the longest common prefix of tokenise(prompt), tokenise(prompt + chosen) and
-    tokenise(prompt + rejected); all that follows is the response, scored, so the ids are those that the whole text
-    has, whatever merges across the boundary. Raises RowError or LeftOut.
+    tokenise(prompt + rejected), if there is a rejected response; all that follows is the response, scored, so the ids
+    are those that the whole text has, whatever merges across the boundary. Raises RowError or LeftOut.
     """
     if pair.chosen == pair.rejected:
         raise LeftOut("identical responses")
-    if _is_empty(pair.chosen) or _is_empty(pair.rejected):
+    responses: list[Any] = [pair.chosen] if pair.rejected is None else [pair.chosen, pair.rejected]
+    if any(map(_is_empty, responses)):
         raise LeftOut("empty response")
     if isinstance(pair, TextPair):
-        prompt, chosen, rejected = pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected
+        texts = [pair.prompt, *(pair.prompt + response for response in responses)]
     else:
-        prompt, chosen, rejected = _render(pair, tokenizer)
-    whole = _split(*(_encode(text, tokenizer, isinstance(pair, TextPair)) for text in (prompt, chosen, rejected)))
+        opened = _render(pair, pair.prompt, tokenizer, opens=True)
+        texts = [opened, *(_render(pair, pair.prompt + response, tokenizer) for response in responses)]
+    prompt, *ids = _split([_encode(text, tokenizer, isinstance(pair, TextPair)) for text in texts])
     if isinstance(pair, TextPair):
-        whole = PreferencePair(
-            whole.prompt_ids, _with_eos(whole.chosen_ids, tokenizer), _with_eos(whole.rejected_ids, tokenizer)
-        )
-    if not whole.prompt_ids:
+        ids = [_with_eos(response, tokenizer) for response in ids]
+    if not prompt:
         # Something must predict the response's first token.
         if tokenizer.bos_token_id is None:
             raise LeftOut("no prompt token before the response, and the tokenizer has no BOS")
-        whole = PreferencePair([cast(int, tokenizer.bos_token_id)], whole.chosen_ids, whole.rejected_ids)
-    if not whole.chosen_ids or not whole.rejected_ids:
+        prompt = [cast(int, tokenizer.bos_token_id)]
+    if not all(ids):
         raise LeftOut("empty response after the chat template")
+    whole = PreferencePair(prompt, ids[0], ids[1] if len(ids) > 1 else [])
     cut = truncation(whole)
     if cut.chosen_ids == cut.rejected_ids:
         raise LeftOut("identical responses after truncation")
@@ -121,26 +122,27 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _is_empty(response: str | list[dict[str, str]]) -> bool:
-    texts = [response] if isinstance(response, str) else [message["content"] for message in response]
-    return not any(text.strip() for text in texts)
+def _is_empty(response: str | list[Message]) -> bool:
+    if isinstance(response, str):
+        return not response.strip()
+    return not any((message["content"] or "").strip() or message.get("tool_calls") for message in response)
 
 
-def _render(pair: MessagePair, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+def _render(
+    pair: MessagePair, messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, opens: bool = False
+) -> str:
+    """Messages as text, with a generation prompt behind them if that `opens` an answer."""
     if tokenizer.chat_template is None:
         raise RowError("holds messages, but the tokenizer has no chat template; set chat_template_name (e.g. tulu)")
     try:
-        prompt, chosen, rejected = (
-            cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens))
-            for messages, opens in (
-                (pair.prompt, True),
-                (pair.prompt + pair.chosen, False),
-                (pair.prompt + pair.rejected, False),
-            )
+        text: Any = tokenizer.apply_chat_template(
+            messages, tools=cast(Any, pair.tools), tokenize=False, add_generation_prompt=opens
         )
     except (TemplateError, TypeError, ValueError) as error:
         raise RowError(f"is refused by the chat template ({' '.join(str(error).split())})") from error
-    return prompt, chosen, rejected
+    if any(called(call) not in text for message in messages for call in message.get("tool_calls", ())):
+        raise RowError("has tool calls, which the chat template leaves out; set another chat_template_name")
+    return cast(str, text)
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> list[int]:
@@ -152,9 +154,10 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: b
     return cast(list[int], tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
 
-def _split(prompt: list[int], chosen: list[int], rejected: list[int]) -> PreferencePair:
-    shared = common_prefix_length(prompt, chosen, rejected)
-    return PreferencePair(chosen[:shared], chosen[shared:], rejected[shared:])
+def _split(ids: list[list[int]]) -> list[list[int]]:
+    """What a prompt and what follows with each response have in common, and what each response has besides."""
+    shared = common_prefix_length(*ids)
+    return [ids[1][:shared], *(whole[shared:] for whole in ids[1:])]
 
 
 def _with_eos(response: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

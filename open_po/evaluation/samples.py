@@ -38,7 +38,7 @@ class AnswerSampler:
         spread = np.linspace(0, len(firsts) - 1, min(train.sample_during_eval, len(firsts))).round().astype(int)
         self.indices = np.sort(firsts)[spread].tolist()
         pairs = [dataset[index] for index in self.indices]
-        self._origins = [dataset.origins[index] for index in self.indices]
+        self._origins = [dataset.origin(index) for index in self.indices]
         self._prompts = [pair.prompt_ids for pair in pairs]
         parts = zip(*((pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs), strict=True)
         self._texts: list[list[str]] = [  # prompts as they are seen, chosen and rejected answers as they are read

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 
 from open_po.config import RunConfig
@@ -32,13 +33,14 @@ def plan_of_run(
     if runtime.device.type != "cuda" or engine is None:
         return None
     pairs = data.train
+    responses = len(pairs) + np.count_nonzero(pairs.rejected_lengths)
     shape = training_shape(config, "cuda", runtime.parallelism)
     shape = dataclasses.replace(
         shape,
         engine=engine,
         ranks=torch.cuda.device_count() if engine == "layers" else runtime.world_size,
         prompt_tokens=max(1, round(float(pairs.prompt_lengths.mean()))),
-        response_tokens=max(1, round(float((pairs.chosen_lengths + pairs.rejected_lengths).mean()) / 2)),
+        response_tokens=max(1, round(float((pairs.chosen_lengths + pairs.rejected_lengths).sum()) / responses)),
         reference_weight=reference_weight or shape.reference_weight,
     )
     key = f"{config.to_yaml()} {shape}"

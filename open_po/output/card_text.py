@@ -59,8 +59,9 @@ def card_text(facts: CardFacts, records: Sequence[Metrics], place: Place) -> str
 
 def _introduction(facts: CardFacts) -> str:
     train = facts.result.train
-    data = f"{facts.result.data.pairs:,} preference pairs"
-    data = data if facts.config.loss.mix().needs_rejected else f"the chosen responses of {data}"
+    pairs = facts.result.data.pairs
+    paired = facts.config.loss.mix().needs_rejected
+    data = f"{pairs:,} preference pairs" if paired else f"the chosen responses of {pairs:,} rows"
     whole = f"[{markdown.plain(facts.base.name)}]({HUB}{facts.base.hub_name})"
     base = whole if facts.base.name == facts.base.hub_name else markdown.code(facts.base.name)
     if facts.base.name == facts.base.hub_name and facts.config.model.model_revision is not None:

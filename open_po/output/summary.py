@@ -57,6 +57,20 @@ class TrainTotals:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartTotals:
+    """What came of one part of a mixture."""
+
+    dataset: str  # its name in the mixture
+    name: str  # for messages: with its split, if it is no file
+    format: str | None  # as asked for, or as the first row is read; None: that one cannot be read
+    available: int  # rows that there are
+    rows: int  # that the mixture takes, each counted once
+    repeated: int  # more passes over rows, of an amount above 1.0
+    left_out: dict[str, int]  # rows, each counted once, by reason
+    pairs: int  # that train, repeated ones counted each time
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataTotals:
     """What became of the rows of a data set."""
 
@@ -65,6 +79,8 @@ class DataTotals:
     left_out: dict[str, int]  # rows by reason
     truncated_prompts: int
     truncated_responses: int
+    parts: list[PartTotals] | None = None  # of the mixture; None in what earlier versions wrote
+    left_out_first: dict[str, list[str]] | None = None  # some of the rows that are left out, by reason; None: as above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +149,7 @@ class RunSummary:
             own = {
                 "reference": None if reference is None else _part(ReferenceTotals, reference),
                 "train": _part(TrainTotals, content["train"]),
-                "data": _part(DataTotals, content["data"]),
+                "data": _data(content["data"]),
                 "run": _part(RunFacts, content["run"]),
                 "held_out": groups,
             }
@@ -175,6 +191,12 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 def _part(kind: type[Part], content: dict[str, Any]) -> Part:
     """A dataclass from its JSON, see `RunSummary.read`. Raises AttributeError if it is no mapping."""
     return kind(**{field.name: content.get(field.name) for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def _data(content: dict[str, Any]) -> DataTotals:
+    """`DataTotals` from its JSON, see `_part`."""
+    parts = content.get("parts")
+    return _part(DataTotals, content | {"parts": None if parts is None else [_part(PartTotals, one) for one in parts]})
 
 
 def versions() -> dict[str, str]:

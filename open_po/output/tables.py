@@ -19,7 +19,7 @@ from open_po.output.metrics import (
     REWARD_MARGIN,
 )
 from open_po.output.samples import Sample
-from open_po.output.summary import RunResult, Status
+from open_po.output.summary import PartTotals, RunResult, Status
 
 _FORMS = {REWARD_ACCURACY: ".1%", REWARD_MARGIN: ".3f", LOSS: ".4f"}
 _PROMPT, _ANSWER = 300, 600  # characters of a sample that the console shows; samples.jsonl has all
@@ -42,6 +42,33 @@ def packing_line(shares: dict[str, float]) -> str:
         f"{packs}, {shares['fill']:.0%} full; {shares['prompt_tokens_saved']:.0%} of prompt tokens "
         f"saved, {shares['padding_avoided']:.0%} padding avoided"
     )
+
+
+def parts_table(title: str, parts: Sequence[PartTotals]) -> Table:
+    """What came from each part of a mixture."""
+    table = make_table(title, "part", "format", "rows", "taken", "repeated", "left out", "pairs", header=True)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for part in parts:
+        table.add_row(
+            Text(part.name),
+            part.format or "",
+            f"{part.available:,}",
+            f"{part.rows:,}",
+            f"{part.repeated:,}",
+            f"{sum(part.left_out.values()):,}",
+            f"{part.pairs:,}",
+        )
+    return table
+
+
+def part_line(part: PartTotals) -> str:
+    """The same of one part in words."""
+    said = [f"{part.rows:,} of {part.available:,} rows"]
+    said += [f"repeated {part.repeated:,} times"] if part.repeated else []
+    said += [f"left out {count:,}, {reason}" for reason, count in part.left_out.items()]
+    layout = "" if part.format is None else f", read as {part.format}"
+    return f"{part.name}{layout}: {part.pairs:,} pairs of {'; '.join(said)}"
 
 
 def result_table(result: RunResult, folder: Path) -> Table:

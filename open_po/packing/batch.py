@@ -108,8 +108,8 @@ def pack(
 ) -> PackedBatch:
     """Lay pairs out. Pairs of one prompt become one group, a response that several of them share is there once.
 
-    Without `with_rejected` the rejected responses are left unscored: 0 tokens, sum 0. `with_prompt` scores each
-    prompt's tokens but the first as well.
+    Without `with_rejected`, or where there is none, a rejected response is left unscored: 0 tokens, sum 0.
+    `with_prompt` scores each prompt's tokens but the first as well.
     """
     groups, index = group_pairs(pairs, with_rejected=with_rejected)
     return _lay_out(groups, index, layout, pad_token_id, with_prompt)
@@ -136,7 +136,8 @@ def group_pairs(pairs: Sequence[PreferencePair], *, with_rejected: bool = True) 
         prompt = tuple(pair.prompt_ids)
         responses = found.setdefault(prompt, {})
         chosen = responses.setdefault(tuple(pair.chosen_ids), len(responses))
-        rejected = responses.setdefault(tuple(pair.rejected_ids), len(responses)) if with_rejected else -1
+        has_rejected = with_rejected and len(pair.rejected_ids) > 0
+        rejected = responses.setdefault(tuple(pair.rejected_ids), len(responses)) if has_rejected else -1
         places.append((prompt, chosen, rejected))
     number = {prompt: position for position, prompt in enumerate(found)}
     before = np.cumsum([0, *(len(responses) for responses in found.values())]).tolist()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from open_po.packing.planner import PackingStats, Planner
+from open_po.packing.planner import Planner
 from open_po.packing.sampler import Sampler
+from open_po.packing.units import PackingStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,16 +19,16 @@ class EpochPlan:
 
 
 def plan_epoch(planner: Planner, sampler: Sampler, ranks: int) -> EpochPlan:
-    """Draw the first epoch's steps and cut them into packs as a run does; it takes 20 us for a pair."""
+    """Draw the first epoch's steps and cut them into packs as a run does; it takes PLAN us for a pair."""
     data = planner.dataset
     rows = data.prompt_lengths + data.chosen_lengths
     if planner.with_rejected:
-        rows = rows + data.prompt_lengths + data.rejected_lengths
+        rows = rows + data.rejected_lengths + data.prompt_lengths * (data.rejected_lengths > 0)
     packing, passes, tokens = PackingStats(), 0, 0
     for step in range(sampler.steps_per_epoch):
         pairs = sampler.step_pairs(step)
-        shares = planner.packs_of_all(pairs, ranks)
-        packing += planner.stats(pack for packs in shares for pack in packs)
-        passes += max(map(len, shares))
+        stats, rounds = planner.loads(pairs, ranks)
+        packing += stats
+        passes += rounds
         tokens += int(rows[pairs].sum())
     return EpochPlan(packing=packing, forward_passes=passes, tokens_otherwise=tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -56,18 +56,23 @@ def _by_prompt(order: NDArray[np.int64], prompt_numbers: NDArray[np.int64], glob
     Prompts come in the order of their first pair, but what does not fit in the rest of a step lets later prompts that
     do go first. One that is larger than a step, or begins where nothing fits, goes on in the next.
     """
-    groups: dict[int, list[int]] = {}
-    for index, prompt in zip(order.tolist(), prompt_numbers[order].tolist(), strict=True):
-        groups.setdefault(prompt, []).append(index)
-    waiting: defaultdict[int, deque[tuple[int, list[int]]]] = defaultdict(deque)  # by size: turn and pairs
-    for turn, pairs in enumerate(groups.values()):
-        waiting[len(pairs)].append((turn, pairs))
-    drawn: list[int] = []
+    _, firsts, group, sizes = np.unique(
+        prompt_numbers[order], return_index=True, return_inverse=True, return_counts=True
+    )
+    turns = np.argsort(firsts)  # the groups in the order of their first pair
+    rank = np.empty_like(turns)
+    rank[turns] = np.arange(len(turns))
+    pairs, sizes = order[np.argsort(rank[group], kind="stable")], sizes[turns]
+    waiting = {int(size): deque(np.flatnonzero(sizes == size).tolist()) for size in np.unique(sizes)}
+    drawn, count = [], 0  # groups, and their pairs
     while waiting:
-        room = global_batch - len(drawn) % global_batch
+        room = global_batch - count % global_batch
         fitting = [size for size in waiting if size <= room or room == global_batch]
         size = min(fitting or waiting, key=lambda size: waiting[size][0])
-        drawn += waiting[size].popleft()[1]
+        drawn.append(waiting[size].popleft())
+        count += size
         if not waiting[size]:
             del waiting[size]
-    return np.array(drawn)
+    place = np.empty(len(drawn), dtype=np.int64)  # of each group among those that are drawn
+    place[drawn] = np.arange(len(drawn))
+    return pairs[np.argsort(np.repeat(place, sizes), kind="stable")]

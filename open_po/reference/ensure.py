@@ -209,7 +209,7 @@ def _verify(samples: Sequence[Sample], store: ReferenceStore, scorer: Scorer, so
         tolerance = _SUM_TOLERANCE * max(1.0, abs(stored)) if exact else _TOKEN_TOLERANCE * tokens
         if not abs(got - stored) <= tolerance:
             raise UserError(
-                f"{part.origins[sample.pair]}: the reference log-prob of the {side} response is {stored:.4f} in "
+                f"{part.origin(sample.pair)}: the reference log-prob of the {side} response is {stored:.4f} in "
                 f"{shard.path} ({shard.describe()}), but {source.name} now gives {got:.4f}; they may differ by "
                 f"{tolerance:.2g}. Remove the cached ones (python -m open_po cache prune --key {store.folder.name} "
                 f"--dir {shard.path.parent.parent}), or take them as they are (verify_reference_rows 0)"

@@ -26,7 +26,16 @@ from open_po.model.logprobs import response_sums
 from open_po.model.memory import peak_memory_bytes, release_memory
 from open_po.model.scorer import Scorer
 from open_po.output.progress import Progress
-from open_po.packing import Layout, PackedBatch, PackingStats, PromptUnit, Response, ResponsePlanner
+from open_po.packing import (
+    Layout,
+    PackedBatch,
+    PackingStats,
+    PromptUnit,
+    Response,
+    ResponsePack,
+    ResponsePlanner,
+    pack_all,
+)
 from open_po.reference.claims import Claims
 from open_po.reference.shards import Keys, Row, find, origin
 from open_po.reference.store import ReferenceStore
@@ -36,20 +45,6 @@ _SHARD_ROWS = 16_384
 _CLAIM_SECONDS = 60.0  # how long a process may take that is slower than it expects, before others take over its packs
 _PATIENCE_SECONDS = 10.0  # after which it is said that others are waited for
 _POLL_SECONDS = 0.2  # between looks at what other processes have stored
-
-
-@dataclass(frozen=True)
-class ResponsePack:
-    """Responses that are computed in one forward pass."""
-
-    units: list[PromptUnit[Response]]
-    numbers: NDArray[np.int64]  # of its responses, in the units' order
-    stats: PackingStats
-
-    @property
-    def items(self) -> list[Response]:
-        """The pack's responses, in the units' order."""
-        return [response for unit in self.units for response in unit.items]
 
 
 class Responses:
@@ -90,11 +85,8 @@ class PackPlanner:
         They are cut from all responses of the data set, and then lose what is stored: so a pass that goes on after a
         kill, whoever had stored which of them, computes the same packs.
         """
-        dataset = self.responses.dataset
-        every = [Response(pair, side) for pair in range(len(dataset)) for side in (0, 1)]
-        units = self._planner.units(every)
-        share = math.ceil(sum(unit.tokens(self.layout) for unit in units) / world_size)
-        return self.without_stored(self._packs(units, max(1, min(self.budget, share))))
+        packs = pack_all(self.responses.dataset, self.layout, self.budget, self.budget, world_size)
+        return self.without_stored(packs)
 
     def without_stored(self, packs: Iterable[ResponsePack]) -> list[ResponsePack]:
         """`packs` without the responses that are stored."""
@@ -110,19 +102,20 @@ class PackPlanner:
 
     def cut(self, items: Iterable[Response], max_tokens: int) -> list[ResponsePack]:
         """Packs of at most `max_tokens`; a response that needs more goes alone."""
-        return self._packs(self._planner.units(items), max_tokens)
+        return [self._pack(units) for units in self._planner.packs(self._planner.units(items), max_tokens)]
 
-    def _packs(self, units: Sequence[PromptUnit[Response]], max_tokens: int) -> list[ResponsePack]:
-        found = []
-        for part in self._planner.packs(units, max_tokens):
-            numbers = [self.responses.dataset.response_numbers[item] for unit in part for item in unit.items]
-            stats = self._planner.stats(part, self.budget)
-            found.append(ResponsePack(part, np.array(numbers, dtype=np.int64), stats))
-        return found
+    def _pack(self, units: Sequence[PromptUnit[Response]]) -> ResponsePack:
+        responses = np.array([item for unit in units for item in unit.items], dtype=np.int64)
+        return ResponsePack(
+            responses=responses,
+            numbers=self.responses.dataset.response_numbers[responses[:, 0], responses[:, 1]],
+            ends=np.cumsum([len(unit.items) for unit in units]),
+            stats=self._planner.stats(units, self.budget),
+        )
 
     def batch(self, pack: ResponsePack) -> PackedBatch:
         """The tensors of a pack."""
-        return self._planner.batch(pack.units, self.pad)
+        return self._planner.batch([self._planner.unit(items) for items in pack.by_prompt], self.pad)
 
 
 class ReferencePass:
@@ -282,7 +275,7 @@ class ReferencePass:
             if not is_out_of_memory(error):
                 raise
             if len(pack.numbers) == 1:
-                tokens, where = len(batch.input_ids), self.dataset.origins[pack.items[0].pair]
+                tokens, where = len(batch.input_ids), self.dataset.origin(pack.items[0].pair)
                 raise UserError(
                     f"{where}: out of memory in the reference pass, with one response of {tokens:,} tokens, its "
                     f"prompt included ({first_line(error)}); lower max_seq_length"
@@ -313,7 +306,7 @@ class ReferencePass:
             if not math.isfinite(logp):
                 side = ("chosen", "rejected")[response.side]
                 raise UserError(
-                    f"{dataset.origins[response.pair]}: the reference model's log-prob of the {side} response is "
+                    f"{dataset.origin(response.pair)}: the reference model's log-prob of the {side} response is "
                     f"{logp}; check the reference model, or use dtype float32"
                 )
             key = dataset.response_keys[response].item()

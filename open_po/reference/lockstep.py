@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from open_po.output.progress import Progress
-from open_po.packing import PackedBatch
-from open_po.reference.fill import ReferencePass, ResponsePack
+from open_po.packing import PackedBatch, ResponsePack
+from open_po.reference.fill import ReferencePass
 from open_po.reference.shards import Row
 
 

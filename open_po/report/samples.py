@@ -61,7 +61,8 @@ def samples_of(runs: Sequence[ReportedRun]) -> Samples:
                 continue
             pair = tuple(str(record.get(name) or "") for name in ("prompt", "chosen", "rejected", "origin"))
             _, chosen, rejected, _ = (text.strip() for text in pair)
-            equals = {rejected: "rejected", chosen: "chosen"}.get(answer.strip(), "")
+            named = {rejected: "rejected", chosen: "chosen"}
+            equals = named.get(answer.strip(), "") if answer.strip() else ""
             found.setdefault(pair, {}).setdefault(number, []).append(Answer(step, answer, equals))
     shown = dict(list(found.items())[:_PROMPTS])
     texts = sum(3 + 2 * len(by_run) for by_run in shown.values())

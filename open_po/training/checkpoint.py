@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -102,6 +103,7 @@ class SavedState:
     kind: str  # the engine that wrote it
     ranks: int
     global_batch: int  # pairs of a step, whatever the number of ranks
+    data: list[dict[str, str | int]] | None = None  # `PairDataset.identity`; None in what earlier versions wrote
 
     @staticmethod
     def read(folder: Path) -> SavedState:
@@ -118,21 +120,46 @@ class SavedState:
         except Exception as error:
             raise _damaged(folder, error) from error
 
-    def refuse_unless_continued_by(self, config: RunConfig, started_from: dict[str, str], runtime: Runtime) -> None:
-        """Raises UserError if a run would not go on from this checkpoint as the one that wrote it."""
-        said = f"resume_from_checkpoint {self.folder}: "
+    def refuse_other_run(self, config: RunConfig, data: list[dict[str, str | int]]) -> None:
+        """Raises UserError if a run of this configuration on these data is not the one that wrote it.
+
+        `data` are `PairDataset.identity`.
+        """
         if changed := changed_fields(self.config, config):
             raise UserError(
-                f"{said}was written under another configuration ({changed}); resume with the one it was started with"
+                f"{self._said}was written under another configuration ({changed}); resume with the one it was started "
+                "with"
             )
+        if self.data is not None and (changed := _changed_data(self.data, data)):
+            raise UserError(
+                f"{self._said}the training data have changed ({changed}); put them back, or start a new run"
+            )
+
+    def refuse_unless_continued_by(self, config: RunConfig, started_from: dict[str, str], runtime: Runtime) -> None:
+        """Raises UserError if the same run would not go on from it, with these weights and this engine."""
         if self.started_from != started_from:
             raise UserError(
-                f"{said}the run started from other weights than {config.model.model_name_or_path} holds now; put them "
-                "back, or start a new run"
+                f"{self._said}the run started from other weights than {config.model.model_name_or_path} holds now; put "
+                "them back, or start a new run"
             )
         kind = runtime.parallelism.kind
         if _format(self.kind) != _format(kind):
-            raise UserError(f"{said}was written under parallel {self.kind}, this run is {kind}; use {self.kind}")
+            raise UserError(f"{self._said}was written under parallel {self.kind}, this run is {kind}; use {self.kind}")
+
+    @property
+    def _said(self) -> str:
+        return f"resume_from_checkpoint {self.folder}: "
+
+
+def _changed_data(theirs: list[dict[str, str | int]], ours: list[dict[str, str | int]]) -> str:
+    """Which parts of the data give other pairs now than they gave; empty if none does."""
+    nothing: dict[str, str | int] = {"name": "", "pairs": 0, "digest": ""}
+    changed = []
+    for old, new in zip_longest(theirs, ours, fillvalue=nothing):
+        if old["digest"] != new["digest"]:
+            counts = f"{old['pairs']:,} before, {new['pairs']:,} now"
+            changed.append(f"{new['name'] or old['name']}: other pairs, {counts}")
+    return "; ".join(changed)
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -205,6 +232,7 @@ class TrainingState:
 
     engine: Engine
     started_from: dict[str, str]  # `model_identity` of the weights before the first step
+    data: list[dict[str, str | int]]  # `PairDataset.identity` of the training data
     global_batch: int  # pairs
     schedule: LRScheduler
     progress: TrainingProgress
@@ -227,6 +255,7 @@ class TrainingState:
             "progress": dataclasses.asdict(self.progress),
             "config": config.result_fields(),
             "started_from": self.started_from,
+            "data": self.data,
             "kind": runtime.parallelism.kind,
             "ranks": runtime.world_size,
             "global_batch": self.global_batch,

@@ -65,7 +65,7 @@ class Shortage:
         self.tokens = planner.stats([pack]).computed
         self.smaller = max(1, self.tokens // 2)
         self._step, self._budget = step, planner.max_tokens
-        self._origin = planner.dataset.origins[pack[0]]
+        self._origin = planner.dataset.origin(pack[0])
         self._free = free_memory_bytes(runtime.device, runtime.local_world_size)
         self._engine, self._again = engine, before is not None
         # Bytes that its gradients take in several packs, all of them, and in one pack did not.

@@ -47,7 +47,7 @@ from open_po.training.memory import tell_plan
 from open_po.training.model_of_step import ModelOfStep
 from open_po.training.optimizer import lost_updates, make_optimizer
 from open_po.training.result import run_result
-from open_po.training.start import start_or_resume
+from open_po.training.start import refuse_other_run, start_or_resume
 from open_po.training.step_budget import settle_budget
 from open_po.training.trainer import Trainer
 
@@ -108,7 +108,7 @@ def _train(
     runtime.on_each_node(refuse_what_cannot_train, config, numerics, runtime)
     if needs_reference:
         runtime.on_each_node(open_cache, config)
-    data = prepare_data(config, runtime)
+    data = _data(config, runtime, folder)
     if needs_reference:
         _tell_of_other_numerics(config, numerics, runtime)
     plan = runtime.on_main(tell_plan, config, runtime, data)
@@ -144,6 +144,13 @@ def _train(
         trainer.observers.stopped(error)
         raise
     return trainer.observers
+
+
+def _data(config: RunConfig, runtime: Runtime, folder: RunFolder) -> Data:
+    """The run's data, refused if they are not those of the checkpoint that it goes on from."""
+    data = prepare_data(config, runtime)
+    refuse_other_run(config, runtime, data.train, folder)
+    return data
 
 
 def _tell_of_other_numerics(config: RunConfig, numerics: Numerics, runtime: Runtime) -> None:

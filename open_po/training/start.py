@@ -54,6 +54,7 @@ def start_or_resume(
     state = TrainingState(
         engine=engine,
         started_from=identity,
+        data=dataset.identity(),
         global_batch=sampler.global_batch,
         schedule=make_schedule(engine.optimizer, train, steps),
         progress=TrainingProgress(running_means=[RunningMean() for _ in config.loss.mix().parts]),
@@ -72,16 +73,32 @@ def start_or_resume(
     return Start(state=state, sampler=sampler, steps=steps, resumed=saved is not None)
 
 
+def refuse_other_run(config: RunConfig, runtime: Runtime, dataset: PairDataset, folder: RunFolder) -> None:
+    """Raises UserError if the checkpoint to continue from is of another configuration or of other data.
+
+    All ranks call this, before anything takes long.
+    """
+    if (checkpoint := _checkpoint(config, runtime, folder)) is not None:
+        saved = runtime.on_every_rank(SavedState.read, checkpoint)
+        runtime.on_every_rank(saved.refuse_other_run, config, dataset.identity())
+
+
 def _saved_state(config: RunConfig, runtime: Runtime, identity: dict[str, str], folder: RunFolder) -> SavedState | None:
     """The checkpoint to continue from, if any, after a check that this run may."""
-    wanted = config.output.resume_from_checkpoint
-    if wanted is None:
-        return None
-    found = latest_checkpoint(folder.checkpoints) if wanted in ("auto", "hub") else Path(wanted)
-    checkpoint = runtime.from_main(lambda: found)
+    checkpoint = _checkpoint(config, runtime, folder)
     if checkpoint is None:
-        runtime.say(f"No checkpoint in {folder.checkpoints} yet: starting from the beginning.")
+        if config.output.resume_from_checkpoint is not None:
+            runtime.say(f"No checkpoint in {folder.checkpoints} yet: starting from the beginning.")
         return None
     saved = runtime.on_every_rank(SavedState.read, checkpoint)
     runtime.on_every_rank(saved.refuse_unless_continued_by, config, identity, runtime)
     return saved
+
+
+def _checkpoint(config: RunConfig, runtime: Runtime, folder: RunFolder) -> Path | None:
+    """The one that the configuration names, on rank 0's disk."""
+    wanted = config.output.resume_from_checkpoint
+    if wanted is None:
+        return None
+    found = latest_checkpoint(folder.checkpoints) if wanted in ("auto", "hub") else Path(wanted)
+    return runtime.from_main(lambda: found)

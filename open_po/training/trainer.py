@@ -168,8 +168,7 @@ class Trainer:
             raise self._not_finite("loss", bad)
 
     def _not_finite(self, what: str, indices: list[int]) -> UserError:
-        origins = self.planner.dataset.origins
-        named = "; ".join(origins[index] for index in sorted(set(indices))[:8])
+        named = "; ".join(self.planner.dataset.origin(index) for index in sorted(set(indices))[:8])
         more = len(set(indices)) - 8
         stopped, kept = "stopped before the update", "checkpoints, if any, are kept"
         if self.engine.weights_changed:

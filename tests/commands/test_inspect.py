@@ -278,7 +278,9 @@ def test_mistakes_are_told(
 
 
 def test_a_row_that_cannot_be_read_stops_it_as_it_stops_a_run(tokenizer: Path, tmp_path: Path, capsys: Capture) -> None:
-    data = tiny.write_jsonl(tmp_path / "pairs.jsonl", [*tiny.text_rows(3), {"prompt": "q", "chosen": "a"}])
+    data = tiny.write_jsonl(
+        tmp_path / "pairs.jsonl", [*tiny.text_rows(3), {"prompt": "q", "chosen": "a", "rejected": None}]
+    )
     words = cli.arguments(tokenizer, data, tmp_path / "run")
     capsys.readouterr()
     assert inspect.main(words) == 1

@@ -12,9 +12,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from open_po.config import MixturePart, parse_mixture
-from open_po.data import PairDataset, PreferencePair, dataset, load_pairs
+from open_po.data import PairDataset, PreferencePair, load_pairs, token_shards
 from open_po.data.chat_templates import chat_template
-from open_po.data.formats import parse_row
+from open_po.data.content import cache_folder
+from open_po.data.formats import Pair, row_reader
 from open_po.data.tokenization import Truncation, response_key, tokenise
 from open_po.errors import UserError
 from tests import tiny
@@ -39,6 +40,19 @@ def load(name: str, tokenizer: Any, truncation: Truncation = FREE, **settings: A
     return load_pairs(parse_mixture([name, "1.0"], ["train"]), tokenizer, truncation, **settings)
 
 
+def read(row: dict[str, Any]) -> Pair:
+    (pair,) = row_reader(None, None)(row)
+    return pair
+
+
+def origins(pairs: PairDataset) -> list[str]:
+    return [pairs.origin(index) for index in range(len(pairs))]
+
+
+def left_out(pairs: PairDataset) -> dict[str, tuple[int, list[str]]]:
+    return {reason: (rows.count, rows.first) for reason, rows in pairs.left_out.items()}
+
+
 def row(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
@@ -56,7 +70,7 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(pair.prompt)
         return tokenise(pair, *settings)
 
-    monkeypatch.setattr(dataset, "tokenise", spy)
+    monkeypatch.setattr(token_shards, "tokenise", spy)
     return seen
 
 
@@ -69,7 +83,7 @@ def test_pairs_are_their_rows_tokenised(
 ) -> None:
     rows = tiny.text_rows(50)
     pairs = load(write(rows), tokenizer, truncation)
-    expected = [tokenise(parse_row(r), tokenizer, truncation) for r in rows]
+    expected = [tokenise(read(r), tokenizer, truncation) for r in rows]
     assert tokens(pairs) == [pair for pair, _ in expected]
     assert pairs[np.int64(7)] == expected[7][0]
     assert pairs.lost.tolist() == [list(lost) for _, lost in expected]
@@ -86,10 +100,14 @@ def test_pairs_are_counted_by_the_data_set_that_they_came_from(
     names = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
     for number, name in enumerate(names):
         tiny.write_jsonl(Path(name), [*tiny.text_rows(10, seed=number), row("q", "same", "same")])
-    mixture = [MixturePart(names[0], 1.0, "train[:50%]"), MixturePart(names[1], 1.0), MixturePart(names[2], 3)]
-    mixture.append(MixturePart(names[0], 1.0, "train[50%:]"))
+    mixture = [
+        MixturePart(dataset=names[0], split="train[:50%]"),
+        MixturePart(dataset=names[1]),
+        MixturePart(dataset=names[2], amount=3),
+        MixturePart(dataset=names[0], split="train[50%:]"),
+    ]
     pairs = load_pairs(mixture, tokenizer, FREE, max_rows=max_rows)
-    expected = {name: sum(origin.startswith(name) for origin in pairs.origins) for name in names}
+    expected = {name: sum(origin.startswith(name) for origin in origins(pairs)) for name in names}
     assert pairs.by_source == pairs.totals().by_source == expected
     assert list(pairs.by_source) == names
     assert sum(expected.values()) == len(pairs)
@@ -106,7 +124,7 @@ def test_lengths_and_keys_belong_to_the_ids(tokenizer: PreTrainedTokenizerFast, 
         row("q", " ", "x"),
     ]
     pairs = load(write(rows), tokenizer)
-    assert len(pairs) == 33 == len(pairs.response_keys) == len(pairs.origins)
+    assert len(pairs) == 33 == len(pairs.response_keys)
     for index, pair in enumerate(tokens(pairs)):
         assert pairs.prompt_lengths[index] == len(pair.prompt_ids)
         assert pairs.chosen_lengths[index] == len(pair.chosen_ids)
@@ -157,11 +175,11 @@ def test_a_mixture_is_its_parts_in_order(tokenizer: PreTrainedTokenizerFast, wri
     rows = tiny.text_rows(20)
     first, second = write(rows[:12], "first.jsonl"), write(rows[12:], "second.jsonl")
     pairs = load_pairs(parse_mixture([first, "1.0", second, "3"], ["train[:50%]", "train"]), tokenizer, FREE)
-    assert pairs.origins[:6] == [f"{first} row {number}" for number in range(1, 7)]
-    numbers = [int(origin.removeprefix(f"{second} row ")) for origin in pairs.origins[6:]]
+    assert origins(pairs)[:6] == [f"{first} row {number}" for number in range(1, 7)]
+    numbers = [int(origin.removeprefix(f"{second} row ")) for origin in origins(pairs)[6:]]
     assert len(numbers) == 3
     expected = [*rows[:6], *(rows[11 + number] for number in numbers)]
-    assert tokens(pairs) == [tokenise(parse_row(r), tokenizer, FREE)[0] for r in expected]
+    assert tokens(pairs) == [tokenise(read(r), tokenizer, FREE)[0] for r in expected]
     told = [(source.name, source.available, source.rows, source.pairs) for source in pairs.sources]
     assert told == [(first, 6, 6, 6), (second, 8, 3, 3)]
 
@@ -195,13 +213,13 @@ def test_rows_that_cannot_train_are_counted_and_listed(
     ]
     name = write(rows)
     pairs = load(name, tokenizer, Truncation(6, None))
-    assert pairs.origins == [f"{name} row 1", f"{name} row 6"]
-    assert pairs.left_out == {
-        "identical responses": [f"{name} row {number}" for number in (2, 4, 7, 8)],
-        "empty response": [f"{name} row 3"],
-        "identical responses after truncation": [f"{name} row 5"],
+    assert origins(pairs) == [f"{name} row 1", f"{name} row 6"]
+    assert left_out(pairs) == {
+        "identical responses": (4, [f"{name} row {number}" for number in (2, 4, 7)]),
+        "empty response": (1, [f"{name} row 3"]),
+        "identical responses after truncation": (1, [f"{name} row 5"]),
     }
-    assert tokens(pairs) == [tokenise(parse_row(rows[i]), tokenizer, FREE)[0] for i in (0, 5)]
+    assert tokens(pairs) == [tokenise(read(rows[i]), tokenizer, FREE)[0] for i in (0, 5)]
     assert pairs.describe() == [
         "2 pairs, 12 tokens (prompts counted with each response)",
         f"left out: 4 rows, identical responses ({name} row 2; {name} row 4; {name} row 7; ...)",
@@ -221,13 +239,14 @@ def test_truncation_is_described(tokenizer: PreTrainedTokenizerFast, write: Call
 def test_row_numbers_after_a_subset_is_drawn(tokenizer: PreTrainedTokenizerFast, write: Callable[..., str]) -> None:
     rows = [row(f"{number}:", "a", "a" if number % 3 == 0 else "b") for number in range(1, 61)]
     name = write(rows)
-    pairs = load_pairs(parse_mixture([name, "0.5"], ["train[50%:]"]), tokenizer, FREE, max_rows=10)
-    kept = [int(origin.removeprefix(f"{name} row ")) for origin in pairs.origins]
+    pairs = load_pairs(parse_mixture([name, "0.5"], ["train[50%:]"]), tokenizer, FREE, max_rows=12)
+    kept = [int(origin.removeprefix(f"{name} row ")) for origin in origins(pairs)]
     assert [tokenizer.decode(pair.prompt_ids) for pair in tokens(pairs)] == [f"{number}:" for number in kept]
-    (left_out,) = pairs.left_out.values()
-    numbers = [int(origin.removeprefix(f"{name} row ")) for origin in left_out]
+    ((count, first),) = left_out(pairs).values()
+    numbers = [int(origin.removeprefix(f"{name} row ")) for origin in first]
     assert all(number % 3 == 0 for number in numbers)
-    assert len(kept) + len(numbers) == 10
+    assert not any(number % 3 == 0 for number in kept)
+    assert len(kept) + count == 12
     assert min(kept + numbers) > 30
 
 
@@ -245,7 +264,7 @@ GOOD = row("q", "a", "b")
     ("rows", "message"),
     [
         (
-            [GOOD, {"prompt": "q", "chosen": "a"}, GOOD],
+            [GOOD, {"prompt": "q", "chosen": "a", "rejected": None}, GOOD],
             "row 2: field rejected is missing or null; fields: prompt, chosen",
         ),
         (
@@ -304,7 +323,7 @@ def test_rows_are_tokenised_once(
     assert len(tokenised) == 21
     assert tokens(first) == tokens(second)
     assert first.describe() == second.describe()
-    assert (first.origins, first.left_out) == (second.origins, second.left_out)
+    assert (origins(first), left_out(first)) == (origins(second), left_out(second))
     assert (first.response_keys == second.response_keys).all()
 
 
@@ -327,7 +346,7 @@ def test_a_moved_or_touched_file_is_not_tokenised_again(
     os.utime(write(rows), ns=(1, 1))
     pairs = load(write(rows, "other.jsonl"), tokenizer)
     assert len(tokenised) == 5
-    assert pairs.origins[0].endswith("other.jsonl row 1")
+    assert pairs.origin(0).endswith("other.jsonl row 1")
 
 
 def test_only_the_changed_part_of_a_mixture_is_tokenised_again(
@@ -336,8 +355,26 @@ def test_only_the_changed_part_of_a_mixture_is_tokenised_again(
     first, second = write(tiny.text_rows(5), "first.jsonl"), write(tiny.text_rows(7, seed=1), "second.jsonl")
     load_pairs(parse_mixture([first, "1.0", second, "1.0"], ["train"]), tokenizer, FREE)
     assert len(tokenised) == 12
+    write(tiny.text_rows(8, seed=2), "second.jsonl")
     load_pairs(parse_mixture([first, "1.0", second, "3"], ["train"]), tokenizer, FREE)
     assert len(tokenised) == 15
+
+
+def test_a_part_of_what_is_tokenised_is_not_tokenised_again(
+    tokenizer: PreTrainedTokenizerFast, write: Callable[..., str], tokenised: list[str]
+) -> None:
+    rows = [*tiny.text_rows(20), row("q", "a", "a")]
+    name = write(rows)
+    load(name, tokenizer)
+    for split, amount in (("train[:7]", "1.0"), ("train[5:]+train[:2]", "3"), ("train[-3:]", "2.5")):
+        pairs = load_pairs(parse_mixture([name, amount], [split]), tokenizer, FREE)
+        numbers = [int(origin.rsplit(" ", 1)[1]) - 1 for origin in origins(pairs)]
+        assert tokens(pairs) == [tokenise(read(rows[number]), tokenizer, FREE)[0] for number in numbers]
+        gathered = [ids for column in pairs.columns(4) for ids in column]
+        assert sum(len(column.ids) for column in gathered) == sum(
+            len(ids) for pair in tokens(pairs) for ids in vars(pair).values()
+        )
+    assert len(tokenised) == 21
 
 
 def test_the_cache_does_not_depend_on_the_number_of_workers(
@@ -346,7 +383,7 @@ def test_the_cache_does_not_depend_on_the_number_of_workers(
     tokenised: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dataset, "_ROWS_PER_WORKER", 5)
+    monkeypatch.setattr(token_shards, "_ROWS_PER_WORKER", 5)
     name = write(tiny.text_rows(20))
     first = load(name, tokenizer, num_workers=1)
     second = load(name, tokenizer, num_workers=2)
@@ -369,6 +406,8 @@ def test_what_decides_the_ids_decides_the_cache(
         write(expected)
     elif change == "slice":
         split, expected = "train[:19]", rows[:19]
+        for kept in cache_folder().rglob("*.arrow"):
+            kept.unlink()
     elif change == "tokenizer":
         tokenizer.add_tokens(["cat"])
     elif change == "special token":
@@ -381,7 +420,7 @@ def test_what_decides_the_ids_decides_the_cache(
         truncation = Truncation(16, 6)
     pairs = load_pairs(parse_mixture([name, "1.0"], [split]), tokenizer, truncation)
     assert len(tokenised) == 20 + len(expected)
-    assert tokens(pairs) == [tokenise(parse_row(r), tokenizer, truncation)[0] for r in expected]
+    assert tokens(pairs) == [tokenise(read(r), tokenizer, truncation)[0] for r in expected]
 
 
 # ------------------------------------------------------------------------------------------------------------- workers
@@ -390,42 +429,45 @@ def test_what_decides_the_ids_decides_the_cache(
 def test_two_workers_give_what_one_gives(
     tokenizer: PreTrainedTokenizerFast, write: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset, "_ROWS_PER_WORKER", 50)
+    monkeypatch.setattr(token_shards, "_ROWS_PER_WORKER", 50)
+    monkeypatch.setattr(token_shards, "_SHARD_ROWS", 20)
     rows = [*tiny.text_rows(200), row("q", "a", "a"), *tiny.text_rows(30, seed=1), row("q", "", "b")]
     name = write(rows)
     serial = load(name, tokenizer, Truncation(16, None), num_workers=1)
-    monkeypatch.setattr(dataset.datasets.config, "HF_DATASETS_CACHE", tmp_path / "another_cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "another_cache")
     seen: list[Any] = []
-    monkeypatch.setattr(dataset, "response_key", lambda *ids: seen.append(ids) or response_key(*ids))
+    monkeypatch.setattr(token_shards, "response_key", lambda *ids: seen.append(ids) or response_key(*ids))
     parallel = load(name, tokenizer, Truncation(16, None), num_workers=2)
-    assert seen == []  # other processes did it
+    assert len(seen) == 3 * 20  # the first shard; other processes did the rest
     assert tokens(parallel) == tokens(serial)
     assert parallel.describe() == serial.describe()
-    assert parallel.origins == serial.origins
-    assert parallel.left_out == serial.left_out
+    assert origins(parallel) == origins(serial)
+    assert left_out(parallel) == left_out(serial)
     assert (parallel.response_keys == serial.response_keys).all()
     assert parallel.prompt_lengths.tolist() == serial.prompt_lengths.tolist()
 
 
 @pytest.mark.parametrize(
-    ("num_workers", "rows_per_worker", "expected"), [(8, 500, 1), (8, 10, 2), (1, 10, 1), (8, 1, 8)]
+    ("num_workers", "rows_per_worker", "shard_rows", "expected"),
+    [(8, 500, 1, None), (8, 10, 1, 2), (1, 10, 1, None), (8, 1, 1, 8), (8, 1, 10, None), (8, 1, 7, 2)],
 )
 def test_no_more_workers_than_the_rows_are_worth(
     num_workers: int,
     rows_per_worker: int,
-    expected: int,
+    shard_rows: int,
+    expected: int | None,
     tokenizer: PreTrainedTokenizerFast,
     write: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[int | None] = []
+    asked: list[int] = []
 
-    def map_(rows: Any, function: Any, *, num_proc: int | None, **settings: Any) -> Any:
-        asked.append(num_proc)
-        return original(rows, function, **settings)
+    def alone(do: Any, arguments: Any, count: int, look: Any) -> None:
+        asked.append(count)
+        do(*arguments)
 
-    original = dataset.Dataset.map
-    monkeypatch.setattr(dataset.Dataset, "map", map_)
-    monkeypatch.setattr(dataset, "_ROWS_PER_WORKER", rows_per_worker)
-    load(write(tiny.text_rows(20)), tokenizer, num_workers=num_workers)
-    assert asked == [None if expected == 1 else expected]
+    monkeypatch.setattr(token_shards, "run_workers", alone)
+    monkeypatch.setattr(token_shards, "_ROWS_PER_WORKER", rows_per_worker)
+    monkeypatch.setattr(token_shards, "_SHARD_ROWS", shard_rows)
+    assert len(load(write(tiny.text_rows(20)), tokenizer, num_workers=num_workers)) == 20
+    assert asked == ([] if expected is None else [expected])

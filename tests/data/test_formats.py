@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from open_po.config import parse_mixture
 from open_po.data import load_pairs
 from open_po.data.chat_templates import chat_template
-from open_po.data.formats import MessagePair, RowError, TextPair, common_prefix_length, parse_row
+from open_po.data.formats import MessagePair, RowError, TextPair, common_prefix_length, row_reader
 from open_po.data.tokenization import Truncation
 from tests import tiny
 
@@ -120,7 +121,7 @@ ROWS: dict[str, tuple[dict[str, Any], TextPair | MessagePair]] = {
             "score_chosen": 8.5,
             "score_rejected": 7.0,
         },
-        ONE_TURN,
+        replace(ONE_TURN, scores=(8.5, 7.0)),
     ),
     "conversations that repeat the prompt's messages": (
         {
@@ -223,7 +224,7 @@ ROWS: dict[str, tuple[dict[str, Any], TextPair | MessagePair]] = {
 @pytest.mark.parametrize("name", ROWS)
 def test_layouts(name: str) -> None:
     row, expected = ROWS[name]
-    assert parse_row(row) == expected
+    assert row_reader(None, None)(row) == [expected]
 
 
 MESSAGE = "a message without text in role and content (or from and value)"
@@ -334,7 +335,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
 def test_unreadable_rows(name: str) -> None:
     row, message = BAD_ROWS[name]
     with pytest.raises(RowError) as caught:
-        parse_row(row)
+        row_reader(None, None)(row)
     assert str(caught.value) in (message, f"field {message}")
 
 

@@ -256,6 +256,30 @@ def test_another_configuration_is_refused_and_its_fields_named(
     assert "(learning_rate was 0.002, is 0.0001; num_epochs was 2, is 3)" in line
 
 
+def test_changed_data_under_the_same_path_are_refused_and_named(
+    whole: Any, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if the file's size and times are those of before. Other words that make the same tokens are no change."""
+    expected = whole("adamw")
+    checkpoint = expected.folder / "checkpoints" / "step_000006"
+    words = expected.words(tmp_path / "run", resume_from_checkpoint=checkpoint)
+    content, times = data.read_bytes(), data.stat()
+    lines = content.splitlines(keepends=True)
+    try:
+        data.write_bytes(b"".join([lines[1], lines[0], *lines[2:]]))
+        os.utime(data, ns=(times.st_atime_ns, times.st_mtime_ns))
+        count = len(lines)
+        assert cli.failure(capsys, words) == (
+            f"error: resume_from_checkpoint {checkpoint}: the training data have changed ({data}: other pairs, "
+            f"{count} before, {count} now); put them back, or start a new run"
+        )
+        data.write_bytes(b"".join(line.replace(b"{", b"{ ") for line in lines))
+        assert cli.main(words) == 0
+    finally:
+        data.write_bytes(content)
+    assert cli.equal(cli.weights(tmp_path / "run"), cli.weights(expected.folder))
+
+
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut"])
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.pt", "training.pt", "trainer_state.json"])
 def test_a_damaged_checkpoint_is_told_in_one_line(

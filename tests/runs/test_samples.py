@@ -130,7 +130,10 @@ def test_a_turn_that_ends_without_eos_ends_the_answer(tmp_path: Path, pairs_file
     pair = type("Pair", (), {"prompt_ids": [5], "chosen_ids": [6, len(tokenizer) - 1, 9], "rejected_ids": [7, 1]})
 
     class Rows:
-        prompt_numbers, origins = [0], ["row 0"]
+        prompt_numbers = (0,)
+
+        def origin(self, index: int) -> str:
+            return f"row {index}"
 
         def __getitem__(self, index: int) -> Any:
             return pair
