@@ -223,6 +223,8 @@ def steps_table(
     )
     table.add_row("global batch", f"{sampler.global_batch:,} pairs: {batch}")
     table.add_row("steps", f"{sampler.steps_per_epoch:,} an epoch, {steps:,} in all")
+    warmup = "" if train.lr_scheduler_type == "constant" else f", rising for {train.warmup(steps):,} steps"
+    table.add_row("learning rate", f"{train.learning_rate:g}, {train.lr_scheduler_type}{warmup}")
     auto = train.max_tokens_per_batch == "auto"
     shares = plan.packing.summary()
     over = (

@@ -19,6 +19,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from open_po.config import MixturePart
+from open_po.config.data import ScoredTurns
 from open_po.data.formats import RowError, parse_row
 from open_po.data.rows_bar import rows_bar
 from open_po.data.sources import SourceRows, load_mixture, row_fields
@@ -32,12 +33,14 @@ from open_po.data.tokenization import (
     tokenise,
     tokenizer_digest,
 )
+from open_po.data.turns import Turns
 from open_po.errors import UserError
 from open_po.output.summary import DataTotals
 
 # Part of the name under which tokenised rows are kept: raise it when the same row gives other ids, or columns, than
 # before.
-_TOKENISATION_VERSION = 5
+_TOKENISATION_VERSION = 6
+_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _ROWS_PER_WORKER = 500  # below, starting another process costs more than it saves
 
 
@@ -57,14 +60,15 @@ class PairDataset:
     """Tokenised pairs by index, their lengths, and what was left out.
 
     Lengths are arrays [P] of token counts. Numbers, from 0 on, name equal prompts, and equal responses to equal
-    prompts.
+    prompts; what is scored of them is equal then too.
     """
 
-    rows: Dataset  # with prompt_ids, chosen_ids, rejected_ids
+    rows: Dataset  # with prompt_ids, chosen_ids, rejected_ids and turns
     origins: Sequence[str]  # where each pair came from, for messages
     prompt_lengths: NDArray[np.int64]
     chosen_lengths: NDArray[np.int64]
     rejected_lengths: NDArray[np.int64]
+    scored: NDArray[np.int64]  # [P, 3] tokens of prompt, chosen and rejected that are scored
     response_keys: NDArray[np.void]  # [P, 2] `response_key` of chosen and rejected, 16 bytes each
     prompt_numbers: NDArray[np.int64]  # [P]
     response_numbers: NDArray[np.int64]  # [P, 2], chosen and rejected
@@ -78,7 +82,7 @@ class PairDataset:
 
     def __getitem__(self, index: int) -> PreferencePair:
         row = self.rows[int(index)]
-        return PreferencePair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
+        return PreferencePair(*(row[name] for name in _IDS), Turns.of(row["turns"]))
 
     @property
     def by_source(self) -> dict[str, int]:
@@ -102,8 +106,8 @@ class PairDataset:
         """Every token id that occurs."""
         found: set[int] = set()
         for rows in self.rows.with_format("arrow").iter(10_000):
-            for column in rows.columns:
-                found.update(column.combine_chunks().flatten().unique().to_pylist())
+            for name in _IDS:
+                found.update(rows[name].combine_chunks().flatten().unique().to_pylist())
         return found
 
     @property
@@ -137,6 +141,9 @@ class PairDataset:
         lines = [f"{len(self):,} pairs, {tokens:,} tokens (prompts counted with each response)"]
         if self.truncated_prompts or self.truncated_responses:
             lines.append(f"truncated: {self.truncated_prompts} prompts, responses of {self.truncated_responses} pairs")
+        if earlier := int(self.scored[:, 0].sum()):
+            count = int((self.scored[:, 0] > 0).sum())
+            lines.append(f"scored turns: {earlier:,} tokens of the assistant's in the prompts of {count:,} pairs")
         for reason, origins in self.left_out.items():
             shown = "; ".join(origins[:3]) + ("; ..." if len(origins) > 3 else "")
             lines.append(f"left out: {len(origins)} rows, {reason} ({shown})")
@@ -148,6 +155,7 @@ def load_pairs(
     tokenizer: PreTrainedTokenizerBase,
     truncation: Truncation,
     *,
+    scored_turns: ScoredTurns = "last",
     max_rows: int | None = None,
     num_workers: int | None = None,
     console: Console | None = None,
@@ -159,7 +167,7 @@ def load_pairs(
     all_parts = load_mixture(mixture, max_rows)
     parts = [part for part in all_parts if part.row_numbers]
     console = console or Console(quiet=True)
-    tokenised = [_tokenise_part(part, tokenizer, truncation, num_workers, console) for part in parts]
+    tokenised = [_tokenise_part(part, tokenizer, truncation, scored_turns, num_workers, console) for part in parts]
     origins = [f"{part.name} row {number}" for part in parts for number in part.row_numbers]
     rows = datasets.concatenate_datasets(tokenised) if len(tokenised) > 1 else tokenised[0]
     _stop_at_errors(rows["error"][:], origins)
@@ -174,16 +182,17 @@ def load_pairs(
         counts = ", ".join(f"{len(where)} {reason}" for reason, where in left_out.items())
         raise UserError(f"{words}: none of {len(origins)} rows can train ({counts})")
     trainable = rows.select(kept)
-    columns = trainable.with_format("numpy", columns=["lengths", "lost"])[:]
-    lengths, lost = columns["lengths"].astype(np.int64), columns["lost"].astype(np.int64)
+    columns = trainable.with_format("numpy", columns=["lengths", "lost", "scored"])[:]
+    lengths, lost, scored = (columns[name].astype(np.int64) for name in ("lengths", "lost", "scored"))
     chosen_keys, rejected_keys = trainable["chosen_key"][:], trainable["rejected_key"][:]
     by_side = np.frombuffer(b"".join(chain(chosen_keys, rejected_keys)), dtype=KEY_DTYPE).reshape(2, -1)
     return PairDataset(
-        rows=trainable.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]),
+        rows=trainable.select_columns([*_IDS, "turns"]),
         origins=[origins[index] for index in kept],
         prompt_lengths=lengths[:, 0],
         chosen_lengths=lengths[:, 1],
         rejected_lengths=lengths[:, 2],
+        scored=scored,
         response_keys=np.ascontiguousarray(by_side.T),
         prompt_numbers=_numbers(trainable["prompt_key"][:]),
         response_numbers=_numbers([*chosen_keys, *rejected_keys]).reshape(2, -1).T,
@@ -224,17 +233,19 @@ def _tokenise_part(
     part: SourceRows,
     tokenizer: PreTrainedTokenizerBase,
     truncation: Truncation,
+    scored_turns: ScoredTurns,
     num_workers: int | None,
     console: Console,
 ) -> Dataset:
     workers = num_workers or len(os.sched_getaffinity(0))
     workers = min(workers, math.ceil(len(part.rows) / _ROWS_PER_WORKER))
     # `datasets` would hash the tokenizer's pickle, which changes between processes: name the result by its content.
-    key = [part.rows._fingerprint, tokenizer_digest(tokenizer), str(truncation), str(_TOKENISATION_VERSION)]
+    how = [tokenizer_digest(tokenizer), str(truncation), scored_turns, str(_TOKENISATION_VERSION)]
+    key = [part.rows._fingerprint, *how]
     with rows_bar(console, f"Tokenising {part.name}"):
         return part.rows.map(
             _tokenise_row,
-            fn_kwargs={"tokenizer": tokenizer, "truncation": truncation},
+            fn_kwargs={"tokenizer": tokenizer, "truncation": truncation, "scored_turns": scored_turns},
             remove_columns=part.rows.column_names,
             features=_FEATURES,
             num_proc=workers if workers > 1 else None,
@@ -250,7 +261,9 @@ _FEATURES = datasets.Features(
         "prompt_key": datasets.Value("binary"),
         "chosen_key": datasets.Value("binary"),
         "rejected_key": datasets.Value("binary"),
+        "turns": datasets.List(datasets.List(datasets.Value("int32"))),
         "lengths": datasets.List(datasets.Value("int64"), length=3),
+        "scored": datasets.List(datasets.Value("int64"), length=3),
         "highest_id": datasets.Value("int64"),
         "lost": datasets.List(datasets.Value("int64"), length=3),
         "error": datasets.Value("string"),
@@ -260,25 +273,27 @@ _FEATURES = datasets.Features(
 
 
 def _tokenise_row(
-    row: Mapping[str, Any], *, tokenizer: PreTrainedTokenizerBase, truncation: Truncation
+    row: Mapping[str, Any], *, tokenizer: PreTrainedTokenizerBase, truncation: Truncation, scored_turns: ScoredTurns
 ) -> dict[str, Any]:
     """One row of `_FEATURES`. Faults are returned rather than raised, so that all of them can be reported."""
     pair, lost, error, left_out = PreferencePair([], [], []), Lost(0, 0, 0), "", ""
     try:
-        pair, lost = tokenise(parse_row(row_fields(row)), tokenizer, truncation)
+        pair, lost = tokenise(parse_row(row_fields(row)), tokenizer, truncation, scored_turns)
     except RowError as fault:
         error = str(fault)
     except LeftOut as reason:
         left_out = str(reason)
-    parts = [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]
+    parts, turns = [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids], pair.turns
     return {
         "prompt_ids": parts[0],
         "chosen_ids": parts[1],
         "rejected_ids": parts[2],
-        "prompt_key": response_key(parts[0], []),
-        "chosen_key": response_key(parts[0], parts[1]),
-        "rejected_key": response_key(parts[0], parts[2]),
+        "turns": turns.flat(),
+        "prompt_key": response_key(parts[0], [], turns.prompt),
+        "chosen_key": response_key(parts[0], parts[1], turns.prompt, turns.chosen),
+        "rejected_key": response_key(parts[0], parts[2], turns.prompt, turns.rejected),
         "lengths": [len(part) for part in parts],
+        "scored": list(pair.scored_tokens),
         "highest_id": max(chain(*parts), default=0),
         "lost": list(lost),
         "error": error,
