@@ -54,6 +54,7 @@ def tokenizer_table(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Ta
     table.add_row("BOS", Text(_token(tokenizer, tokenizer.bos_token_id)))
     table.add_row("EOS", Text(_token(tokenizer, tokenizer.eos_token_id)))
     template = config.model.chat_template_name or ("the tokenizer's own" if tokenizer.chat_template else "none")
+    template += ", with BOS before it" if config.data.add_bos else ""
     table.add_row("chat template", Text(f"{template} (for rows of messages; text stays as it stands)"))
     return table
 

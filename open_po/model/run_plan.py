@@ -29,9 +29,12 @@ def plan_of_run(config: RunConfig, runtime: Runtime, data: Data) -> MemoryPlan |
     pairs = data.train
     prompt = max(1, round(float(pairs.prompt_lengths.mean())))
     response = max(1, round(float((pairs.chosen_lengths + pairs.rejected_lengths).mean()) / 2))
-    key = f"{config.to_yaml()} {engine} {runtime.world_size} {prompt} {response}"
+    scored = round(float(pairs.scored[:, 0].sum() / pairs.prompt_lengths.sum()), 2)
+    key = f"{config.to_yaml()} {engine} {runtime.world_size} {prompt} {response} {scored}"
     if key not in _known:
-        shape = dataclasses.replace(training_shape(config, "cuda"), prompt_tokens=prompt, response_tokens=response)
+        shape = dataclasses.replace(
+            training_shape(config, "cuda"), prompt_tokens=prompt, response_tokens=response, scored_prompt=scored
+        )
         ranks = torch.cuda.device_count() if engine == "layers" else runtime.world_size
         try:
             plan = plan_memory(config, "cuda", engine=engine, ranks=ranks, card=card_bytes(runtime), shape=shape)
