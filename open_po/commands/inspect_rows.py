@@ -19,6 +19,7 @@ from open_po.data.turns import Runs, tokens_in
 _SHOWN = 240  # pieces of a prompt or a response, half of them from its beginning, half from its end
 _BETWEEN = "┊"  # tokens, where no colours show where one ends
 _SPECIAL, _CUT, _SKIPPED = "bold black on #ffd75f", "bold black on #ff8f5f", "italic dim"
+_RUN = "bold #ffd75f"
 # A heading's colour, and those that the tokens below it have in turn.
 COLOURS = {
     "prompt": ("#5fafff", "white on #1f3b5c", "white on #30608f"),
@@ -77,7 +78,7 @@ class Row:
         if cut:
             title.append(f", {_tokens(cut, 'older' if oldest_go else 'newer')} cut", style="bold #ff8f5f")
         if runs:
-            title.append(f", {_tokens(tokens_in(runs))} {'scored' if name == 'prompt' else 'not scored'}, underlined")
+            title.append(f", {tokens_in(runs):,} of them {'' if name == 'prompt' else 'not '}scored, in ⟦⟧")
         if name in self.unused:
             title.append(", not trained on by this loss", style="dim")
         yield Rule(title, align="left", style=heading)
@@ -106,8 +107,11 @@ class Row:
             if not shaded and previous is not None and previous.name is None and piece.name is None:
                 text.append(_BETWEEN, style="dim")
             style = COLOURS[name][1 + position % 2] if piece.name is None else _SPECIAL
-            line = " underline" if any(start <= first < end for start, end in runs) else ""
-            text.append(piece.shown, style=f"{style}{line}" if shaded else line.strip())
+            if any(first <= start < place for start, _ in runs):
+                text.append("⟦", style=_RUN)
+            text.append(piece.shown, style=style if shaded else "")
+            if any(first < end <= place for _, end in runs):
+                text.append("⟧", style=_RUN)
             previous = piece
 
 
