@@ -82,7 +82,7 @@ class PairDataset:
 
     def __getitem__(self, index: int) -> PreferencePair:
         row = self.rows[int(index)]
-        return PreferencePair(*(row[name] for name in _IDS), Turns.of(row["turns"]))
+        return PreferencePair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"], Turns.of(row["turns"]))
 
     @property
     def by_source(self) -> dict[str, int]:
