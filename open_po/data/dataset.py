@@ -172,10 +172,7 @@ def load_pairs(
     rows = datasets.concatenate_datasets(tokenised) if len(tokenised) > 1 else tokenised[0]
     _stop_at_errors(rows["error"][:], origins)
     reasons = rows["left_out"][:]
-    left_out: dict[str, list[str]] = {}
-    for origin, reason in zip(origins, reasons, strict=True):
-        if reason:
-            left_out.setdefault(reason, []).append(origin)
+    left_out = _left_out(reasons, origins)
     kept = [index for index, reason in enumerate(reasons) if not reason]
     if not kept:
         words = " ".join(f"{part.dataset} {part.amount}" for part in mixture)
@@ -201,6 +198,15 @@ def load_pairs(
         lost=lost,
         sources=list(_sources(all_parts, reasons)),
     )
+
+
+def _left_out(reasons: Sequence[str], origins: Sequence[str]) -> dict[str, list[str]]:
+    """The origins of rows that have a reason to be left out, by reason."""
+    found: dict[str, list[str]] = {}
+    for origin, reason in zip(origins, reasons, strict=True):
+        if reason:
+            found.setdefault(reason, []).append(origin)
+    return found
 
 
 def _sources(parts: Sequence[SourceRows], reasons: Sequence[str]) -> Iterator[Source]:
@@ -240,8 +246,8 @@ def _tokenise_part(
     workers = num_workers or len(os.sched_getaffinity(0))
     workers = min(workers, math.ceil(len(part.rows) / _ROWS_PER_WORKER))
     # `datasets` would hash the tokenizer's pickle, which changes between processes: name the result by its content.
-    how = [tokenizer_digest(tokenizer), str(truncation), scored_turns, str(_TOKENISATION_VERSION)]
-    key = [part.rows._fingerprint, *how]
+    named = [tokenizer_digest(tokenizer), str(truncation), scored_turns, str(_TOKENISATION_VERSION)]
+    key = [part.rows._fingerprint, *named]
     with rows_bar(console, f"Tokenising {part.name}"):
         return part.rows.map(
             _tokenise_row,

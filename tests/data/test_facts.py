@@ -67,7 +67,7 @@ def test_special_tokens_are_counted_row_by_row(
         pair = pairs[index]
         leading = next(i for i, token in enumerate([*pair.prompt_ids, -1]) if token != BOS)
         assert found.leading_bos[index] == leading
-        parts = vars(pair).values()
+        parts = list(vars(pair).values())[:3]
         assert found.inner_bos[index] == (sum(ids.count(BOS) for ids in parts) > leading)
         assert found.unknown[index] == sum(ids.count(PAD) for ids in parts)
         for side, response in enumerate((pair.chosen_ids, pair.rejected_ids)):
@@ -114,7 +114,7 @@ def test_what_pairs_share(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) ->
     found = shared(pairs)
     every = [pairs[index] for index in range(len(pairs))]
     prompts = Counter(tuple(pair.prompt_ids) for pair in every)
-    whole = [tuple(map(tuple, vars(pair).values())) for pair in every]
+    whole = [tuple(map(tuple, list(vars(pair).values())[:3])) for pair in every]
     assert found.prompts == len(prompts) == 3
     assert found.in_company == sum(count for count in prompts.values() if count > 1) == 7
     assert found.most == max(prompts.values()) == 5
