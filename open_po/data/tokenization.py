@@ -98,19 +98,14 @@ def tokenise(
         prompt, chosen, rejected = pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected
     else:
         prompt, chosen, rejected = _render_all(pair, tokenizer)
-    ids = [_encode(text, tokenizer, isinstance(pair, TextPair)) for text in (prompt, chosen, rejected)]
+    ids = tuple(_encode(text, tokenizer, isinstance(pair, TextPair)) for text in (prompt, chosen, rejected))
     whole = _split(*ids)
     if isinstance(pair, TextPair):
         whole = PreferencePair(
             whole.prompt_ids, _with_eos(whole.chosen_ids, tokenizer), _with_eos(whole.rejected_ids, tokenizer)
         )
     elif scored_turns == "all":
-        render, encode = partial(_render, tokenizer), partial(_encode, tokenizer=tokenizer, add_special_tokens=False)
-        sides = [
-            Conversation(pair.prompt + answer, text, side, render, encode)
-            for answer, text, side in ((pair.chosen, chosen, ids[1]), (pair.rejected, rejected, ids[2]))
-        ]
-        whole = replace(whole, turns=all_turns(pair, len(whole.prompt_ids), *sides))
+        whole = replace(whole, turns=_turns(pair, len(whole.prompt_ids), (chosen, rejected), ids[1:], tokenizer))
     if not whole.prompt_ids:
         # Something must predict the response's first token.
         if tokenizer.bos_token_id is None:
@@ -186,6 +181,20 @@ def _render_all(pair: MessagePair, tokenizer: PreTrainedTokenizerBase) -> tuple[
         _render(tokenizer, pair.prompt + pair.chosen, False),
         _render(tokenizer, pair.prompt + pair.rejected, False),
     )
+
+
+def _turns(
+    pair: MessagePair,
+    boundary: int,
+    texts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Turns:
+    """All turns of the assistant in a pair whose conversations are `texts`, with these `ids`."""
+    render, encode = partial(_render, tokenizer), partial(_encode, tokenizer=tokenizer, add_special_tokens=False)
+    answers = zip((pair.chosen, pair.rejected), texts, ids, strict=True)
+    sides = [Conversation(pair.prompt + answer, text, side, render, encode) for answer, text, side in answers]
+    return all_turns(pair, boundary, *sides)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], opens: bool) -> str:

@@ -198,20 +198,9 @@ def _lay_out(
     width = max(len(group.prompt_ids) + len(response) for group in groups for response in group.responses)
     places, segments, ends = _places(groups, layout, width)
     total = len(ends) * width if layout == "rows" else ends[-1]
-    input_ids = np.full(total, pad_token_id, dtype=np.int64)
-    position_ids = np.zeros(total, dtype=np.int64)
-    weights = np.zeros(total, dtype=np.int64)
     uses = np.bincount([r for pair in index for r in pair[1:] if r >= 0], minlength=len(places))
     rows = [row for group in groups for row in group.alone()]  # in the order in which responses are counted
-    for place, row, used in zip(places, rows, uses, strict=True):
-        length = len(row.prompt_ids)
-        prompt = slice(place.prompt, place.prompt + length)
-        answer = slice(place.response, place.response + len(row.responses[0]))
-        input_ids[prompt], input_ids[answer] = row.prompt_ids, row.responses[0]
-        position_ids[prompt] = np.arange(length)
-        position_ids[answer] = length + np.arange(len(row.responses[0]))
-        weights[prompt] += used
-        weights[answer] += used
+    input_ids, position_ids, weights = _tokens(rows, places, uses, np.full(total, pad_token_id, dtype=np.int64))
     scored = [_response_scores(place, row) for place, row in zip(places, rows, strict=True)]
     prompts, unscored = None, len(scored)
     if with_prompt:
@@ -246,6 +235,23 @@ def _lay_out(
         last_layer=None if layout == "rows" else _last_layer(segments, score_index),
         token_weights=torch.from_numpy(weights),
     )
+
+
+def _tokens(
+    rows: Sequence[Group], places: Sequence[_Place], uses: NDArray[np.int64], input_ids: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """`input_ids`, nothing but padding yet, with the rows in their places; positions; and `token_weights`."""
+    position_ids, weights = np.zeros_like(input_ids), np.zeros_like(input_ids)
+    for place, row, used in zip(places, rows, uses, strict=True):
+        length = len(row.prompt_ids)
+        prompt = slice(place.prompt, place.prompt + length)
+        answer = slice(place.response, place.response + len(row.responses[0]))
+        input_ids[prompt], input_ids[answer] = row.prompt_ids, row.responses[0]
+        position_ids[prompt] = np.arange(length)
+        position_ids[answer] = length + np.arange(len(row.responses[0]))
+        weights[prompt] += used
+        weights[answer] += used
+    return input_ids, position_ids, weights
 
 
 def _places(groups: Sequence[Group], layout: Layout, width: int) -> tuple[list[_Place], list[Segment], list[int]]:

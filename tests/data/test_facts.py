@@ -50,7 +50,11 @@ def text(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
 def test_special_tokens_are_counted_row_by_row(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of rows of messages: text gets no special token twice."""
     monkeypatch.setattr(facts, "_CHUNK", 7)  # rows are read in several parts, the last a smaller one
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
+    )
     odd = [
         text("<s>q", "a</s></s>", "b"),
         text("<s><s>q", "a", "a</s>b"),
@@ -58,7 +62,8 @@ def test_special_tokens_are_counted_row_by_row(
         text("q", "</s>", "</s></s></s>"),
         text("<pad>q", "a", "b<pad>"),
     ]
-    rows = [*tiny.text_rows(14), *odd, *tiny.text_rows(5, seed=1)]
+    rows: list[dict[str, Any]] = [*tiny.text_rows(14), *odd, *tiny.text_rows(5, seed=1)]
+    rows = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
     pairs = load(tmp_path / "pairs.jsonl", rows, tokenizer, limit=24)
     tokenizer.unk_token = "<pad>"
     found = special_tokens(pairs, tokenizer)
