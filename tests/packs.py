@@ -31,24 +31,33 @@ layouts = st.sampled_from(LAYOUTS)
 
 def dataset_of(items: Sequence[PreferencePair]) -> PairDataset:
     """The pairs as `load_pairs` would give them."""
-    prompts, chosen, rejected = zip(*(vars(pair).values() for pair in items), strict=True)
-    keys = [list(map(response_key, prompts, side)) for side in (chosen, rejected)]
+    prompts, chosen, rejected, turns = zip(*(vars(pair).values() for pair in items), strict=True)
+    scored = [turn.prompt for turn in turns]
+    keys = [
+        list(map(response_key, prompts, side, scored, [turn[number] for turn in turns]))
+        for number, side in ((1, chosen), (2, rejected))
+    ]
     numbered: tuple[dict[Any, int], dict[Any, int]] = ({}, {})  # prompts, responses
 
     def number(kind: int, key: Any) -> int:
         return numbered[kind].setdefault(key, len(numbered[kind]))
 
     return PairDataset(
-        rows=cast(Any, [vars(pair) for pair in items]),
+        rows=cast(Any, [vars(pair) | {"turns": pair.turns.flat()} for pair in items]),
         places=np.arange(len(items)),
         row_numbers=np.arange(len(items)),
         pair_numbers=np.zeros(len(items), dtype=np.int32),
         prompt_lengths=np.array([len(ids) for ids in prompts]),
         chosen_lengths=np.array([len(ids) for ids in chosen]),
         rejected_lengths=np.array([len(ids) for ids in rejected]),
-        prompt_keys=np.array([response_key(prompt, []) for prompt in prompts], dtype="V16"),
+        scored=np.array([pair.scored_tokens for pair in items]),
+        prompt_keys=np.array(
+            [response_key(prompt, [], turn) for prompt, turn in zip(prompts, scored, strict=True)], dtype="V16"
+        ),
         response_keys=np.array(keys, dtype="V16").T,
-        prompt_numbers=np.array([number(0, tuple(prompt)) for prompt in prompts]),
+        prompt_numbers=np.array(
+            [number(0, (tuple(prompt), turn)) for prompt, turn in zip(prompts, scored, strict=True)]
+        ),
         response_numbers=np.array([[number(1, key) for key in pair] for pair in zip(*keys, strict=True)]),
         highest_id=300,
         left_out={},

@@ -99,10 +99,9 @@ class Plain:
 
     def metrics(self, indices: Sequence[int], reference: Scores, *, grad: bool) -> tuple[dict[str, float], Tensor]:
         """The metrics of the pairs `indices`, and the scalar loss; `reference` holds all pairs."""
-        chosen_tokens = sum(len(self.pairs[i][1]) for i in indices)
         policy = self.score(indices, grad=grad)
         losses, chosen, rejected = self.recipe.loss(policy, reference.take(indices))
-        loss = losses.sum() / (chosen_tokens if self.recipe.tokens_divide else len(indices))
+        loss = losses.sum() / (policy.chosen_tokens.sum() if self.recipe.tokens_divide else len(indices))
         margins = (chosen - rejected).detach()
         losses, chosen, rejected = losses.detach(), chosen.detach(), rejected.detach()
         metrics = {

@@ -38,6 +38,7 @@ def dry_run(config: RunConfig, words: Sequence[str], place: Place, pairs: int | 
         f"Engine: parallel {config.distributed.parallel}",
         f"Global batch: {_batch(config, place)}",
         f"Steps: {_steps(config, place, pairs)}",
+        f"Learning rate: {_learning_rate(config)}",
         f"Tokens of a forward pass: {_tokens(config, place)}",
         *(f"Note: {note}" for note in config.notes),
         "",
@@ -70,6 +71,16 @@ def _batch(config: RunConfig, place: Place) -> str:
         f"{_global_batch(config, place)} pairs = per_device_train_batch_size {train.per_device_train_batch_size} x "
         f"gradient_accumulation_steps {train.gradient_accumulation_steps} x {counted(place.ranks, 'rank')}"
     )
+
+
+def _learning_rate(config: RunConfig) -> str:
+    train = config.train
+    words = f"{train.learning_rate:g}, {train.lr_scheduler_type}"
+    if train.lr_scheduler_type == "constant":
+        return words
+    if train.warmup_steps is not None:
+        return f"{words} after a warm-up of {counted(train.warmup_steps, 'step')} (warmup_steps)"
+    return f"{words} after a warm-up of {train.warmup_ratio:.4g} of the steps (warmup_ratio)"
 
 
 def _tokens(config: RunConfig, place: Place) -> str:

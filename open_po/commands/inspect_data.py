@@ -102,6 +102,7 @@ def _shown(config: RunConfig, data: Data, arguments: argparse.Namespace, ranks: 
             dataset=data.train,
             tokenizer=data.tokenizer,
             full=arguments.full,
+            kept=config.data.truncation,
             unused=frozenset() if config.loss.mix().needs_rejected else frozenset({"rejected"}),
         )
 

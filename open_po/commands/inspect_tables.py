@@ -52,6 +52,7 @@ def tokenizer_table(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Ta
     table.add_row("BOS", Text(_token(tokenizer, tokenizer.bos_token_id)))
     table.add_row("EOS", Text(_token(tokenizer, tokenizer.eos_token_id)))
     template = config.model.chat_template_name or ("the tokenizer's own" if tokenizer.chat_template else "none")
+    template += ", with BOS before it" if config.data.add_bos else ""
     table.add_row("chat template", Text(f"{template} (for rows of messages; text stays as it stands)"))
     return table
 
@@ -229,6 +230,8 @@ def steps_table(
     )
     table.add_row("global batch", f"{sampler.global_batch:,} pairs: {batch}")
     table.add_row("steps", f"{sampler.steps_per_epoch:,} an epoch, {steps:,} in all")
+    warmup = "" if train.lr_scheduler_type == "constant" else f", rising for {train.warmup(steps):,} steps"
+    table.add_row("learning rate", f"{train.learning_rate:g}, {train.lr_scheduler_type}{warmup}")
     auto = train.max_tokens_per_batch == "auto"
     shares = plan.packing.summary()
     over = (

@@ -44,8 +44,10 @@ def contradictions(config: RunConfig) -> Iterator[str]:
             f"optimizer_in_backward: on cannot clip, which needs all gradients first; set max_grad_norm to 0, got "
             f"{train.max_grad_norm}"
         )
-    if train.lr_scheduler_type == "constant" and train.warmup_ratio not in (0.0, TrainConfig.warmup_ratio):
-        yield "warmup_ratio: lr_scheduler_type constant has no warm-up; use constant_with_warmup"
+    no_warmup = {"warmup_ratio": (0.0, TrainConfig.warmup_ratio), "warmup_steps": (None, 0)}
+    for name, left_out in no_warmup.items():
+        if train.lr_scheduler_type == "constant" and getattr(train, name) not in left_out:
+            yield f"{name}: lr_scheduler_type constant has no warm-up; use constant_with_warmup"
 
 
 def _with_implied(config: RunConfig) -> RunConfig:

@@ -84,8 +84,8 @@ class DataConfig:
     )
     scored_turns: ScoredTurns = option(
         "last",
-        "last scores what follows the prompt, all also the assistant's turns before (as open-instruct does; they count "
-        "in the length that dpo_norm divides by)",
+        "last scores what follows the prompt, all every turn of the assistant, those in the prompt too, and no one "
+        "else's (they count in the length that dpo_norm divides by); rows of text have no turns, all is last there",
     )
     add_bos: bool = option(False, "put BOS before the chat template's text, which must not begin with it itself")
     preprocessing_num_workers: int | None = option(

@@ -25,10 +25,16 @@ class ModelConfig:
     model_name_or_path: str = option("", "policy: a local folder or a Hub name")
     model_revision: str | None = option(None, "Hub branch, tag or commit of the policy")
     tokenizer_name: str | None = option(None, "tokenizer, if it is not the policy's")
-    tokenizer_revision: str | None = option(None, "Hub branch, tag or commit of tokenizer_name", needs="tokenizer_name")
-    use_slow_tokenizer: bool = option(False, "the tokenizer's Python implementation, where it has one")
+    tokenizer_revision: str | None = option(
+        None, "Hub branch, tag or commit of the tokenizer; default, if it is the policy's: model_revision"
+    )
+    use_slow_tokenizer: bool = option(
+        False,
+        "a tokenizer in Python. transformers 5 has one implementation of each, for nearly all the fast one; a line at "
+        "the start says so",
+    )
     chat_template_name: str | None = option(
-        None, "chat template to use and save: 'tulu' or a .jinja file; default: the tokenizer's own"
+        None, "chat template to use and save: tulu, chatml, zephyr or a .jinja file; default: the tokenizer's own"
     )
     trust_remote_code: bool = option(False, "run model code that comes with a Hub repository")
     dtype: Literal["auto", "float32", "bfloat16"] = option(

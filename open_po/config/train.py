@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,6 +91,10 @@ class TrainConfig:
         256, "longest such answer, in tokens", above=0, needs="sample_during_eval", shapes_result=False
     )
     logging_steps: int = option(1, "write metrics every so many steps", above=0, shapes_result=False)
+
+    def warmup(self, steps: int) -> int:
+        """In how many of a run's `steps` steps the learning rate rises."""
+        return math.ceil(self.warmup_ratio * steps) if self.warmup_steps is None else self.warmup_steps
 
     @property
     def token_budget(self) -> int:

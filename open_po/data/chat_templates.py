@@ -17,7 +17,23 @@ _TULU = """\
 {% endfor %}\
 {% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
 
-CHAT_TEMPLATES = {"tulu": _TULU}
+# ChatML, as Qwen and EuroLLM have it. A tokenizer should have its two markers as tokens, and <|im_end|> as EOS.
+_CHATML = """\
+{% for message in messages %}\
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}\
+{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+# The format of Zephyr and of the alignment handbook: every turn ends with EOS.
+_ZEPHYR = """\
+{% for message in messages %}\
+{% if message['role'] not in ('system', 'user', 'assistant') %}\
+{{ raise_exception('the zephyr template has no role ' + message['role']) }}{% endif %}\
+{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}\
+{% endfor %}\
+{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
+
+CHAT_TEMPLATES = {"tulu": _TULU, "chatml": _CHATML, "zephyr": _ZEPHYR}
 
 
 def chat_template(name: str) -> str:
@@ -28,6 +44,6 @@ def chat_template(name: str) -> str:
         return Path(name).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"chat_template_name {name!r} is neither {' nor '.join(CHAT_TEMPLATES)} nor a readable file "
+            f"chat_template_name {name!r} is none of {', '.join(CHAT_TEMPLATES)}, and no readable file "
             f"({error.strerror if isinstance(error, OSError) else error})"
         ) from error

@@ -15,13 +15,15 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from open_po.config import MixturePart
+from open_po.config.data import ScoredTurns
 from open_po.data.formats import RowError, row_reader
 from open_po.data.keys import key_numbers
 from open_po.data.selection import LeftOutRows, PartRows, Selection, apply_filters, leave_out_repeated, origin
 from open_po.data.sources import SourceRows, load_mixture
-from open_po.data.token_rows import IDS, IdColumn, Known, TokenRows
+from open_po.data.token_rows import IdColumn, Known, TokenRows
 from open_po.data.token_shards import Tokenisation, tokenise_rows
 from open_po.data.tokenization import PreferencePair, Truncation, tokenizer_digest
+from open_po.data.turns import Turns
 from open_po.errors import UserError
 from open_po.output.summary import DataTotals, PartTotals
 
@@ -43,7 +45,7 @@ class PairDataset:
     """Tokenised pairs by index, their lengths, and what was left out. The ids stay on disk.
 
     Lengths are arrays [P] of token counts. Numbers, from 0 on, name equal prompts, and equal responses to equal
-    prompts.
+    prompts; what is scored of them is equal then too.
     """
 
     rows: StoredRows
@@ -53,6 +55,7 @@ class PairDataset:
     prompt_lengths: NDArray[np.int64]
     chosen_lengths: NDArray[np.int64]
     rejected_lengths: NDArray[np.int64]
+    scored: NDArray[np.int64]  # [P, 3] tokens of prompt, chosen and rejected that are scored
     prompt_keys: NDArray[np.void]  # [P] `response_key` of the prompt without a response, 16 bytes
     response_keys: NDArray[np.void]  # [P, 2] `response_key` of chosen and rejected, 16 bytes each
     prompt_numbers: NDArray[np.int64]  # [P]
@@ -67,7 +70,7 @@ class PairDataset:
 
     def __getitem__(self, index: int) -> PreferencePair:
         row = self.rows[int(self.places[index])]
-        return PreferencePair(*(row[name] for name in IDS))
+        return PreferencePair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"], Turns.of(row["turns"]))
 
     def origin(self, index: int) -> str:
         """Where a pair came from, for messages."""
@@ -153,6 +156,9 @@ class PairDataset:
             lines[0] += f"; rows are repeated {repeated:,} times"
         if self.truncated_prompts or self.truncated_responses:
             lines.append(f"truncated: {self.truncated_prompts} prompts, responses of {self.truncated_responses} pairs")
+        if earlier := int(self.scored[:, 0].sum()):
+            count = int((self.scored[:, 0] > 0).sum())
+            lines.append(f"scored turns: {earlier:,} tokens of the assistant's in the prompts of {count:,} pairs")
         for reason, rows in self.left_out.items():
             shown = "; ".join(rows.first) + ("; ..." if rows.more else "")
             lines.append(f"left out: {rows.count} rows, {reason} ({shown})")
@@ -165,6 +171,7 @@ def load_pairs(
     truncation: Truncation,
     *,
     selection: Selection = _EVERYTHING,
+    scored_turns: ScoredTurns = "last",
     max_rows: int | None = None,
     num_workers: int | None = None,
     console: Console | None = None,
@@ -179,7 +186,7 @@ def load_pairs(
     for source in sources:
         if not len(source.taken):
             continue
-        work = _work(source, tokenizer, digest, truncation)
+        work = _work(source, tokenizer, digest, truncation, scored_turns)
         check = partial(_stop_early, source) if not selection.skip_bad_rows else _look
         found = tokenise_rows(
             work,
@@ -194,7 +201,13 @@ def load_pairs(
     return _dataset(sources, parts, TokenRows(files), selection)
 
 
-def _work(source: SourceRows, tokenizer: PreTrainedTokenizerBase, digest: str, truncation: Truncation) -> Tokenisation:
+def _work(
+    source: SourceRows,
+    tokenizer: PreTrainedTokenizerBase,
+    digest: str,
+    truncation: Truncation,
+    scored_turns: ScoredTurns,
+) -> Tokenisation:
     part = source.part
     try:
         row_reader(part.format, part.prompt_template)
@@ -207,6 +220,7 @@ def _work(source: SourceRows, tokenizer: PreTrainedTokenizerBase, digest: str, t
         tokenizer=tokenizer,
         tokenizer_digest=digest,
         truncation=truncation,
+        scored_turns=scored_turns,
     )
 
 
@@ -248,6 +262,7 @@ def _dataset(
         prompt_lengths=np.ascontiguousarray(lengths[:, 0]),
         chosen_lengths=np.ascontiguousarray(lengths[:, 1]),
         rejected_lengths=np.ascontiguousarray(lengths[:, 2]),
+        scored=sides("scored"),
         prompt_keys=prompt_keys[inner],
         response_keys=response_keys[inner],
         prompt_numbers=key_numbers(prompt_keys)[inner],

@@ -52,6 +52,8 @@ def _candidates(dataset: PairDataset, special: SpecialTokens) -> Iterator[tuple[
     if counts.max() > 1:
         most = int((dataset.prompt_numbers == numbers[counts.argmax()]).argmax())
         yield most, f"{counts.max():,} pairs have its prompt"
+    if (earlier := dataset.scored[:, 0]).any():
+        yield int(earlier.argmax()), f"most of its prompt is scored, {int(earlier.max()):,} tokens"
     apart = np.abs(dataset.chosen_lengths - dataset.rejected_lengths) * (dataset.rejected_lengths > 0)
     if apart.any():
         yield int(apart.argmax()), f"its responses differ most in length, by {int(apart.max()):,} tokens"

@@ -14,7 +14,7 @@ from open_po.data import PairDataset, load_pairs
 from open_po.data.facts import tell_known
 from open_po.data.selection import Selection
 from open_po.data.tokenization import Truncation
-from open_po.data.tokenizer import load_tokenizer, pad_token_id
+from open_po.data.tokenizer import load_tokenizer, no_slow_tokenizer, pad_token_id
 from open_po.distributed.runtime import Runtime
 from open_po.errors import UserError
 from open_po.output.tables import part_line, parts_table
@@ -57,12 +57,13 @@ def load_data(config: RunConfig, console: Console, compared_by: str | None = Non
 
     `compared_by`: what needs both responses, if it is not the loss.
     """
-    tokenizer = load_tokenizer(config.model)
     data = config.data
+    tokenizer = load_tokenizer(config.model, add_bos=data.add_bos)
     load = partial(
         load_pairs,
         tokenizer=tokenizer,
-        truncation=Truncation(data.max_seq_length, data.max_prompt_length),
+        truncation=Truncation(data.max_seq_length, data.max_prompt_length, data.truncation),
+        scored_turns=data.scored_turns,
         num_workers=data.preprocessing_num_workers,
         console=console,
     )
@@ -87,6 +88,8 @@ def prepare_data(
     `compared_by` as in `load_data`.
     """
     loaded = runtime.main_first(load_data, config, runtime.console, compared_by)
+    if line := no_slow_tokenizer(config.model, loaded.tokenizer):
+        runtime.say(line)
     for name, part in ((label, loaded.train), ("Held-out data", loaded.held_out)):
         for line in part.describe() if part is not None else []:
             runtime.say(f"{name}: {line}")

@@ -19,7 +19,11 @@ from numpy.typing import NDArray
 from open_po.data.tokenization import KEY_DTYPE
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-_LISTS: dict[str, pa.DataType] = dict.fromkeys(IDS, pa.list_(pa.int32()))
+_SIDES = ("prompt", "chosen", "rejected")
+_LISTS: dict[str, pa.DataType] = {
+    **dict.fromkeys(IDS, pa.list_(pa.int32())),
+    "turns": pa.list_(pa.list_(pa.int32())),  # as `Turns.flat` gives them
+}
 _KEYS: dict[str, pa.DataType] = dict.fromkeys(("prompt_key", "chosen_key", "rejected_key"), pa.binary(16))
 _KNOWN: dict[str, pa.DataType] = {
     "row": pa.int64(),  # its number in the data set, from 0
@@ -27,7 +31,7 @@ _KNOWN: dict[str, pa.DataType] = {
     "outcome": pa.int8(),
     "why": pa.string(),  # it does not train
     **_KEYS,
-    **{f"{side}_{what}": pa.int32() for what in ("length", "lost") for side in ("prompt", "chosen", "rejected")},
+    **{f"{side}_{what}": pa.int32() for what in ("length", "lost", "scored") for side in _SIDES},
     "highest_id": pa.int32(),
     "chosen_score": pa.float64(),  # NaN if the row has none
     "rejected_score": pa.float64(),
@@ -183,7 +187,7 @@ class Known:
 
     def sides(self, what: str) -> NDArray[np.int64]:
         """[R, 3] the `what` of prompts, chosen and rejected responses."""
-        columns = [self.numbers(f"{side}_{what}") for side in ("prompt", "chosen", "rejected")]
+        columns = [self.numbers(f"{side}_{what}") for side in _SIDES]
         return np.stack(columns, 1).astype(np.int64)
 
     def keys(self, name: str) -> NDArray[np.void]:

@@ -30,6 +30,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from open_po.config import MixturePart
+from open_po.config.data import ScoredTurns
 from open_po.data.content import cache_folder, text_digest
 from open_po.data.formats import RowError, row_reader
 from open_po.data.row_files import BadLine, Rows
@@ -50,7 +51,7 @@ from open_po.output.progress import Progress
 
 # Part of the name under which tokenised rows are kept: raise it when the same row gives other ids, or columns, than
 # before.
-_TOKENISATION_VERSION = 6
+_TOKENISATION_VERSION = 7
 _ROWS_PER_WORKER = 500  # below, starting another process costs more than it saves
 _SHARD_ROWS = 1024  # what a kill loses, of each process
 _MOST_SHARDS = 4096
@@ -68,6 +69,7 @@ class Tokenisation:
     tokenizer: PreTrainedTokenizerBase
     tokenizer_digest: str
     truncation: Truncation
+    scored_turns: ScoredTurns
 
     @cached_property
     def folder(self) -> Path:
@@ -75,7 +77,7 @@ class Tokenisation:
         part = self.part
         which = hashlib.sha256(self.numbers.tobytes()).hexdigest() if self.is_subset else "all"
         reading = [str(part.format), str(part.prompt_template), _code(part.format)]
-        how = [*reading, self.tokenizer_digest, str(self.truncation), str(_TOKENISATION_VERSION)]
+        how = [*reading, self.tokenizer_digest, str(self.truncation), self.scored_turns, str(_TOKENISATION_VERSION)]
         return cache_folder() / "tokenised" / text_digest(self.rows.digest, which, *how)
 
     @property
@@ -291,7 +293,7 @@ def _records(row: Any, reader: Callable[..., Any], work: Tokenisation) -> Iterat
     for place, pair in enumerate(pairs, 1):
         number = place if len(pairs) > 1 else 0
         try:
-            ids, lost = tokenise(pair, work.tokenizer, work.truncation)
+            ids, lost = tokenise(pair, work.tokenizer, work.truncation, work.scored_turns)
         except RowError as fault:
             yield _without_ids(Outcome.BAD_ROW, str(fault), number)
         except LeftOut as reason:
@@ -314,23 +316,28 @@ def _record(
 ) -> dict[str, Any]:
     """A row of `SCHEMA`, but for its number."""
     prompt, chosen, rejected = ids.prompt_ids, ids.chosen_ids, ids.rejected_ids
+    turns, scored = ids.turns, ids.scored_tokens
     better, worse = scores or (math.nan, math.nan)
     return {
         "prompt_ids": prompt,
         "chosen_ids": chosen,
         "rejected_ids": rejected,
+        "turns": turns.flat(),
         "pair": number,
         "outcome": outcome.value,
         "why": why,
-        "prompt_key": response_key(prompt, []),
-        "chosen_key": response_key(prompt, chosen),
-        "rejected_key": response_key(prompt, rejected),
+        "prompt_key": response_key(prompt, [], turns.prompt),
+        "chosen_key": response_key(prompt, chosen, turns.prompt, turns.chosen),
+        "rejected_key": response_key(prompt, rejected, turns.prompt, turns.rejected),
         "prompt_length": len(prompt),
         "chosen_length": len(chosen),
         "rejected_length": len(rejected),
         "prompt_lost": lost.prompt,
         "chosen_lost": lost.chosen,
         "rejected_lost": lost.rejected,
+        "prompt_scored": scored[0],
+        "chosen_scored": scored[1],
+        "rejected_scored": scored[2],
         "highest_id": max(chain(prompt, chosen, rejected), default=0),
         "chosen_score": better,
         "rejected_score": worse,

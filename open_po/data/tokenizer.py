@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
+from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from open_po.config import ModelConfig
-from open_po.data.chat_templates import chat_template
+from open_po.data.chat_templates import CHAT_TEMPLATES, chat_template
 from open_po.errors import UserError, first_line
 from open_po.model_files import ModelSource, adapter_base
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The run's tokenizer with its chat template. Raises UserError if it cannot be loaded or has no EOS."""
+def load_tokenizer(config: ModelConfig, *, add_bos: bool = False) -> PreTrainedTokenizerBase:
+    """The run's tokenizer with its chat template, with BOS before it if that is to be added.
+
+    Raises UserError if it cannot be loaded, has no EOS, or cannot have a BOS added.
+    """
     name = config.tokenizer_name or config.model_name_or_path
-    revision = None if config.tokenizer_name else config.model_revision
+    revision = config.tokenizer_revision or (None if config.tokenizer_name else config.model_revision)
     source = ModelSource(name=name, revision=revision)
     source.refuse_missing("tokenizer_name" if config.tokenizer_name else "model_name_or_path")
     base = adapter_base(Path(name), config.trust_remote_code)
     if base is not None and not list(Path(name).glob("tokenizer*")):
-        name, revision = base.name, base.revision
+        name, revision = base.name, config.tokenizer_revision or base.revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and others for a bad folder
@@ -34,7 +39,52 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         )
     if config.chat_template_name is not None:
         tokenizer.chat_template = chat_template(config.chat_template_name)
+    if add_bos:
+        _add_bos(tokenizer, config.chat_template_name)
     return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _add_bos(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
+    """Put BOS before the chat template, which is the one that is called `name`, if it has a name."""
+    if tokenizer.bos_token is None:
+        raise UserError(
+            "add_bos: the tokenizer has no BOS token; set bos_token in its tokenizer_config.json or leave add_bos out"
+        )
+    if tokenizer.chat_template is None:
+        raise UserError("add_bos: the tokenizer has no chat template to put BOS before; set chat_template_name")
+    # Some tokenizers have several templates, by name.
+    several = isinstance(tokenizer.chat_template, dict)
+    templates: dict[str, str] = tokenizer.chat_template if several else {"": tokenizer.chat_template}
+    begins = [_begins_with_bos(tokenizer, template) for template in templates.values()]
+    if name in CHAT_TEMPLATES and all(begins):
+        return  # which is what is asked for
+    if any(begins):
+        raise UserError(
+            "add_bos: the chat template begins with BOS itself, so that there would be two; leave add_bos out"
+        )
+    with_bos = {key: "{{ bos_token }}" + template for key, template in templates.items()}
+    tokenizer.chat_template = with_bos if several else with_bos[""]
+
+
+def _begins_with_bos(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    bos = cast(str, tokenizer.bos_token)
+    if re.match(r"\s*\{\{-?\s*bos_token\b", template) or template.startswith(bos):
+        return True
+    conversation = [{"role": "user", "content": "x"}]
+    try:
+        text = tokenizer.apply_chat_template(
+            conversation, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except (TemplateError, TypeError, ValueError):  # it wants other conversations
+        return False
+    return cast(str, text).startswith(bos)
+
+
+def no_slow_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A line if a tokenizer in Python is asked for and there is none."""
+    if not config.use_slow_tokenizer or not tokenizer.is_fast:
+        return None
+    return f"use_slow_tokenizer: has no effect, transformers has one {type(tokenizer).__name__}, which is the fast one"
 
 
 def refuse_other_vocabulary(source: ModelSource, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> None:

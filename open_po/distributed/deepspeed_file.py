@@ -12,7 +12,7 @@ from open_po.errors import ConfigError
 # What the trainer decides, with the field that says it. A file may leave it to whoever reads it ("auto").
 _OURS = {
     "optimizer": "optimizer, learning_rate and weight_decay",
-    "scheduler": "lr_scheduler_type and warmup_ratio",
+    "scheduler": "lr_scheduler_type, warmup_ratio and warmup_steps",
     "gradient_clipping": "max_grad_norm",
     "train_batch_size": "per_device_train_batch_size",
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",

@@ -33,7 +33,7 @@ class Texts:
         pairs, tokenizer = [data.train[index] for index in range(len(data.train))], data.tokenizer
         prompts = [pair.prompt_ids for pair in pairs]
         return Texts(
-            origins=data.train.origins,
+            origins=[data.train.origin(index) for index in range(len(data.train))],
             prompts=read(tokenizer, prompts),
             seen=tokenizer.batch_decode(prompts, clean_up_tokenization_spaces=False),
             references=read(tokenizer, [pair.chosen_ids for pair in pairs]),
@@ -86,10 +86,10 @@ def read(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> li
 
 def refuse_other_rows(name: str, data: Data, first: str, texts: Texts) -> None:
     """Raises UserError unless a model is asked the same rows as the first one."""
-    own, theirs = set(data.train.origins), set(texts.origins)
-    if list(data.train.origins) == list(texts.origins):
+    origins = [data.train.origin(index) for index in range(len(data.train))]
+    if origins == list(texts.origins):
         return
-    other = next(iter(sorted(own ^ theirs)), "their order")
+    other = next(iter(sorted(set(origins) ^ set(texts.origins))), "their order")
     raise UserError(
         f"{name}: its tokenizer leaves out other rows than that of {first} ({other}), so they do not compare; raise "
         "max_seq_length, or evaluate them one by one"

@@ -42,6 +42,7 @@ class TrainingShape:
     # Its data
     prompt_tokens: int = 1024  # of a typical pair
     response_tokens: int = 1024
+    scored_prompt: float = 0.0  # share of a prompt's tokens that are scored too
     pairs_of_rank: int = 1  # of one step
     max_tokens: int = 8192  # of a pack
     reference_tokens: int = 8192  # of a pack of the reference pass

@@ -124,7 +124,7 @@ def _check_head(scorer: Scorer, pair: PreferencePair) -> None:
 def _one_by_one(scorer: Scorer, groups: Sequence[Group]) -> list[Tensor]:
     """Token log-probs of each response by the model's own forward of that response alone."""
     scorer.use_layout("rows")
-    alone = [Group(group.prompt_ids, [response]) for group in groups for response in group.responses]
+    alone = [response for group in groups for response in group.alone()]
     return [scorer.token_logprobs(pack_responses([group], layout="rows", pad_token_id=0)) for group in alone]
 
 

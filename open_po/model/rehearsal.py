@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from open_po.config import ModelConfig
 from open_po.data import PreferencePair
+from open_po.data.turns import Turns, within
 from open_po.distributed.skeleton import without_weights
 from open_po.errors import UserError, first_line
 from open_po.memory_plan import PassBytes, TrainingShape
@@ -205,7 +206,8 @@ class Rehearsal:
         while tokens > 8:
             part = min(1.0, tokens / shape.pair_tokens)
             prompt, response = (max(1, int(part * n)) for n in (shape.prompt_tokens, shape.response_tokens))
-            pairs.append(PreferencePair([len(pairs)] * prompt, [1] * response, [2] * response))
+            turns = Turns(prompt=within(((1, 1 + round(shape.scored_prompt * prompt)),), 1, prompt, counted_from=0))
+            pairs.append(PreferencePair([len(pairs)] * prompt, [1] * response, [2] * response, turns))
             tokens -= shape.pair_tokens
         if responses_alone:
             groups: list[Group] = group_pairs(pairs)[0]

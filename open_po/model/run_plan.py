@@ -41,6 +41,7 @@ def plan_of_run(
         ranks=torch.cuda.device_count() if engine == "layers" else runtime.world_size,
         prompt_tokens=max(1, round(float(pairs.prompt_lengths.mean()))),
         response_tokens=max(1, round(float((pairs.chosen_lengths + pairs.rejected_lengths).sum()) / responses)),
+        scored_prompt=round(float(pairs.scored[:, 0].sum() / pairs.prompt_lengths.sum()), 2),
         reference_weight=reference_weight or shape.reference_weight,
     )
     key = f"{config.to_yaml()} {shape}"

@@ -197,19 +197,21 @@ class Scorer(nn.Module):
         if own:
             with self.autocast():
                 logits = self.base(input_ids=batch.input_ids[None], use_cache=False).logits[0, batch.score_index]
-            return {"logprobs": logits.float().log_softmax(-1).gather(1, batch.target_ids[:, None])[:, 0]}
+            logprobs = logits.float().log_softmax(-1).gather(1, batch.target_ids[:, None])[:, 0]
+            return {"logprobs": batch.spread(logprobs)}
         states, load_balancing = self._scored_states(batch)
         head = self.head()
         liger, shards = self.numerics.use_liger, self.placement.vocabulary
-        found = {"logprobs": fused_logprobs(states, head, batch.target_ids, use_liger=liger, shards=shards)}
+        logprobs = fused_logprobs(states, head, batch.target_ids, use_liger=liger, shards=shards)
+        found = {"logprobs": batch.spread(logprobs)}
         if log_sum_sq:
-            found["log_sum_sq"] = log_sum_squares(states, head)
+            found["log_sum_sq"] = batch.spread(log_sum_squares(states, head))
         if load_balancing is not None:
             found["load_balancing"] = load_balancing
         return found
 
     def _scored_states(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
-        """The hidden states that predict scored tokens, in the compute dtype: [N, H]; and the load balancing loss."""
+        """The hidden states that predict scored tokens, in the compute dtype: [U, H]; and the load balancing loss."""
         if batch.layout != self.layout:
             raise ValueError(f"a pack in layout {batch.layout} for a scorer that takes {self.layout}")
         balances = self.balances_experts and torch.is_grad_enabled()

@@ -1,6 +1,6 @@
 """The tensors of one forward pass: prompts and responses laid end to end, and where their scored tokens stand.
 
-Letters in shapes: P pairs, R responses, T packed tokens, N scored tokens.
+Letters in shapes: P pairs, R responses, T packed tokens, N scored tokens, U of them computed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from open_po.data import PreferencePair
+from open_po.data.turns import Runs
 
 # How responses find their prompt. `shared`: [prompt | response | response ...], every prompt once. `unshared`: each
 # response behind a prompt of its own, nothing padded. `rows`: the same as rows of one width, padded on the right, for
@@ -23,10 +24,30 @@ Layout = Literal["shared", "unshared", "rows"]
 
 
 class Group(NamedTuple):
-    """One prompt and different responses to it, as token ids."""
+    """One prompt and different responses to it, as token ids. The responses are scored, and with each of them `scored`.
+
+    Responses that differ in what of them is `skipped` are different ones.
+    """
 
     prompt_ids: Sequence[int]
     responses: Sequence[Sequence[int]]
+    scored: Runs = ()  # tokens of the prompt
+    skipped: Sequence[Runs] = ()  # tokens of each response that are not scored; empty: none of any
+
+    def alone(self) -> Iterator[Group]:
+        """Each response in a group of its own."""
+        for number, response in enumerate(self.responses):
+            yield Group(self.prompt_ids, [response], self.scored, self.skipped[number : number + 1])
+
+    @staticmethod
+    def of(pairs: Sequence[PreferencePair], sides: Sequence[int]) -> Group:
+        """Of pairs of one prompt one response each, chosen (0) or rejected (1)."""
+        chosen = [
+            (pair.rejected_ids, pair.turns.rejected) if side else (pair.chosen_ids, pair.turns.chosen)
+            for pair, side in zip(pairs, sides, strict=True)
+        ]
+        responses, skipped = zip(*chosen, strict=True)
+        return Group(pairs[0].prompt_ids, responses, pairs[0].turns.prompt, skipped)
 
 
 class Segment(NamedTuple):
@@ -43,14 +64,17 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LastLayer:
-    """What a model's last layer must compute: S tokens that predict a scored one, and keys and values of C others."""
+    """What a model's last layer must compute: S tokens, and keys and values of C others.
+
+    They are those of a segment from the first that predicts a scored one to the last.
+    """
 
     scored_index: Tensor  # [S] positions in T, ascending
     context_index: Tensor  # [C] the same; tokens that those see besides themselves
     key_order: Tensor  # [C + S] for these tokens in order of position: where in [context | scored] each stands
     segments: tuple[Segment, ...]  # of these tokens, counted in that order
-    query_lengths: tuple[int, ...]  # scored tokens of each segment, its last ones
-    score_index: Tensor  # [N] position in S of the hidden state that predicts each scored token
+    query_lengths: tuple[int, ...]  # such tokens of each segment, its last ones
+    score_index: Tensor  # [U] position in S of the hidden state that predicts each scored token
 
     def to(self, device: torch.device) -> LastLayer:
         """A copy with its tensors on `device`."""
@@ -66,8 +90,9 @@ class PackedBatch:
     position_ids: Tensor  # [T]
     segments: tuple[Segment, ...]  # what sees what; none in `rows`, whose rows are a batch to the model
     row_lengths: tuple[int, ...]  # `rows`: tokens of each row without padding, which stands behind them
-    score_index: Tensor  # [N] position in T of the hidden state that predicts each scored token
-    target_ids: Tensor  # [N] the scored tokens
+    score_index: Tensor  # [U] position in T of the hidden state that predicts each scored token
+    target_ids: Tensor  # [U] the scored tokens
+    repeats: Tensor | None  # [N] place in U, where scored tokens of a shared prompt belong to several responses
     response_id: Tensor  # [N] the response, 0..R-1, that each scored token belongs to
     response_start: Tensor  # [R] where in N a response's tokens begin; they stand together, in order
     response_tokens: Tensor  # [R] how many they are
@@ -85,6 +110,10 @@ class PackedBatch:
     def tokens(self) -> int:
         """Prompt and response tokens of the pairs, the prompt counted with each response: the same in any layout."""
         return int(self.token_weights.sum())
+
+    def spread(self, computed: Tensor) -> Tensor:
+        """What was computed for U tokens, for the N that are scored."""
+        return computed if self.repeats is None else computed[self.repeats]
 
     def to(self, device: torch.device) -> PackedBatch:
         """A copy of the batch with its tensors on `device`."""
@@ -109,7 +138,7 @@ def pack(
     """Lay pairs out. Pairs of one prompt become one group, a response that several of them share is there once.
 
     Without `with_rejected`, or where there is none, a rejected response is left unscored: 0 tokens, sum 0.
-    `with_prompt` scores each prompt's tokens but the first as well.
+    `with_prompt` scores each prompt's tokens as well, but the first and those that are scored with its responses.
     """
     groups, index = group_pairs(pairs, with_rejected=with_rejected)
     return _lay_out(groups, index, layout, pad_token_id, with_prompt)
@@ -118,6 +147,9 @@ def pack(
 def pack_responses(groups: Sequence[Group], *, layout: Layout, pad_token_id: int) -> PackedBatch:
     """Lay responses out that are scored on their own, without pairs: response r is the r-th of all groups."""
     return _lay_out(groups, [], layout, pad_token_id, with_prompt=False)
+
+
+_Ids = tuple[tuple[int, ...], Runs]  # of a prompt or a response, and what of it is scored, or is not
 
 
 class PairIndex(NamedTuple):
@@ -130,14 +162,15 @@ class PairIndex(NamedTuple):
 
 def group_pairs(pairs: Sequence[PreferencePair], *, with_rejected: bool = True) -> tuple[list[Group], list[PairIndex]]:
     """Distinct prompts with their distinct responses, in order of appearance, and where each pair finds its own."""
-    found: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
-    places: list[tuple[tuple[int, ...], int, int]] = []
+    found: dict[_Ids, dict[_Ids, int]] = {}
+    places: list[tuple[_Ids, int, int]] = []
     for pair in pairs:
-        prompt = tuple(pair.prompt_ids)
+        prompt = (tuple(pair.prompt_ids), pair.turns.prompt)
         responses = found.setdefault(prompt, {})
-        chosen = responses.setdefault(tuple(pair.chosen_ids), len(responses))
-        has_rejected = with_rejected and len(pair.rejected_ids) > 0
-        rejected = responses.setdefault(tuple(pair.rejected_ids), len(responses)) if has_rejected else -1
+        chosen = responses.setdefault((tuple(pair.chosen_ids), pair.turns.chosen), len(responses))
+        rejected = -1
+        if with_rejected and pair.rejected_ids:
+            rejected = responses.setdefault((tuple(pair.rejected_ids), pair.turns.rejected), len(responses))
         places.append((prompt, chosen, rejected))
     number = {prompt: position for position, prompt in enumerate(found)}
     before = np.cumsum([0, *(len(responses) for responses in found.values())]).tolist()
@@ -145,7 +178,11 @@ def group_pairs(pairs: Sequence[PreferencePair], *, with_rejected: bool = True) 
         PairIndex(number[p], before[number[p]] + chosen, -1 if rejected < 0 else before[number[p]] + rejected)
         for p, chosen, rejected in places
     ]
-    return [Group(prompt, list(responses)) for prompt, responses in found.items()], index
+    groups = [
+        Group(prompt, [ids for ids, _ in responses], scored, [skipped for _, skipped in responses])
+        for (prompt, scored), responses in found.items()
+    ]
+    return groups, index
 
 
 class _Place(NamedTuple):
@@ -161,22 +198,10 @@ def _lay_out(
     width = max(len(group.prompt_ids) + len(response) for group in groups for response in group.responses)
     places, segments, ends = _places(groups, layout, width)
     total = len(ends) * width if layout == "rows" else ends[-1]
-    input_ids = np.full(total, pad_token_id, dtype=np.int64)
-    position_ids = np.zeros(total, dtype=np.int64)
-    weights = np.zeros(total, dtype=np.int64)
     uses = np.bincount([r for pair in index for r in pair[1:] if r >= 0], minlength=len(places))
-    for place, (group, response), used in zip(places, _responses(groups), uses, strict=True):
-        prompt = slice(place.prompt, place.prompt + len(group.prompt_ids))
-        answer = slice(place.response, place.response + len(response))
-        input_ids[prompt], input_ids[answer] = group.prompt_ids, response
-        position_ids[prompt] = np.arange(len(group.prompt_ids))
-        position_ids[answer] = len(group.prompt_ids) + np.arange(len(response))
-        weights[prompt] += used
-        weights[answer] += used
-    scored = [
-        _response_scores(place, group, response)
-        for place, (group, response) in zip(places, _responses(groups), strict=True)
-    ]
+    rows = [row for group in groups for row in group.alone()]  # in the order in which responses are counted
+    input_ids, position_ids, weights = _tokens(rows, places, uses, np.full(total, pad_token_id, dtype=np.int64))
+    scored = [_response_scores(place, row) for place, row in zip(places, rows, strict=True)]
     prompts, unscored = None, len(scored)
     if with_prompt:
         first = np.cumsum([0, *(len(group.responses) for group in groups)])
@@ -189,6 +214,10 @@ def _lay_out(
     counts = np.array([len(where) for where, _ in scored])
     targets = np.concatenate([target for _, target in scored])
     score_index = np.concatenate([where for where, _ in scored])
+    repeats = None
+    if layout == "shared" and any(group.scored for group in groups):
+        targets, first, repeats = np.unique(targets, return_index=True, return_inverse=True)
+        score_index = score_index[first]
     return PackedBatch(
         layout=layout,
         input_ids=torch.from_numpy(input_ids),
@@ -197,6 +226,7 @@ def _lay_out(
         row_lengths=tuple(ends) if layout == "rows" else (),
         score_index=torch.from_numpy(score_index),
         target_ids=torch.from_numpy(input_ids[targets]),
+        repeats=None if repeats is None else torch.from_numpy(repeats),
         response_id=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
         response_start=torch.from_numpy(np.cumsum(counts) - counts),
         response_tokens=torch.from_numpy(counts),
@@ -207,11 +237,21 @@ def _lay_out(
     )
 
 
-def _responses(groups: Sequence[Group]) -> Iterator[tuple[Group, Sequence[int]]]:
-    """Every response with its group, in the order in which responses are counted."""
-    for group in groups:
-        for response in group.responses:
-            yield group, response
+def _tokens(
+    rows: Sequence[Group], places: Sequence[_Place], uses: NDArray[np.int64], input_ids: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """`input_ids`, nothing but padding yet, with the rows in their places; positions; and `token_weights`."""
+    position_ids, weights = np.zeros_like(input_ids), np.zeros_like(input_ids)
+    for place, row, used in zip(places, rows, uses, strict=True):
+        length = len(row.prompt_ids)
+        prompt = slice(place.prompt, place.prompt + length)
+        answer = slice(place.response, place.response + len(row.responses[0]))
+        input_ids[prompt], input_ids[answer] = row.prompt_ids, row.responses[0]
+        position_ids[prompt] = np.arange(length)
+        position_ids[answer] = length + np.arange(len(row.responses[0]))
+        weights[prompt] += used
+        weights[answer] += used
+    return input_ids, position_ids, weights
 
 
 def _places(groups: Sequence[Group], layout: Layout, width: int) -> tuple[list[_Place], list[Segment], list[int]]:
@@ -239,17 +279,18 @@ def _places(groups: Sequence[Group], layout: Layout, width: int) -> tuple[list[_
 
 
 def _last_layer(segments: Sequence[Segment], score_index: NDArray[np.int64]) -> LastLayer:
-    scored, inverse = np.unique(score_index, return_inverse=True)
-    # Of a segment the tokens up to its last scored one matter: its end predicts nothing, and nothing else sees it.
+    predictors = np.unique(score_index)
+    # Of a segment the tokens up to its last predictor matter: its end predicts nothing, and nothing else sees it.
     kept: list[tuple[Segment, int]] = []  # and its end
-    query_lengths: list[int] = []
+    queries: list[NDArray[np.int64]] = []
     for segment in segments:
-        first, behind = np.searchsorted(scored, (segment.start, segment.end)).tolist()
+        first, behind = np.searchsorted(predictors, (segment.start, segment.end)).tolist()
         if behind > first:
-            last = int(scored[behind - 1])
-            assert last - scored[first] == behind - 1 - first, "a segment's scored tokens stand together"
-            kept.append((segment, last + 1))
-            query_lengths.append(behind - first)
+            end = int(predictors[behind - 1]) + 1
+            kept.append((segment, end))
+            # All from the first predictor on, since queries are a segment's last tokens.
+            queries.append(np.arange(predictors[first], end))
+    scored = np.concatenate(queries)
     tokens = np.concatenate([np.arange(segment.start, end) for segment, end in kept])
     context = np.setdiff1d(tokens, scored, assume_unique=True)
     shortened = []
@@ -263,22 +304,31 @@ def _last_layer(segments: Sequence[Segment], score_index: NDArray[np.int64]) -> 
         context_index=torch.from_numpy(context),
         key_order=torch.from_numpy(np.argsort(np.concatenate([context, scored]))),
         segments=tuple(shortened),
-        query_lengths=tuple(query_lengths),
-        score_index=torch.from_numpy(inverse),
+        query_lengths=tuple(map(len, queries)),
+        score_index=torch.from_numpy(np.searchsorted(scored, score_index)),
     )
 
 
-def _response_scores(
-    place: _Place, group: Group, response: Sequence[int]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Positions whose hidden states predict a response's tokens, and the positions of these tokens."""
-    tokens = place.response + np.arange(len(response))
+def _response_scores(place: _Place, row: Group) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions whose hidden states predict the scored tokens of a response and its prompt, and those tokens' own."""
+    tokens = place.response + np.arange(len(row.responses[0]))
     predictors = tokens - 1
-    predictors[0] = place.prompt + len(group.prompt_ids) - 1  # the prompt's end predicts every response's first token
+    predictors[0] = place.prompt + len(row.prompt_ids) - 1  # the prompt's end predicts every response's first token
+    if row.skipped and row.skipped[0]:
+        skipped = _positions(row.skipped[0])
+        tokens, predictors = np.delete(tokens, skipped), np.delete(predictors, skipped)
+    if row.scored:
+        earlier = place.prompt + _positions(row.scored)
+        tokens, predictors = np.concatenate([earlier, tokens]), np.concatenate([earlier - 1, predictors])
     return predictors, tokens
 
 
 def _prompt_scores(place: _Place, group: Group) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """As `_response_scores`, of a prompt's tokens but the first, which nothing predicts."""
-    tokens = place.prompt + np.arange(1, len(group.prompt_ids))
+    """As `_response_scores`, of a prompt's tokens that no response has, but the first, which nothing predicts."""
+    others = np.setdiff1d(np.arange(1, len(group.prompt_ids)), _positions(group.scored), assume_unique=True)
+    tokens = place.prompt + others
     return tokens - 1, tokens
+
+
+def _positions(runs: Runs) -> NDArray[np.int64]:
+    return np.concatenate([np.arange(0), *(np.arange(first, behind) for first, behind in runs)])

@@ -43,9 +43,10 @@ class Planner:
         """What the losses of a step on the pairs `indices` are divided by."""
         data = self.dataset
         index = list(indices)
-        chosen, prompts = int(data.chosen_lengths[index].sum()), int(data.prompt_lengths[index].sum())
+        earlier, chosen, _ = data.scored[index].sum(0).tolist()  # of the prompts, with each response
         # A prompt's first token is predicted by nothing.
-        return Counts(pairs=len(index), chosen_tokens=chosen, prompt_and_chosen_tokens=chosen + prompts - len(index))
+        prompts = int(data.prompt_lengths[index].sum()) - len(index)
+        return Counts(pairs=len(index), chosen_tokens=earlier + chosen, prompt_and_chosen_tokens=prompts + chosen)
 
     def packs(self, indices: Sequence[int], *, rank: int = 0, world_size: int = 1) -> list[list[int]]:
         """This rank's packs of the pairs `indices`, balanced. Empty if there are fewer pairs than ranks."""
@@ -176,14 +177,10 @@ class ResponsePlanner:
 
     def batch(self, units: Sequence[PromptUnit[Response]], pad_token_id: int) -> PackedBatch:
         """The tensors of one pack; its responses are those of the units, in their order."""
-        groups = []
-        for unit in units:
-            pairs = [self.dataset[response.pair] for response in unit.items]
-            responses = [
-                pair.rejected_ids if response.side else pair.chosen_ids
-                for pair, response in zip(pairs, unit.items, strict=True)
-            ]
-            groups.append(Group(pairs[0].prompt_ids, responses))
+        groups = [
+            Group.of([self.dataset[response.pair] for response in unit.items], [item.side for item in unit.items])
+            for unit in units
+        ]
         return pack_responses(groups, layout=self.layout, pad_token_id=pad_token_id)
 
     def unit(self, responses: Sequence[Response]) -> PromptUnit[Response]:

@@ -218,7 +218,6 @@ def _verify(samples: Sequence[Sample], store: ReferenceStore, scorer: Scorer, so
 
 def _scored_once_more(sample: Sample, scorer: Scorer, data: Data) -> float:
     pair = data.parts[sample.part][sample.pair]
-    group = Group(pair.prompt_ids, [(pair.chosen_ids, pair.rejected_ids)[sample.side]])
-    batch = pack_responses([group], layout=scorer.layout, pad_token_id=data.pad)
+    batch = pack_responses([Group.of([pair], [sample.side])], layout=scorer.layout, pad_token_id=data.pad)
     with scorer.as_reference():
         return float(response_sums(scorer.token_logprobs(batch), batch))

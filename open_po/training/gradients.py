@@ -55,12 +55,15 @@ class StepGradients:
     def size(self, indices: list[int]) -> StepSize:
         data = self.planner.dataset
         prompt, chosen = int(data.prompt_lengths[indices].sum()), int(data.chosen_lengths[indices].sum())
-        rejected = int(data.rejected_lengths[indices].sum()) if self.planner.with_rejected else 0
-        prompts = prompt * (2 if self.planner.with_rejected else 1)
+        earlier, scored, scored_rejected = data.scored[indices].sum(0).tolist()
+        tokens, response_tokens = prompt + chosen, earlier + scored
+        if self.planner.with_rejected:
+            tokens += prompt + int(data.rejected_lengths[indices].sum())
+            response_tokens += earlier + scored_rejected
         return StepSize(
             pairs=len(indices),
-            tokens=prompts + chosen + rejected,
-            response_tokens=chosen + rejected,
+            tokens=tokens,
+            response_tokens=response_tokens,
             counts=self.planner.counts(indices),
         )
 

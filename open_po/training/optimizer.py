@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -51,6 +50,17 @@ def lost_updates(config: TrainConfig, numerics: Numerics) -> str | None:
     )
 
 
+def long_warmup(config: TrainConfig, steps: int) -> str | None:
+    """A line about a warm-up that does not end in `steps` steps."""
+    warmup = config.warmup(steps)
+    if warmup <= steps or config.lr_scheduler_type == "constant":
+        return None
+    return (
+        f"Warning: warmup_steps {warmup:,} is more than the run's {steps:,} steps; the learning rate rises to "
+        f"{steps / warmup:.0%} of learning_rate and no further"
+    )
+
+
 def make_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
     """The learning rate over `steps` steps, warm-up included: transformers' own schedules, one step ahead.
 
@@ -59,7 +69,7 @@ def make_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LRSc
     schedule: LRScheduler = get_scheduler(
         config.lr_scheduler_type,
         optimizer,
-        num_warmup_steps=math.ceil(config.warmup_ratio * steps),
+        num_warmup_steps=config.warmup(steps),
         num_training_steps=steps + 1,
     )
     with warnings.catch_warnings():

@@ -14,7 +14,7 @@ from open_po.output.run_folder import RunFolder
 from open_po.packing import Sampler
 from open_po.training.checkpoint import RunningMean, SavedState, TrainingProgress, TrainingState
 from open_po.training.checkpoint_folders import latest_checkpoint, prune
-from open_po.training.optimizer import make_schedule, total_steps
+from open_po.training.optimizer import long_warmup, make_schedule, total_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,8 @@ def start_or_resume(
         prompt_numbers=dataset.prompt_numbers if train.group_pairs_by_prompt else None,
     )
     steps = total_steps(train, sampler.steps_per_epoch)
+    if line := long_warmup(train, steps):
+        runtime.say(line)
     state = TrainingState(
         engine=engine,
         started_from=identity,

@@ -60,7 +60,7 @@ def oversized(planner: Planner, tokens: int) -> str | None:
     return (
         f"max_tokens_per_batch: {over:,} {'pair needs' if over == 1 else 'pairs need'} more than {tokens:,} tokens, "
         f"alone in packs that are larger than planned: the longest has {lengths[longest]:,} "
-        f"({planner.dataset.origins[longest]}); max_seq_length shortens it"
+        f"({planner.dataset.origin(longest)}); max_seq_length shortens it"
     )
 
 

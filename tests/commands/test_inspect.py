@@ -63,6 +63,25 @@ def unmarked(text: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------- rows
 
+
+def test_turns_that_are_scored_and_those_that_are_not(tokenizer: Path, tmp_path: Path, capsys: Capture) -> None:
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e"), ("assistant", "f")]
+    row = [{"role": role, "content": content} for role, content in turns]
+    data = tiny.write_jsonl(tmp_path / "data.jsonl", [{"prompt": row[:3], "chosen": row[3:], "rejected": row[5:]}])
+    words = cli.flags(model_name_or_path=tokenizer, mixer_list=[data, 1.0], chat_template_name="zephyr")
+    keep_start = cli.flags(truncation="keep_start", max_prompt_length=16, add_bos=True)
+    found = parts(shown(capsys, [*words, "--scored_turns", "all", *keep_start]), 1)
+    whole = parts(shown(capsys, [*words, *keep_start]), 1)
+    assert whole["chosen"][1] == found["chosen"][1].replace("⟦", "").replace("⟧", "")
+    assert "⟦" not in whole["prompt"][1]
+    inside = re.findall("⟦(.*?)⟧", found["chosen"][1].replace("\n", "").replace("┊", ""))
+    assert inside == ["<|user|>↵e⟨/s⟩↵<|assistant|>↵"]
+    assert re.search(r", \d+ of them not scored, in ⟦⟧$", found["chosen"][0])
+    assert re.fullmatch(r", 16 tokens, \d+ newer tokens cut", found["prompt"][0])
+    assert unmarked(found["prompt"][1]).startswith("<s><|user|>")
+    assert found["prompt"][1].rstrip("\n").endswith("tokens cut here⟫")
+
+
 CHAT = [
     {
         "conversations": [

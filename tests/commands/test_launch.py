@@ -591,6 +591,23 @@ def test_a_dry_run_counts_steps(
     assert steps("hub/name 1.0").startswith("1 x ceil(pairs / 32); the pairs of hub/name are not counted here")
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ("", "5e-07, linear after a warm-up of 0.1 of the steps (warmup_ratio)"),
+        ("--warmup_steps 150", "5e-07, linear after a warm-up of 150 steps (warmup_steps)"),
+        (
+            "--warmup_ratio 0.2 --warmup_steps 1 --lr_scheduler_type cosine --learning_rate 1e-6",
+            "1e-06, cosine after a warm-up of 1 step (warmup_steps)",
+        ),
+        ("--lr_scheduler_type constant", "5e-07, constant"),
+    ],
+)
+def test_a_dry_run_tells_the_learning_rate(fields: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model_name_or_path", "m", "--mixer_list", "d", "1.0", *fields.split()]
+    assert line_of(dry_run(capsys, *words), "Learning rate") == expected
+
+
 def test_a_dry_run_prints_commands_that_start_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

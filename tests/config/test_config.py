@@ -409,6 +409,10 @@ def test_wrong_types_on_the_command_line(flags: list[str], message: str) -> None
             "warmup_ratio: lr_scheduler_type constant has no warm-up; use constant_with_warmup",
         ),
         (
+            "--lr_scheduler_type constant --warmup_steps 5",
+            "warmup_steps: lr_scheduler_type constant has no warm-up; use constant_with_warmup",
+        ),
+        (
             "--optimizer rmsprop --weight_decay 0.1",
             "weight_decay: is not applied by optimizer rmsprop; set it to 0 or use adamw",
         ),

@@ -231,12 +231,14 @@ def test_a_template_from_a_file(tmp_path: Path) -> None:
 
 
 def test_templates_that_cannot_be_read(tmp_path: Path) -> None:
-    message = "chat_template_name 'tulip' is neither tulu nor a readable file (No such file or directory)"
+    message = (
+        "chat_template_name 'tulip' is none of tulu, chatml, zephyr, and no readable file (No such file or directory)"
+    )
     with pytest.raises(UserError) as caught:
         chat_template("tulip")
     assert str(caught.value) == message
     (tmp_path / "latin.jinja").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match="is neither tulu nor a readable file"):
+    with pytest.raises(UserError, match="is none of tulu, chatml, zephyr, and no readable file"):
         chat_template(str(tmp_path / "latin.jinja"))
 
 
@@ -344,6 +346,7 @@ def test_lengths_after_truncation(
     assert cut == PreferencePair(
         list(range(lengths[0] - expected[0], lengths[0])), list(range(expected[1])), list(range(expected[2]))
     )
+    assert Truncation(*limits, "keep_start")(pair) == PreferencePair(*(list(range(length)) for length in expected))
 
 
 _lengths = st.integers(1, 30)

@@ -72,7 +72,8 @@ RECIPES = {
         flags={
             "optimizer": "rmsprop",
             "lr_scheduler_type": "constant_with_warmup",
-            "warmup_ratio": 0.4,
+            "warmup_ratio": 0.9,
+            "warmup_steps": 4,
             "max_grad_norm": 0.5,
         },
         optimizer=torch.optim.RMSprop,

@@ -16,7 +16,7 @@ from open_po.config import TrainConfig
 from open_po.distributed import parallelism
 from open_po.model.numerics import Numerics
 from open_po.optimizers import OPTIMIZERS
-from open_po.training.optimizer import lost_updates
+from open_po.training.optimizer import long_warmup, lost_updates
 from open_po.training.trainer import Trainer
 from tests import cli, tiny
 
@@ -199,6 +199,20 @@ def test_a_plain_optimizer_of_bfloat16_weights_is_warned_of(
 
     assert told(torch.bfloat16, 5e-7) == line
     assert told(torch.float32, 5e-7) is told(torch.bfloat16, 1e-4) is told(torch.bfloat16, 5e-7, "adamw_sr") is None
+
+
+def test_a_warmup_that_the_run_does_not_come_to_the_end_of(
+    llama: Path, pairs: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    output = cli.train(llama, pairs, tmp_path / "run", learning_rate=1e-3, warmup_steps=8, max_train_steps=2)
+    line = (
+        "Warning: warmup_steps 8 is more than the run's 2 steps; the learning rate rises to 25% of learning_rate and "
+        "no further"
+    )
+    assert [said for said in capsys.readouterr().out.splitlines() if "Warning" in said] == [line]
+    assert [record["learning_rate"] for record in cli.steps(output)] == pytest.approx([1e-3 / 8, 2e-3 / 8])
+    assert long_warmup(TrainConfig(warmup_steps=8), 2) == line
+    assert long_warmup(TrainConfig(warmup_steps=2), 2) is long_warmup(TrainConfig(warmup_ratio=0.9), 1) is None
 
 
 @pytest.mark.parametrize(
