@@ -2,7 +2,7 @@
 
     python dpo_tune_cache.py CONFIG.yaml [MORE.yaml ...] [--field value ...]
 
-`--help` lists every field.
+`--help` lists every field, `--dry-run` prints the configuration and starts nothing.
 """
 
 import sys

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from open_po.config import RunConfig, load_config
-from open_po.memory_plan import MemoryPlan
-from open_po.model.planning import USABLE, plan_memory
+from open_po.memory_plan import MemoryPlan, usable
+from open_po.model.planning import plan_memory
 
 RESULTS = Path(__file__).parent / "results" / "memory.md"
 ROW, TOKENS, PAIRS = 2048, 4096, 2
@@ -161,7 +161,7 @@ def card_table() -> str:
             plans = [(mode, plan(folder, mode)) for mode in MODES]
             cells = []
             for card in CARDS:
-                fitting = [(mode, made) for mode, made in plans if made.fits(USABLE * card * 1e9)]
+                fitting = [(mode, made) for mode, made in plans if made.fits(usable(card * 1e9))]
                 cells.append(f"{short(fitting[0][0])} ({fitting[0][1].peak / 1e9:.0f})" if fitting else "-")
             lines.append(f"| {size} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -279,7 +279,7 @@ def rows(cuda: bool) -> Iterator[str]:
             theirs = child("trl", folder, mode) if cuda else "not measured"
             yield (
                 f"| {mode.name} | {made.allocated / 1e9:.1f} | {made.peak / 1e9:.1f} | {target} | {ours} | {theirs} "
-                f"| {made.tokens_that_fill(USABLE * 80e9):,} |"
+                f"| {made.tokens_that_fill(usable(80e9)):,} |"
             )
 
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "plan": "the memory that a run takes, what fits, what to change; needs no GPU and no weights",
     "inspect": "what the model will really see: tokens, lengths, what is left out, packs",
     "score": "log-probs and implicit rewards of every pair of a data set",
+    "evaluate": "answers of models to held-out prompts, and how good they are: BLEU, ROUGE, exact match, ...",
     "sweep": "one reference pass, then a run for each setting of a grid",
     "watch": "a run or a sweep while it goes on, seen from another terminal",
     "report": "one HTML page about runs and sweeps: curves, figures, settings that differ, samples",

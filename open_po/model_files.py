@@ -53,12 +53,16 @@ class ModelSource:
         """
         return Path(self.name) if Path(self.name).is_dir() else _downloaded(self.name, self.revision)
 
+    def description(self) -> Path:
+        """The folder, or one with what describes the model and no weights. Raises UserError if it cannot be reached."""
+        return Path(self.name) if Path(self.name).is_dir() else _described(self.name, self.revision)
+
     def config_folder(self) -> Path:
         """A folder with the model's config.json, and its code; of the base model, if its files are adapters.
 
         Raises UserError if it cannot be reached.
         """
-        folder = Path(self.name) if Path(self.name).is_dir() else _described(self.name, self.revision)
+        folder = self.description()
         base = adapter_base(folder, self.trust_remote_code)
         if base is not None:
             return base.config_folder()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -62,13 +63,14 @@ def test_shellcheck_finds_nothing() -> None:
 def test_a_recipe_is_the_published_one(script: str) -> None:
     model, data, rate, seed = RECIPES[script]
     words = Path(cli.REPOSITORY, "scripts/train", script).read_text().split()
-    config = load_config([next(word for word in words if word.startswith("configs/") and word.endswith(".yaml"))])
+    config = load_config([str(cli.REPOSITORY / word) for word in words if re.fullmatch(r"configs/.*\.yaml", word)])
     assert (config.model.model_name_or_path, config.data.mixer_list) == (model, [data, "1.0"])
     assert (config.train.learning_rate, config.train.seed) == (rate, seed)
     assert (config.loss.names, config.loss.beta, config.data.max_seq_length) == (["dpo_norm"], 5, 2048)
     schedule = (config.train.lr_scheduler_type, config.train.warmup_ratio, config.train.weight_decay)
     assert schedule == ("linear", 0.1, 0.0)
     assert (config.train.num_epochs, config.model.gradient_checkpointing) == (1, True)
+    assert config.data.scored_turns == "all"
     assert config.output.resume_from_checkpoint == "auto"
     assert config.output.checkpointing_steps is not None
 
@@ -114,7 +116,7 @@ def test_a_recipes_dry_run(script: str, dry_run: DryRun) -> None:
     assert "Engine: parallel zero3" in text
     assert "Global batch: 128 pairs = per_device_train_batch_size 1 x gradient_accumulation_steps 4 x 32 ranks" in text
     assert "Steps: 2110 = 1 x ceil(pairs / 128)" in text
-    command = "MASTER_ADDR=gpu0 MASTER_PORT=29500 GPUS_PER_NODE=8 bash scripts/train/launch.sh configs/recipes/"
+    command = "MASTER_ADDR=gpu0 MASTER_PORT=29500 GPUS_PER_NODE=8 bash scripts/train/launch.sh configs/models/"
     assert text.count(command) == 4
 
 

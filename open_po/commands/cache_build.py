@@ -20,7 +20,7 @@ def build(config: RunConfig, runtime: Runtime) -> None:
     data = prepare_data(config, runtime)
     reference = separate_reference(config, runtime, data)
     if reference is None:
-        numerics = runtime.from_main(reference_numerics, config, runtime.device)
+        numerics = runtime.from_main(reference_numerics, config, runtime.device, runtime.parallelism)
         reference = log_probs_of(policy_source(config), numerics, config, runtime, data, label="Reference model")
     done = reference.totals
     table = make_table("Reference log-probs", "what", "value")

@@ -8,12 +8,12 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from open_po.config import RunConfig
+from open_po.config import FIELDS, RunConfig, load_config
 from open_po.errors import ConfigError, Preempted, UserError, user_line
 
 if TYPE_CHECKING:
@@ -61,6 +61,28 @@ def _uncollected() -> Iterator[None]:
         gc.enable()
 
 
+def load_fields(
+    flags: Sequence[str],
+    rest: Sequence[str],
+    *,
+    command: str,
+    instead: Mapping[str, str],
+    problem: Callable[[str], str | None],
+) -> RunConfig:
+    """The configuration of a command's own `flags` and of `rest`, which the user gave as --field value.
+
+    `instead` says which of the command's words give a field that it sets itself, `problem` why another one is refused.
+    Raises ConfigError.
+    """
+    given = [word[2:].partition("=")[0] for word in rest if word.startswith("--")]
+    problems = [f"{name}: {command} takes this from {instead[name]}" for name in given if name in instead]
+    known = [name for name in given if name in FIELDS and name not in instead]
+    problems += [line for name in known if (line := problem(name)) is not None]
+    if problems:
+        raise ConfigError(problems)
+    return load_config([*flags, *rest])
+
+
 def refuse_unwritable(out: Path) -> None:
     """Raises UserError, before anything takes long, if no file `out` can be written; its folder is made."""
     if out.is_dir():
@@ -94,6 +116,8 @@ def run_command(read: Callable[[], RunConfig], load: Callable[[], Job]) -> int:
         runtime = Runtime.start(config.train.seed, config)
     except ConfigError as error:
         return refused(error)
+    for note in config.notes:
+        runtime.say(note)
     try:
         job(config, runtime)
     except (Exception, KeyboardInterrupt) as error:

@@ -1,26 +1,45 @@
-"""What a launch would do, in words and commands: its dry run."""
+"""What a run, or a launch, would do: dry runs."""
 
 from __future__ import annotations
 
 import math
 import shlex
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from open_po.commands.place import NODE_0, Place, counted
-from open_po.config import MixturePart, RunConfig
+from open_po.config import FIELDS, MixturePart, RunConfig
 
 _EXAMPLE_PAIRS = 100_000
 
 
+def resolved(config: RunConfig) -> str:
+    """The dry run of one process: the configuration with every field that has a value, which is itself a file of one.
+
+    What is to be told of it stands above, as comments.
+    """
+    train = config.train
+    pairs = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    lines = [
+        "Dry run: what the run would be configured as. Nothing is started.",
+        f"Global batch: {pairs} pairs on one process, {4 * pairs} on 4, {8 * pairs} on 8",
+        *config.notes,
+    ]
+    return "".join(f"# {line}\n" for line in lines) + config.to_yaml().rstrip()
+
+
 def dry_run(config: RunConfig, words: Sequence[str], place: Place, pairs: int | None, restarts: int) -> str:
-    """The text of a dry run: each node's command, a rank's, the engine, the batch and the steps."""
+    """The text of a dry run: each node's command, a rank's, the engine, the batch, the steps and the configuration."""
     lines = [
         f"Dry run: {place}, {counted(place.ranks, 'rank')}. Nothing is started.",
         f"Engine: parallel {config.distributed.parallel}",
         f"Global batch: {_batch(config, place)}",
         f"Steps: {_steps(config, place, pairs)}",
         f"Tokens of a forward pass: {_tokens(config, place)}",
+        *(f"Note: {note}" for note in config.notes),
         "",
     ]
     for node in range(place.nodes):
@@ -35,7 +54,9 @@ def dry_run(config: RunConfig, words: Sequence[str], place: Place, pairs: int | 
         )
     if place.nodes > 1 and place.address == NODE_0:
         lines += ["", f"{NODE_0} is to be replaced by the address of node 0 (or set MASTER_ADDR for the dry run)."]
-    return "\n".join(lines)
+    changed = {name: value for name, value in config.flat().items() if value not in (None, FIELDS[name].default)}
+    text = yaml.safe_dump(changed, sort_keys=False, width=110).rstrip()
+    return "\n".join([*lines, "", "Configuration, where it is not the default:", textwrap.indent(text, "  ")])
 
 
 def _global_batch(config: RunConfig, place: Place) -> int:

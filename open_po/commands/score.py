@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from open_po.commands.command_line import CommandParser, Job, run_command
-from open_po.config import FIELDS, RunConfig, load_config
-from open_po.errors import ConfigError
+from open_po.commands.command_line import CommandParser, Job, load_fields, run_command
+from open_po.config import FIELDS, RunConfig
 
 _BETA = 0.1
 
@@ -45,11 +44,7 @@ def main(words: Sequence[str]) -> int:
         return partial(score, out=arguments.out, beta=arguments.beta or _BETA)
 
     def read() -> RunConfig:
-        config = load_config([*flags, *rest])
-        given = (word[2:].partition("=")[0] for word in rest if word.startswith("--"))
-        if odd := [problem for name in given if (problem := _problem(name))]:
-            raise ConfigError(odd)
-        return config
+        return load_fields(flags, rest, command="score", instead=_INSTEAD, problem=_problem)
 
     return run_command(read, job)
 
@@ -71,11 +66,10 @@ _INSTEAD = {
     "eval_mixer_list_configs": "--data",
     "eval_mixture": "--data",
     "reference_model_name_or_path": "--reference",
+    "max_tokens_per_batch": "--reference_max_tokens_per_batch",  # of a pass that keeps no activations
 }
 
 
 def _problem(name: str) -> str | None:
     """What is wrong with a field, as far as scoring is concerned."""
-    if name in _INSTEAD:
-        return f"{name}: score takes this from {_INSTEAD[name]}"
     return None if FIELDS[name].is_scored else f"{name}: score does not train; leave it out"

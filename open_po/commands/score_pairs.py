@@ -14,11 +14,14 @@ from open_po.config import RunConfig
 from open_po.data.run_data import Data, prepare_data
 from open_po.distributed.runtime import Runtime
 from open_po.errors import UserError
-from open_po.evaluation.meter import wins
+from open_po.evaluation.breakdown import break_down, reward_statistics
 from open_po.losses import PairLogps
 from open_po.model.numerics import frozen_numerics
 from open_po.model_files import policy_source
+from open_po.output.estimate import Groups
 from open_po.output.files import disk_faults, write_atomically
+from open_po.output.metrics import REWARD_ACCURACY, REWARD_MARGIN
+from open_po.output.tables import groups_table
 from open_po.reference import log_probs_of, open_cache, separate_reference
 
 
@@ -44,7 +47,14 @@ def score(config: RunConfig, runtime: Runtime, out: Path, beta: float) -> None:
     def finish() -> None:
         with disk_faults(str(out), "log-probs are kept in the cache"):
             write_atomically(out, write)
-        runtime.console.print(_table(policy, under_reference, beta, out))
+        groups = None
+        if under_reference is not None:
+            chosen = beta * (policy.chosen - under_reference.chosen)
+            rejected = beta * (policy.rejected - under_reference.rejected)
+            groups = break_down(reward_statistics(chosen, rejected), data.train)
+        runtime.console.print(_table(policy, groups, beta, out))
+        if groups is not None:
+            runtime.console.print(groups_table(groups, "By source and length"))
 
     runtime.on_main(finish)
 
@@ -75,7 +85,7 @@ def _rows(data: Data, policy: PairLogps, reference: PairLogps | None, beta: floa
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _table(policy: PairLogps, reference: PairLogps | None, beta: float, out: Path) -> Table:
+def _table(policy: PairLogps, groups: Groups | None, beta: float, out: Path) -> Table:
     table = Table(title="Scores", title_justify="left", show_header=False)
     table.add_column("what", style="bold")
     table.add_column("value", overflow="fold")
@@ -86,9 +96,9 @@ def _table(policy: PairLogps, reference: PairLogps | None, beta: float, out: Pat
     likelier = (policy.chosen > policy.rejected).float().mean()
     by_token = policy.chosen / policy.chosen_tokens > policy.rejected / policy.rejected_tokens
     table.add_row("chosen is likelier", f"{likelier:.1%} of pairs; per token {by_token.float().mean():.1%}")
-    if reference is not None:
-        chosen, rejected = beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected)
-        table.add_row("reward accuracy", f"{wins(chosen, rejected).mean():.1%} (a tie counts half)")
-        table.add_row("reward margin", f"{(chosen - rejected).mean():.4f} (beta {beta:g})")
+    if groups is not None:
+        accuracy, margin = (groups.all.figures[name] for name in (REWARD_ACCURACY, REWARD_MARGIN))
+        table.add_row("reward accuracy", f"{accuracy.value:.1%} (a tie counts half)")
+        table.add_row("reward margin", f"{margin.value:.4f} (beta {beta:g})")
     table.add_row("output", str(out))
     return table

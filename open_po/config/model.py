@@ -36,8 +36,9 @@ class ModelConfig:
     )
     weights_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
-        "precision of trained weights; auto: bfloat16 if they compute in it and the optimizer keeps small updates of "
-        "such weights (adamw_kahan, adamw_sr, adamw_8bit), else float32. Adapters are always float32",
+        "precision of trained weights; auto: bfloat16 if they compute in it and small updates of such weights are "
+        "kept, by the optimizer (adamw_kahan, adamw_sr, adamw_8bit) or in float32 weights on the host "
+        "(offload_optimizer without DeepSpeed), else float32. Adapters are always float32",
         scores=False,
     )
     gradient_checkpointing: bool = option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import types
 import typing
@@ -11,35 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 import yaml
-from yaml.constructor import ConstructorError
 
+from open_po.config.aliases import ALIASES, translate
 from open_po.config.checks import contradictions, resolve
 from open_po.config.field import Field
+from open_po.config.raw import Loader, Words, read_layers
 from open_po.config.run_config import FIELDS, SECTIONS, RunConfig
 from open_po.errors import ConfigError
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which all but true, false and null stays text, since a field's type says what it is.
-
-    So `1e-7` is a number, a commit `0123456` or a version `1.10` is kept as it is written, and `prompt_sharing: on` is
-    no boolean. A repeated key is an error.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        met: set[Any] = set()
-        for key, _ in node.value:
-            if key.value in met:
-                raise ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
-            met.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|false)$", re.IGNORECASE), list("tTfF"))
 _SPOKEN = {"yes": True, "on": True, "no": False, "off": False}  # what YAML 1.1 also takes for a boolean
 
 
@@ -54,17 +34,17 @@ _TYPED = {  # which leaves behind what belongs to the other form
 }
 
 
-class _Words(list[str]):
-    """The words behind a flag, not yet read as its field's type."""
-
-
 def load_config(arguments: Sequence[str]) -> RunConfig:
     """The configuration of a command line `CONFIG.yaml [MORE.yaml ...] [--field value ...]`.
 
-    Raises ConfigError with every problem found.
+    Names of other trainers are taken too (open_po/config/aliases). Raises ConfigError with every problem found.
     """
-    values, problems = _read_arguments(arguments)
+    problems: list[str] = []
+    layers = read_layers(arguments, problems)
     read_all = not problems
+    values, notes, said_as = _take(layers, problems)
+    if "exp_name" not in values and (name := _name_of_files(arguments)):
+        values["exp_name"] = name
     typed: dict[str, Any] = {}
     mistyped: set[str] = set()
     for name, value in values.items():
@@ -75,12 +55,12 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
             typed[name] = _convert(value, FIELDS[name])
         except ValueError as error:
             mistyped.add(name)
-            problems.append(f"{name}: {error}")
+            problems.append(f"{said_as.get(name, name)}: {error}")
     sections = {
         section: cls(**{k: v for k, v in typed.items() if FIELDS[k].section == section})
         for section, cls in SECTIONS.items()
     }
-    config = RunConfig(**sections)
+    config = RunConfig(**sections, notes=tuple(notes))
     # A mistyped field has its default here: what that contradicts is no problem of the user's.
     # What a file that cannot be read may give is not missing.
     problems += [
@@ -98,24 +78,26 @@ def _names(problem: str) -> set[str]:
     return set(re.findall(r"\w+", problem.split(";")[0]))
 
 
-def _read_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Raw values by name (later ones win) and the problems met while reading them."""
+def _take(layers: Sequence[dict[str, Any]], problems: list[str]) -> tuple[dict[str, Any], list[str], dict[str, str]]:
+    """Raw values by field (later layers win), what else is to be told of them, and which names they were given by."""
     values: dict[str, Any] = {}
-    problems: list[str] = []
-    position = 0
-    while position < len(arguments) and not arguments[position].startswith("--"):
-        values = _layered(values, _read_yaml(Path(arguments[position]), problems))
-        position += 1
-    flags: dict[str, Any] = {}
-    while position < len(arguments):
-        name, equals, inline = arguments[position][2:].partition("=")
-        position += 1
-        words = _Words([inline] if equals else [])
-        while position < len(arguments) and not arguments[position].startswith("--"):
-            words.append(arguments[position])
-            position += 1
-        flags[name] = words
-    return _layered(values, flags), problems
+    before: dict[str, Any] = {}
+    notes: dict[str, None] = {}
+    said_as: dict[str, str] = {}
+    for layer in layers:
+        taken = translate(layer, before)
+        before |= layer
+        values = _layered(values, taken.values)
+        notes |= dict.fromkeys(taken.notes)
+        said_as = {name: said for name, said in said_as.items() if name not in taken.values} | taken.said_as
+        problems += taken.problems
+    return values, list(notes), said_as
+
+
+def _name_of_files(arguments: Sequence[str]) -> str | None:
+    """The name of a run that several files make together, as `gemma-2-2b_sum_dpo_gamma`; None if it is one file."""
+    files = [Path(word).stem for word in itertools.takewhile(lambda word: not word.startswith("--"), arguments)]
+    return "_".join(files) if len(files) > 1 else None
 
 
 def _layered(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
@@ -128,35 +110,8 @@ def _layered(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in replaced} | later
 
 
-def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except IsADirectoryError:
-        inside = path / "config.yaml"
-        found = f"is it {inside} that you mean?" if inside.is_file() else "name a YAML file"
-        problems.append(f"{path}: is a folder; {found}")
-        return {}
-    except OSError as error:
-        problems.append(f"{path}: cannot be read ({error.strerror}); configuration files come before the --flags")
-        return {}
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
-        problems.append(f"{path}{line}: is not valid YAML ({error.problem})")
-        return {}
-    # ValueError: not UTF-8, or a tag such as !!int before other text. RecursionError: nested too deeply.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        problems.append(f"{path}: is not valid YAML ({' '.join(str(error).split())})")
-        return {}
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        problems.append(f"{path}: must be a mapping of field names to values")
-        return {}
-    return content
-
-
 def _unknown_field(name: str) -> str:
-    close = get_close_matches(name, FIELDS, n=1, cutoff=0.5)
+    close = get_close_matches(name, [*FIELDS, *ALIASES], n=1, cutoff=0.5)
     return f"{name}: unknown field" + (f"; did you mean {close[0]}?" if close else "; --help lists all fields")
 
 
@@ -171,7 +126,7 @@ def _accepts(hint: Any, kind: type) -> bool:
 def _convert(value: Any, field: Field) -> Any:
     """`value` as the field's type; raises ValueError saying what is expected and what came."""
     hint = field.hint
-    if isinstance(value, _Words):
+    if isinstance(value, Words):
         value = _read_words(value, hint)
     if value is None and field.takes_none:
         return None
@@ -182,7 +137,7 @@ def _convert(value: Any, field: Field) -> Any:
     raise ValueError(f"expects {_describe(hint)}, got {value!r}")
 
 
-def _read_words(words: _Words, hint: Any) -> Any:
+def _read_words(words: Words, hint: Any) -> Any:
     """What YAML would have given in place of a flag's words; raises ValueError if there are too few or too many."""
     if not words:
         if _accepts(hint, bool):
@@ -198,7 +153,7 @@ def _read_words(words: _Words, hint: Any) -> Any:
         raise ValueError(f"takes one value, got {' '.join(words)}")
     if _accepts(hint, bool) or _accepts(hint, dict) or of_mappings:
         try:
-            return yaml.load(words[0], _Loader)
+            return yaml.load(words[0], Loader)
         except (yaml.YAMLError, ValueError):
             pass  # _convert says what is expected
     return words[0]
@@ -267,7 +222,8 @@ def _describe(hint: Any) -> str:
 def help_text(program: str = "python dpo_tune_cache.py") -> str:
     """Every field with its type, default and meaning, by section."""
     lines = [f"usage: {program} CONFIG.yaml [MORE.yaml ...] [--field value ...]", ""]
-    lines += ["YAML files merge left to right, flags win.", ""]
+    lines += ["YAML files merge left to right, flags win. --dry-run prints what they come to, and starts nothing.", ""]
+    lines += ["Names of open-instruct, TRL and others are taken too: docs/aliases.md.", ""]
     for section, cls in SECTIONS.items():
         lines.append(f"{section}: {(cls.__doc__ or '').splitlines()[0]}")
         for field in (field for field in FIELDS.values() if field.section == section):

@@ -6,7 +6,7 @@ run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -43,6 +43,8 @@ class RunConfig:
     train: TrainConfig
     distributed: DistributedConfig
     output: OutputConfig
+    # What is told at the start of a run: names of other trainers that have no effect here, a line each.
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def flat(self) -> dict[str, Any]:
         """Every field's value by name."""

@@ -27,7 +27,6 @@ class TrainConfig:
         "Changes memory and speed, never a step's value. If memory runs out in a step it is done again with half",
         above=0,
         shapes_result=False,
-        scores=True,
     )
     group_pairs_by_prompt: bool = option(
         False,

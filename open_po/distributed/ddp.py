@@ -34,6 +34,7 @@ class DdpEngine(SingleEngine):
             for weight in model.parameters():
                 broadcast(weight.detach(), runtime)
         super().__init__(model, make_optimizer, runtime, rules=rules)
+        self._buckets: dict[nn.Parameter, Tensor] = {}  # each gradient's place in those of DDP
         if self._sums is not None:
             return
         devices = [runtime.device] if runtime.device.type == "cuda" else None
@@ -42,6 +43,34 @@ class DdpEngine(SingleEngine):
             self.module = DistributedDataParallel(
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+        self._buckets = self._settle_buckets()
+
+    def _settle_buckets(self) -> dict[nn.Parameter, Tensor]:
+        """The gradients, which are zero, as DDP keeps them: views of its buckets.
+
+        With these from the first pack on, packs add up in the buckets; without, beside them, in a second copy of all
+        gradients. DDP hands them out in its first backward pass, and arranges its buckets anew before the second.
+        """
+
+        def zero(nothing: Tensor) -> Tensor:
+            """In a backward pass the last weight's gradient comes first, about as in one through the model."""
+            return nothing + sum(weight.sum() * 0 for weight in self._parameters)
+
+        vars(self._model)["forward"] = zero
+        for _ in range(2):
+            self.discard()
+            self.module(torch.zeros((), device=self.device)).backward()
+        del vars(self._model)["forward"]
+        return {parameter: cast(Tensor, parameter.grad) for parameter in self._parameters}
+
+    def discard(self) -> None:
+        super().discard()
+        for parameter, bucket in self._buckets.items():
+            parameter.grad = bucket.zero_()
+
+    @property
+    def spared_gradients(self) -> int:
+        return 0  # all are there when they are reduced
 
     def _adds(self, packs: int) -> bool:
         return True  # the ranks' packs add up too

@@ -78,6 +78,11 @@ class Engine(Placement, ABC):
         """Whether the step under way has changed weights before `update` was called, or before it gave up."""
         return False
 
+    @property
+    def spared_gradients(self) -> int:
+        """Bytes of gradients that the step under way would hold if it had several packs, and does not with its one."""
+        return 0
+
     def step(self, *, packs: int) -> AbstractContextManager[object]:
         """The context of all packs of a step, so many; what a step that failed has left is gone.
 

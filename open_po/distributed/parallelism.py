@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from open_po.config import RunConfig, TrainConfig
+from open_po.config import DistributedConfig, RunConfig, TrainConfig
 from open_po.distributed.deepspeed_file import read_deepspeed_file
 from open_po.errors import ConfigError, UserError
 from open_po.optimizers import OPTIMIZERS
@@ -34,6 +34,20 @@ class Parallelism:
     def zero_stage(self) -> int:
         """0 where the engine is not DeepSpeed's."""
         return int(self.kind[4:]) if self.kind.startswith("zero") else 0
+
+    @staticmethod
+    def asked_for(config: DistributedConfig, kind: Kind | None = None) -> Parallelism:
+        """What the fields say by themselves, before a run is launched; `kind` in place of what they say of that."""
+        return Parallelism(
+            kind=kind or ("ddp" if config.parallel == "auto" else config.parallel),
+            offload_optimizer=config.offload_optimizer,
+            offload_param=config.offload_param,
+        )
+
+    @property
+    def updates_on_host(self) -> bool:
+        """Whether float32 weights in the host's memory are what is updated, and a model has copies (`HostUpdate`)."""
+        return self.offload_optimizer and not self.zero_stage
 
     @property
     def divides_weights(self) -> bool:
@@ -189,6 +203,8 @@ def _not_for(found: Parallelism, config: RunConfig) -> Iterator[str]:
     if config.output.async_checkpointing and found.zero_stage:
         yield f"async_checkpointing: DeepSpeed waits for its checkpoints (parallel {found.kind}); leave it out"
     yield from _not_for_update(found, config.train)
+    if found.kind == "tp":
+        yield from _not_for_tensor_parallelism(config)
     if config.model.use_qlora and found.kind not in ("single", "ddp"):
         yield f"use_qlora: weights in 4 bits are whole on every rank, this run is {found.kind}; use parallel ddp"
     spec = OPTIMIZERS[config.train.optimizer]
@@ -210,6 +226,18 @@ def _not_for(found: Parallelism, config: RunConfig) -> Iterator[str]:
         )
 
 
+def _not_for_tensor_parallelism(config: RunConfig) -> Iterator[str]:
+    """What a model that is divided within its layers cannot do yet."""
+    if config.model.use_lora:
+        yield "use_lora: parallel tp trains no adapters; use fsdp"
+    for name in ("mlp_tile_tokens", "torch_compile", "offload_activations"):
+        if getattr(config.model, name):
+            yield f"{name}: has not been tried with parallel tp; leave it out, or use fsdp"
+    if "log_sum_sq" in config.loss.mix().extras:
+        names = ", ".join(config.loss.names)
+        yield f"loss_type: {names} needs a token's whole distribution, which parallel tp divides; use fsdp"
+
+
 def _not_for_update(found: Parallelism, train: TrainConfig) -> Iterator[str]:
     """Fields of gradients and updates that an engine does not go with."""
     kind = found.kind
@@ -219,10 +247,9 @@ def _not_for_update(found: Parallelism, train: TrainConfig) -> Iterator[str]:
         yield "grad_dtype: ranks of parallel tp would round the same weights differently; use float32"
     if train.optimizer_in_backward == "on" and kind not in IN_BACKWARD:
         yield f"optimizer_in_backward: on is for one GPU and parallel layers, this run is {kind}; use auto"
-    hosted = found.offload_optimizer and not found.zero_stage
-    if hosted and train.optimizer_in_backward == "on":
+    if found.updates_on_host and train.optimizer_in_backward == "on":
         yield "optimizer_in_backward: offload_optimizer has gradients leave for the host there; use auto"
-    if hosted and not OPTIMIZERS[train.optimizer].on_host:
+    if found.updates_on_host and not OPTIMIZERS[train.optimizer].on_host:
         able = ", ".join(name for name, spec in OPTIMIZERS.items() if spec.on_host)
         yield f"offload_optimizer: updates float32 weights on the host by {able}, not by {train.optimizer}; use adamw"
 

@@ -22,7 +22,8 @@ from open_po.distributed.runtime import Runtime
 from open_po.distributed.update import UpdateRules, clip_and_step
 from open_po.errors import UserError
 
-_WEIGHTS, _OPTIMIZER = "weights.safetensors", "optimizer.pt"
+WEIGHTS = "weights.safetensors"  # the trained ones, by their names in the module
+_OPTIMIZER = "optimizer.pt"
 
 
 class SingleEngine(Engine):
@@ -45,6 +46,7 @@ class SingleEngine(Engine):
         self._in_backward: UpdateInBackward | None = None
         if self._updates_in_backward():
             self._in_backward = UpdateInBackward(parameters, self.optimizer)
+        self._packs = 0  # of the step under way
         self._told = False  # that a step could not be updated in its backward pass
 
     def _updates_in_backward(self) -> bool:
@@ -56,9 +58,18 @@ class SingleEngine(Engine):
     def weights_changed(self) -> bool:
         return self._in_backward is not None and self._in_backward.weights_changed
 
+    @property
+    def spared_gradients(self) -> int:
+        if self._packs != 1 or (self._in_backward is None and self._host is None):
+            return 0
+        sums = self._sums
+        dtypes = [(p, p.dtype if sums is None else sums.dtype_of(p)) for p in self._parameters]
+        return sum(parameter.numel() * dtype.itemsize for parameter, dtype in dtypes)
+
     @contextmanager
     def step(self, *, packs: int) -> Iterator[None]:
         self.discard()
+        self._packs = packs
         if self._in_backward is not None:
             self._in_backward.begin(active=packs == 1)
             if packs > 1 and self._rules.optimizer_in_backward == "on" and not self._told:
@@ -133,7 +144,7 @@ class SingleEngine(Engine):
 
     def load(self, folder: Path) -> None:
         parameters = self._updated()
-        weights = load_file(folder / _WEIGHTS)
+        weights = load_file(folder / WEIGHTS)
         state = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
         for name, value in weights.items():
             if value.dtype != parameters[name].dtype:
@@ -170,7 +181,7 @@ class _Writing(Saving):
 
 
 def _write(folder: Path, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
-    save_file(weights, folder / _WEIGHTS)
+    save_file(weights, folder / WEIGHTS)
     with open(folder / _OPTIMIZER, "wb") as file:
         torch.save(optimizer, file)
 

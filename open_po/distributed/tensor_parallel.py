@@ -26,6 +26,14 @@ def tensor_parallel_mesh(runtime: Runtime) -> DeviceMesh:
     return init_device_mesh(runtime.device.type, (runtime.world_size,))
 
 
+def refuse_vocabulary(entries: int, ranks: int) -> None:
+    """Raises UserError for a head whose vocabulary the ranks cannot divide evenly."""
+    if entries % ranks:
+        raise UserError(
+            f"parallel: tp needs a vocabulary that {ranks} ranks divide, this one has {entries} entries; use fsdp"
+        )
+
+
 class TensorParallelEngine(DistributedTensorsEngine):
     """Training of a model that transformers has divided when it loaded it."""
 
@@ -41,11 +49,7 @@ class TensorParallelEngine(DistributedTensorsEngine):
         super().__init__(model, runtime.device)
         self.team, self.lockstep_packs = runtime, True
         if isinstance(head_weight, DTensor):
-            if head_weight.shape[0] % runtime.world_size:
-                raise UserError(
-                    f"parallel: tp needs a vocabulary that {runtime.world_size} ranks divide, this one has "
-                    f"{head_weight.shape[0]} entries; use fsdp"
-                )
+            refuse_vocabulary(head_weight.shape[0], runtime.world_size)
             self.vocabulary = VocabularyShards(head_weight.device_mesh.get_group())
         self._limit = rules.limit
         self._parameters = list(trained(model).values())

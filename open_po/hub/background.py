@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from open_po.config import OutputConfig
-from open_po.errors import NotUploadedError, Preempted
+from open_po.errors import NotUploadedError, Preempted, UserError
 from open_po.hub.publication import MODEL_FOLDER, Publication
 from open_po.hub.repository import Branch
 from open_po.hub.retrying import AT_START, AT_THE_END, IN_TRAINING, persistently
@@ -76,7 +76,7 @@ class HubUploader(RunObserver):
 
     def needs(self, checkpoint: Path) -> bool:
         if self._publication.keeps_all:
-            return (checkpoint / MODEL_FOLDER).is_dir() and checkpoint.name not in self._noted().published
+            return (checkpoint / MODEL_FOLDER).is_dir() and not self._has_arrived(checkpoint.name)
         under_way = [] if self._upload is None else [self._upload.name]
         return checkpoint.name in [*self._waiting, *under_way]
 
@@ -93,11 +93,16 @@ class HubUploader(RunObserver):
                 if self._upload is None and self._told:
                     break
                 self._wait()
-        if due := self._noted().due():
+        try:
+            noted = self._noted()
+        except UserError as unread:  # what ended the run is what it ends with
+            self._say(f"What is on the Hub cannot be told: {unread}")
+            return
+        if due := noted.due():
             command = f"python -m open_po upload {self._folder.path}"
             self._say(f"Not on the Hub yet: {', '.join(due)}; the run sends it when it goes on, or {command}")
-        elif self._noted().published:
-            self._say(f"On the Hub: {list(self._noted().published)[-1]} in {self.branch}")
+        elif noted.published:
+            self._say(f"On the Hub: {list(noted.published)[-1]} in {self.branch}")
 
     def completed(self, summary: RunSummary) -> None:
         self._waiting = []
@@ -116,10 +121,18 @@ class HubUploader(RunObserver):
         self._console.print(line, soft_wrap=True, markup=False)
 
     def _noted(self) -> Publication:
-        """What uploads have noted."""
+        """What uploads have noted. Raises UserError if that cannot be read any more."""
         noted = Publication.read(self._folder)
-        assert noted is not None, "it was written at the start"
+        if noted is None:
+            raise UserError(f"{self._folder.hub}: is gone")
         return noted
+
+    def _has_arrived(self, name: str) -> bool:
+        """Whether it is known that a checkpoint is on the Hub."""
+        try:
+            return name in self._noted().published
+        except UserError:
+            return False
 
     def _look(self) -> None:
         """Tell how an upload ended, and begin the next."""

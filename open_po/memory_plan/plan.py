@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
-from open_po.memory_plan.shape import EngineName, ModelBytes, PassBytes, TrainingShape
-from open_po.memory_plan.states import RankBytes, rank_bytes
+from open_po.memory_plan.shape import ModelBytes, PassBytes, TrainingShape
+from open_po.memory_plan.states import RankBytes, rank_bytes, reference_bytes
 
 # What is taken before the first tensor: CUDA's context and the libraries' kernels; on a CPU the program and its
 # libraries. Not seen by torch.cuda.max_memory_allocated.
 CONTEXT_BYTES = {"cuda": 0.8e9, "cpu": 0.6e9}
+_USABLE = 0.97  # of a card's memory; the rest is the driver's
 FRAGMENTED = 0.06  # of what comes and goes, which the allocator cannot hand out again at once
 _WORKSPACE = 34e6  # that cuBLAS keeps, on a Hopper card
 _OFFLOADING = 2 * 2**28  # on the way to the host and back, see model/offload.py
@@ -20,6 +21,11 @@ _CHANGING = ("gathered", "activations", "head", "layers")
 _STEP, _FIRST, _MOST = 256, 8192, 2**18  # tokens: a budget is a multiple of the first, the search begins at the second
 _CLOSE, _TRIES = 0.005, 12
 _KNOTS = 2048, 4  # tokens at which passes are computed for the search: the first, and by what each is larger
+
+
+def usable(card: float) -> float:
+    """Bytes that a run may take of a card that has so many; whether it fits, and which budget fills it, go by them."""
+    return _USABLE * card
 
 
 class Passes(Protocol):
@@ -87,10 +93,6 @@ class MemoryPlan:
         lines = replace(self, passes=_Lines(self.passes))
         return _largest(lambda tokens: sum(lines._reference_parts(tokens).values()), room)
 
-    def under(self, engine: EngineName, ranks: int) -> MemoryPlan:
-        """The plan on other ranks, or spread over them otherwise."""
-        return replace(self, shape=replace(self.shape, engine=engine, ranks=ranks))
-
     def rehearse(self) -> None:
         """Compute what there is to know. Raises what the model's own code raises."""
         self._parts(self.shape.max_tokens)
@@ -105,8 +107,9 @@ class MemoryPlan:
         head = max(0.0, found.head_peak - found.activations)
         layers = max(0.0, found.layers_peak - found.activations - head)
         kept = {"weights": rank.weights, "gradients": rank.gradients, "optimizer": rank.optimizer}
-        # Of a step of one pack the gradients come as the activations go.
-        before = kept if shape.several_packs or not shape.gradients_whole else kept | {"gradients": 0.0}
+        # Of a step of one pack the gradients come as the activations go, unless they have their place.
+        there = shape.several_packs or shape.has_buckets or not shape.gradients_whole
+        before = kept if there else kept | {"gradients": 0.0}
         begins = before | {"gathered": rank.gathered, "activations": activations, "head": head, "layers": layers}
         ends = kept | {"gathered": rank.gathered_at_end, "activations": 0.0, "head": 0.0, "layers": 0.0}
         return self._with_overheads(max(begins, ends, key=lambda parts: sum(parts.values())))
@@ -124,16 +127,10 @@ class MemoryPlan:
         shape = self.shape
         if shape.no_reference:
             return {}
-        # Before the policy is loaded, or with its weights, before there are gradients and states.
-        coarse = shape.separate_reference and not shape.four_bit
-        weights = shape.compute * self.model.whole.parameters if coarse else self.model.whole.size
-        gathered = 0.0
-        if shape.engine == "layers":
-            weights = self.rank.weights
-        elif shape.engine in ("fsdp", "zero3") and not shape.separate_reference:
-            weights, gathered = weights / shape.ranks, self.rank.gathered
+        held = reference_bytes(self.model, shape, card=self.card)
+        kept = {"weights": held.weights, "gradients": held.gradients, "optimizer": held.optimizer}
         scoring = self.passes.scoring(max(tokens, shape.prompt_tokens + shape.response_tokens))
-        return self._with_overheads({"weights": weights, "gathered": gathered, "activations": scoring})
+        return self._with_overheads(kept | {"gathered": held.gathered, "activations": scoring})
 
 
 @dataclass(frozen=True)

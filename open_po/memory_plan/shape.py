@@ -33,6 +33,7 @@ class TrainingShape:
     # A gradient leaves as soon as it is complete, in steps of one pack of one process: into the weights, or to the host
     gradients_leave: bool = False
     offload_weights: bool = False  # a rank's part of the weights waits in the host's memory
+    gathered_stay: bool = False  # under fsdp: weights stay whole from a layer's forward pass to its backward pass
     checkpoint_every: int = 0  # each so many layers' activations are made again in the backward pass; 0: none
     offload_activations: bool = False
     liger: bool = False
@@ -45,8 +46,11 @@ class TrainingShape:
     max_tokens: int = 8192  # of a pack
     reference_tokens: int = 8192  # of a pack of the reference pass
     # The reference
-    separate_reference: bool = False  # loaded before the policy, and gone then
+    separate_reference: bool = False  # another model, or another copy: loaded before the policy, and gone then
     no_reference: bool = False
+    reference_weight: int = 4  # bytes of one of its weights, if that is no adapter
+    reference_sharding: Literal["auto", "on", "off"] = "auto"  # auto: ranks divide it where a whole copy does not fit
+    reference_ranks: int = 0  # that do, 1 if each has a copy; 0: not known, so as `reference_sharding` says
 
     @property
     def pair_tokens(self) -> int:
@@ -55,9 +59,19 @@ class TrainingShape:
         return prompts * self.prompt_tokens + 2 * self.response_tokens
 
     @property
+    def divides_weights(self) -> bool:
+        """Whether no rank holds the whole policy."""
+        return self.engine in ("fsdp", "zero3")
+
+    @property
     def several_packs(self) -> bool:
         """Whether gradients of one pack are there while another is computed."""
         return self.pairs_of_rank * self.pair_tokens > self.max_tokens
+
+    @property
+    def has_buckets(self) -> bool:
+        """Whether gradients have their place from the start: DDP's buckets, in which packs add up too."""
+        return self.engine == "ddp" and self.gradient_alone == 4
 
     @property
     def gradients_whole(self) -> bool:

@@ -15,6 +15,7 @@ ZERO_HOST = 20  # bytes a trained parameter in the host's memory, where DeepSpee
 # Share of a card that bfloat16 weights, float32 sums of their gradients and states may take; else sums are bfloat16.
 _FLOAT32_SUMS = 0.75
 _WHOLE_GRADIENT = 0.2  # share of the card up to which fsdp adds gradients up before it reduces them
+_WHOLE_REFERENCE = 0.6  # share of a card that a whole copy of the reference may take, where ranks could divide it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,6 @@ def gradient_bytes(shape: TrainingShape, trained: float, card: float | None) -> 
     """Of a trained weight's gradient, at the end of a step's passes."""
     if not shape.gradients_whole:
         return 0.0
-    if shape.engine == "ddp" and shape.gradient_alone == 4:  # buckets of float32 stay, several packs add up beside them
-        return 8.0 if shape.several_packs else 4.0
     if not shape.several_packs and shape.engine != "ddp":  # under which bfloat16 weights' always add up apart
         return shape.gradient_alone
     cards = shape.ranks if shape.engine in ("fsdp", "layers") else 1
@@ -88,10 +87,48 @@ def rank_bytes(model: ModelBytes, shape: TrainingShape, *, card: float | None = 
         gradients=gradients if reduced_once else gradients / n,
         optimizer=optimizer / n,
         # What is around the layers is whole through the pass, two layers at a time, one with its gradient on the way.
-        gathered=around.size + 2 * layer.size + gradient * layer.trained,
+        gathered=(whole.size if shape.gathered_stay else around.size + 2 * layer.size) + gradient * layer.trained,
         gathered_at_end=around.size + 2 * flight,
         host=(host + (whole.size if shape.offload_weights else 0.0)) / n,
     )
+
+
+def reference_bytes(model: ModelBytes, shape: TrainingShape, *, card: float | None = None) -> RankBytes:
+    """What the rank that holds most has in the reference pass, before there are gradients and states."""
+    whole, layer = model.whole, model.largest_layer
+    size = whole.size + (shape.reference_weight - shape.weight) * whole.parameters
+    scale = size / whole.size
+    if shape.engine == "layers":
+        largest = max(found.weights for found in _dealt_out(model, shape, card))
+        return RankBytes(weights=scale * largest, gradients=0.0, optimizer=0.0)
+    ranks = _reference_ranks(size, shape, card)
+    at_once = whole.size if shape.gathered_stay else model.around.size + 2 * layer.size
+    gathered = scale * at_once if ranks > 1 else 0.0
+    if shape.separate_reference or (shape.divides_weights and ranks == 1):
+        return RankBytes(weights=size / ranks, gradients=0.0, optimizer=0.0, gathered=gathered)
+    # The policy, with what its engine has made by then: DDP's buckets, DeepSpeed's states.
+    kept = rank_bytes(model, shape, card=card)
+    return RankBytes(
+        weights=kept.weights,
+        gradients=kept.gradients if shape.has_buckets else 0.0,
+        optimizer=kept.optimizer if shape.engine.startswith("zero") else 0.0,
+        gathered=gathered,
+    )
+
+
+def _reference_ranks(size: float, shape: TrainingShape, card: float | None) -> int:
+    """How many ranks divide a reference of `size` bytes, as `is_divided` in `open_po/model/prepare.py` decides it."""
+    if shape.reference_ranks:
+        return shape.reference_ranks
+    whole = card is None or shape.four_bit or whole_reference_fits(size, card)
+    divided = shape.reference_sharding == "on" or (shape.reference_sharding == "auto" and not whole)
+    possible = shape.separate_reference or shape.divides_weights
+    return shape.ranks if divided and possible else 1
+
+
+def whole_reference_fits(size: float, card: float) -> bool:
+    """Whether each rank has a copy of a reference of `size` bytes, so that none waits for another."""
+    return size <= _WHOLE_REFERENCE * card
 
 
 def whole_gradients_fit(size: float, card: float) -> bool:

@@ -29,8 +29,11 @@ def gigabytes(size: float) -> str:
     return "-" if size < 5e6 else f"{size / 1e9:,.2f}" if size < 1e10 else f"{size / 1e9:,.1f}"
 
 
-def engines_table(plans: dict[str, MemoryPlan], room: float, budgets: dict[str, int]) -> Table:
-    """A column for each engine, a row for each part: GB on the GPU that holds most."""
+def engines_table(plans: dict[str, MemoryPlan], card: float, room: float) -> Table:
+    """A column for each engine, a row for each part: GB on the GPU that holds most.
+
+    Of a `card` of so many bytes a run may take `room`.
+    """
     table = Table()
     table.add_column("GB, predicted", overflow="fold")
     for name in plans:
@@ -46,9 +49,10 @@ def engines_table(plans: dict[str, MemoryPlan], room: float, budgets: dict[str, 
         table.add_row("host memory", *(gigabytes(plan.rank.host) for plan in plans.values()))
     table.add_section()
     fit = ["[green]yes[/]" if plan.fits(room) else "[red]no[/]" for plan in plans.values()]
-    table.add_row(f"fits {room / 1e9:,.0f} GB", *fit)
+    table.add_row(f"fits {card / 1e9:,.0f} GB", *fit)
     table.add_row("tokens of a pack", *(f"{plan.shape.max_tokens:,}" for plan in plans.values()))
-    table.add_row("as many would fill it", *(f"{budgets[name]:,}" if budgets[name] else "-" for name in plans))
+    budgets = [plan.tokens_that_fill(room) for plan in plans.values()]
+    table.add_row("as many would fill it", *(f"{tokens:,}" if tokens else "-" for tokens in budgets))
     return table
 
 

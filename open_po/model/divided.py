@@ -22,17 +22,16 @@ from open_po.distributed.parallelism import refuse_contradictions
 from open_po.distributed.runtime import Runtime
 from open_po.distributed.skeleton import broadcast, without_weights
 from open_po.errors import UserError, first_line
-from open_po.memory_plan import ModelBytes, WeightBytes, rank_bytes
+from open_po.memory_plan import ModelBytes, WeightBytes, rank_bytes, whole_reference_fits
 from open_po.model.load import apply_liger, load_scorer, model_settings, starting_adapters
 from open_po.model.lora import add_adapters
 from open_po.model.numerics import Numerics
-from open_po.model.planning import training_shape
+from open_po.model.planning import DeviceType, training_shape
 from open_po.model.scorer import Scorer
 from open_po.model_files import ModelSource, adapter_base, safetensors_files
 
 _CPU = torch.device("cpu")
-# Shares of a device's memory: that a whole copy of the reference may take, and what a whole model and its training may.
-_FITS, _TRAINS = 0.6, 0.75
+_TRAINS = 0.75  # share of a device's memory that a whole model and its training may take
 
 
 class Weights(Mapping[str, Tensor]):
@@ -101,7 +100,7 @@ class HollowModel:
     def fits_whole(self) -> bool:
         """Whether every rank's device has room for a whole copy that only scores; all ranks call this."""
         needed = self.parameters * self.numerics.weights_dtype.itemsize
-        return needed <= _FITS * min(self.runtime.gather(self._room()))
+        return whole_reference_fits(needed, min(self.runtime.gather(self._room())))
 
     def _room(self) -> int:
         """Bytes that a model may take on this rank."""
@@ -115,7 +114,8 @@ class HollowModel:
 
         All ranks call this. Raises UserError for fields that fsdp does not go with.
         """
-        shape = training_shape(config, "cuda" if self.runtime.device.type == "cuda" else "cpu")
+        device: DeviceType = "cuda" if self.runtime.device.type == "cuda" else "cpu"
+        shape = training_shape(config, device, self.runtime.parallelism)
         # Of adapters, which are small, nothing is known yet.
         trained = 0 if config.model.use_lora else self.parameters
         whole = WeightBytes(
@@ -144,7 +144,7 @@ class HollowModel:
         """
         team = self.runtime
         needed = self.parameters * self.numerics.weights_dtype.itemsize
-        if team.nodes > 1 and needed <= _FITS * min(team.gather(self._room())) * team.local_world_size:
+        if team.nodes > 1 and whole_reference_fits(needed, min(team.gather(self._room())) * team.local_world_size):
             team = team.of_node()
         self.scorer.place(divide(self.scorer, self.scorer.decoder_layers(), self.fill, team))
         return self.scorer

@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.utils import GENERATION_CONFIG_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +88,17 @@ def answer_ids(tokens: Tensor, ends: Sequence[int]) -> list[list[int]]:
     return found
 
 
-def end_tokens(model: PreTrainedModel, eos: int) -> list[int]:
-    """What ends an answer: the tokenizer's EOS and what the model's settings name."""
-    named: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
+def end_tokens(settings: GenerationConfig | None, eos: int) -> list[int]:
+    """What ends an answer: the tokenizer's EOS and what the settings that come with a model name."""
+    named: Any = None if settings is None else settings.eos_token_id
     return sorted({eos, *(named if isinstance(named, list) else [] if named is None else [named])})
+
+
+def generation_settings(folder: Path, trust_remote_code: bool) -> GenerationConfig:
+    """The settings that come with the model of a folder, as it has them when it is loaded. Raises OSError."""
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
 
 
 @contextmanager

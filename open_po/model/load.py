@@ -21,13 +21,12 @@ def load_scorer(source: ModelSource, numerics: Numerics, device: torch.device, m
 
     A folder of adapters gives their base model with the adapters merged into it, or, as `numerics` says, beside it.
     Dropout would make the policy differ from the reference it starts from. With a `mesh` of ranks each loads its part
-    of every layer, as the model's plan for tensor parallelism says. Raises UserError if the model cannot be loaded.
+    of every layer, as the plan for tensor parallelism of a model without adapters says. Raises UserError if the model
+    cannot be loaded.
     """
     folder = source.folder()
     base = adapter_base(folder, source.trust_remote_code)
     try:
-        if mesh is not None and base is not None:
-            raise UserError(f"{source.name}: is a folder of adapters, which parallel tp cannot merge; use fsdp")
         whole = folder if base is None else base.folder()
         model, dropout = _load(whole, source.trust_remote_code, numerics, device, mesh)
         # Adapters that are trained on it name it as their base: not by the folder of this machine's Hub cache.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PreTrainedModel
 
@@ -11,7 +12,10 @@ from open_po.config import ModelConfig, RunConfig
 from open_po.distributed.parallelism import Parallelism
 from open_po.errors import UserError, first_line
 from open_po.model.scorer import Scorer
-from open_po.model_files import adapter_base, adapter_settings, policy_source
+from open_po.model_files import ModelSource, adapter_base, adapter_settings, policy_source
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 def refuse_wrong_start(config: RunConfig, parallelism: Parallelism) -> None:
@@ -24,7 +28,7 @@ def refuse_wrong_start(config: RunConfig, parallelism: Parallelism) -> None:
     holds_adapters = adapter_base(folder, source.trust_remote_code) is not None
     if model.lora_start == "continue":
         if not holds_adapters:
-            raise UserError(f"lora_start: continue needs a folder of adapters, {source.name} is a whole model; use new")
+            raise no_adapters(source)
         has_dora = bool(_trainable_settings(folder).get("use_dora"))
     elif holds_adapters and model.use_qlora:
         raise UserError(
@@ -40,6 +44,11 @@ def refuse_wrong_start(config: RunConfig, parallelism: Parallelism) -> None:
         raise UserError(
             f"use_dora: needs whole weights, which parallel {parallelism.kind} divides; use ddp, or leave it out"
         )
+
+
+def no_adapters(source: ModelSource) -> UserError:
+    """The error where `lora_start` continue finds a whole model."""
+    return UserError(f"lora_start: continue needs a folder of adapters, {source.name} is a whole model; use new")
 
 
 def _trainable_settings(folder: Path) -> dict[str, Any]:
@@ -77,8 +86,7 @@ def attach_lora(scorer: Scorer, config: ModelConfig) -> None:
     Raises UserError for target modules that do not exist, and for an adapter on the head or on an embedding tied to
     it: the fused log-probs read the head's own weight.
     """
-    from peft import LoraConfig, get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft import LoraConfig
 
     targets: list[str] | str | None = config.lora_target_modules
     if targets == ["all-linear"]:
@@ -92,13 +100,34 @@ def attach_lora(scorer: Scorer, config: ModelConfig) -> None:
         use_dora=config.use_dora,
         task_type="CAUSAL_LM",
     )
+    _attach(scorer, lora, targets if isinstance(targets, list) else [])
+
+
+def attach_like(scorer: Scorer, folder: Path) -> None:
+    """Freeze the scorer's weights and give it float32 adapters of the shape of those in `folder`, without their values.
+
+    `folder` need hold no more than their description. Raises UserError if it is none that `lora_start` continue takes.
+    """
+    from peft import LoraConfig
+
+    _trainable_settings(folder)
+    lora = LoraConfig.from_pretrained(str(folder))
+    lora.inference_mode = False
+    _attach(scorer, cast(LoraConfig, lora), [])
+
+
+def _attach(scorer: Scorer, lora: LoraConfig, targets: Sequence[str]) -> None:
+    """Adapters, of which each of `targets` must have got one."""
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     model = scorer.base
     try:
         scorer.model = get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(f"lora_target_modules: {first_line(error)}") from error
     found = [name for name, module in scorer.model.named_modules() if isinstance(module, BaseTunerLayer)]
-    for target in targets if isinstance(targets, list) else []:
+    for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in found):
             raise UserError(f"lora_target_modules: the model has no module {target} that can get an adapter")
     _refuse_on_head(model, "lora_target_modules")

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 
 from open_po.config import ModelConfig, OutputConfig, RunConfig
+from open_po.distributed.parallelism import Parallelism
 from open_po.errors import UserError
 from open_po.model.attention import ATTENTION_VERSION
 from open_po.model.logprobs import LOGPROB_VERSION
@@ -48,20 +49,21 @@ class Numerics:
         }
 
 
-def policy_numerics(config: RunConfig, device: torch.device) -> Numerics:
+def policy_numerics(config: RunConfig, device: torch.device, parallelism: Parallelism | None = None) -> Numerics:
     """How the policy computes on `device`; its own weights as the reference compute alike.
 
     Weights that train are float32, whatever they compute in, unless the optimizer keeps small updates of bfloat16
-    ones: an update at a learning rate of 1e-7 is lost in bfloat16. Under adapters the weights do not train. Raises
-    UserError as `frozen_numerics`, and for bfloat16 weights that are to compute in float32.
+    ones, or float32 weights on the host do: an update at a learning rate of 1e-7 is lost in bfloat16. Under adapters
+    the weights do not train. `parallelism` is the run's; None: as the fields say. Raises UserError as
+    `frozen_numerics`, and for bfloat16 weights that are to compute in float32.
     """
-    found = _policy_numerics(config, device)
+    found = _policy_numerics(config, device, parallelism or Parallelism.asked_for(config.distributed))
     if config.train.grad_dtype == "bfloat16" and (config.model.use_lora or found.weights_dtype == torch.float32):
         raise UserError("grad_dtype: bfloat16 is for bfloat16 weights, those that train are float32; leave it out")
     return found
 
 
-def _policy_numerics(config: RunConfig, device: torch.device) -> Numerics:
+def _policy_numerics(config: RunConfig, device: torch.device, parallelism: Parallelism) -> Numerics:
     frozen = frozen_numerics(config.model, device)
     wanted = config.model.weights_dtype
     if config.model.use_lora:
@@ -72,7 +74,8 @@ def _policy_numerics(config: RunConfig, device: torch.device) -> Numerics:
             f"weights_dtype: bfloat16 needs dtype bfloat16, this run computes in {_name(frozen.compute_dtype)}; set it"
         )
     if wanted == "auto":
-        wanted = "bfloat16" if OPTIMIZERS[config.train.optimizer].keeps_small_updates else "float32"
+        kept = OPTIMIZERS[config.train.optimizer].keeps_small_updates or parallelism.updates_on_host
+        wanted = "bfloat16" if kept else "float32"
     return frozen if wanted == "bfloat16" else dataclasses.replace(frozen, weights_dtype=torch.float32)
 
 
@@ -105,10 +108,10 @@ def saved_dtype(output: OutputConfig, numerics: Numerics) -> torch.dtype:
     return numerics.compute_dtype if wanted == "auto" else cast(torch.dtype, getattr(torch, wanted))
 
 
-def reference_numerics(config: RunConfig, device: torch.device) -> Numerics:
+def reference_numerics(config: RunConfig, device: torch.device, parallelism: Parallelism | None = None) -> Numerics:
     """How the reference computes: as the policy where it is the policy's start, else as a model that only scores."""
     is_policy = reference_source(config) is None
-    return policy_numerics(config, device) if is_policy else frozen_numerics(config.model, device)
+    return policy_numerics(config, device, parallelism) if is_policy else frozen_numerics(config.model, device)
 
 
 def _name(dtype: torch.dtype) -> str:

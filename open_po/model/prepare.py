@@ -15,7 +15,7 @@ from open_po.data.run_data import Data
 from open_po.distributed.engine import Engine, Fill
 from open_po.distributed.make_engine import deal_out, make_engine
 from open_po.distributed.runtime import Runtime
-from open_po.distributed.tensor_parallel import tensor_parallel_mesh
+from open_po.distributed.tensor_parallel import refuse_vocabulary, tensor_parallel_mesh
 from open_po.distributed.update import UpdateRules
 from open_po.errors import UserError
 from open_po.model import four_bit
@@ -24,10 +24,11 @@ from open_po.model.compiled import compile_layers, refuse_rows
 from open_po.model.divided import HollowModel
 from open_po.model.layout_check import choose_layout
 from open_po.model.load import load_scorer
-from open_po.model.lora import attach_lora
+from open_po.model.lora import attach_lora, refuse_wrong_start
+from open_po.model.mlp_tiles import tile_mlps
 from open_po.model.numerics import Numerics
 from open_po.model.scorer import Scorer
-from open_po.model_files import ModelSource, policy_source
+from open_po.model_files import ModelSource, adapter_base, policy_source
 from open_po.packing import Layout
 
 
@@ -105,18 +106,6 @@ def is_divided(source: ModelSource, numerics: Numerics, config: ReferenceConfig,
     return not runtime.on_every_rank(HollowModel, source, numerics, runtime).fits_whole()
 
 
-def _refuse_for_tensor_parallelism(config: RunConfig) -> None:
-    """Raises UserError for what a model that is divided within its layers cannot do yet."""
-    if config.model.use_lora:
-        raise UserError("use_lora: parallel tp trains no adapters; use fsdp")
-    for name in ("mlp_tile_tokens", "torch_compile", "offload_activations"):
-        if getattr(config.model, name):
-            raise UserError(f"{name}: has not been tried with parallel tp; leave it out, or use fsdp")
-    if "log_sum_sq" in config.loss.mix().extras:
-        names = ", ".join(config.loss.names)
-        raise UserError(f"loss_type: {names} needs a token's whole distribution, which parallel tp divides; use fsdp")
-
-
 def _loading_device(runtime: Runtime) -> torch.device:
     """Where a whole model is loaded: one that is dealt out to devices afterwards need fit on none of them."""
     return torch.device("cpu") if runtime.parallelism.kind == "layers" else runtime.device
@@ -141,6 +130,24 @@ def _dress(scorer: Scorer, config: RunConfig, runtime: Runtime) -> None:
     keep_activations(scorer, model)
 
 
+def refuse_what_cannot_train(config: RunConfig, numerics: Numerics, runtime: Runtime) -> None:
+    """Raises UserError, before anything takes long, for what the policy's architecture or adapters cannot do."""
+    model, source = config.model, policy_source(config)
+    refuse_wrong_start(config, runtime.parallelism)
+    divides_layers = runtime.parallelism.kind == "tp"
+    if divides_layers and adapter_base(source.folder(), source.trust_remote_code) is not None:
+        raise UserError(f"{source.name}: is a folder of adapters, which parallel tp cannot merge; use fsdp")
+    if not divides_layers and model.mlp_tile_tokens is None and model.gradient_checkpointing_every == 1:
+        return
+    scorer = HollowModel(source, numerics, runtime).scorer  # which nobody keeps
+    if divides_layers and any(name.endswith("lm_head") for name in scorer.base.tp_plan or ()):
+        refuse_vocabulary(scorer.head().weight.shape[0], runtime.world_size)
+    if model.gradient_checkpointing:
+        checkpoint_gradients(scorer, model.gradient_checkpointing_every)
+    if model.mlp_tile_tokens is not None:
+        tile_mlps(scorer, model.mlp_tile_tokens)
+
+
 def load_policy(
     config: RunConfig, numerics: Numerics, runtime: Runtime, data: Data, make_optimizer: Callable[..., Optimizer]
 ) -> Policy:
@@ -155,7 +162,6 @@ def load_policy(
         fill: Fill = _is_filled
         kind = runtime.parallelism.kind
         if kind == "tp":
-            _refuse_for_tensor_parallelism(config)
             scorer = load_scorer(source, numerics, runtime.device, tensor_parallel_mesh(runtime))
         elif runtime.parallelism.divides_weights:
             hollow = HollowModel(source, numerics, runtime)

@@ -25,15 +25,16 @@ from open_po.config import ModelConfig
 from open_po.data import PreferencePair
 from open_po.distributed.skeleton import without_weights
 from open_po.errors import UserError, first_line
-from open_po.memory_plan import ModelBytes, PassBytes, TrainingShape, WeightBytes
+from open_po.memory_plan import PassBytes, TrainingShape
 from open_po.model.activations import checkpoint_gradients
 from open_po.model.attention import MissingSegments, count_calls
 from open_po.model.ledger import Ledger
 from open_po.model.load import apply_liger, model_settings
-from open_po.model.lora import attach_lora
+from open_po.model.lora import attach_like, attach_lora
 from open_po.model.mlp_tiles import tile_mlps
+from open_po.model.model_bytes import model_bytes
 from open_po.model.numerics import Numerics
-from open_po.model.rehearsed_four_bit import FourBitLinear, keep_in_four_bits
+from open_po.model.rehearsed_four_bit import keep_in_four_bits
 from open_po.model.repeated_layers import RepeatedLayers, with_layers
 from open_po.model.saved_tensors import SavedTensors
 from open_po.model.scorer import Scorer
@@ -48,17 +49,21 @@ _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 class Rehearsal:
     """What the passes of one model hold, trained in one way."""
 
-    def __init__(self, folder: Path, config: ModelConfig, shape: TrainingShape) -> None:
-        """`folder` has the model's config.json; of `config` the adapters are read. Raises UserError."""
-        self.config, self.shape = config, shape
+    def __init__(self, folder: Path, config: ModelConfig, shape: TrainingShape, adapters: Path | None = None) -> None:
+        """`folder` has the model's config.json; of `config` the adapters are read, unless a folder has them.
+
+        Raises UserError.
+        """
+        self.config, self.shape, self._adapters = config, shape, adapters
         self.numerics = Numerics(
             compute_dtype=_DTYPES[shape.compute], weights_dtype=_DTYPES[shape.weight], use_liger=shape.liger
         )
+        self._reference = dataclasses.replace(self.numerics, weights_dtype=_DTYPES[shape.reference_weight])
         self._mode = FakeTensorMode()
         try:
             self._settings, _ = model_settings(folder, config.trust_remote_code, self.numerics)
-            with self._scorer(self._settings["config"]) as whole:
-                self.model = _model_bytes(whole)
+            with self._scorer(self._settings["config"], self.numerics) as whole:
+                self.model = model_bytes(whole)
                 layers = whole.decoder_layers()
         except UserError:
             raise
@@ -100,7 +105,7 @@ class Rehearsal:
         """Bytes of a model of `depth` layers when its body is computed, most until it goes back there, and after."""
         moments: list[float] = []
         batch = self._batch(tokens)
-        with self._scorer(with_layers(self._settings["config"], depth)) as scorer:
+        with self._scorer(with_layers(self._settings["config"], depth), self.numerics) as scorer:
             known = [*scorer.parameters(), *scorer.buffers(), *self._gradients(scorer), *_tensors(batch)]
             ledger = Ledger(known)
 
@@ -130,7 +135,7 @@ class Rehearsal:
 
     def _score(self, depth: int, tokens: int) -> float:
         batch = self._batch(tokens, responses_alone=True)
-        with self._scorer(with_layers(self._settings["config"], depth)) as scorer:
+        with self._scorer(with_layers(self._settings["config"], depth), self._reference) as scorer:
             ledger = Ledger([*scorer.parameters(), *scorer.buffers(), *_tensors(batch)])
             with self._running(scorer, ledger), scorer.as_reference():
                 scorer.token_logprobs(batch)
@@ -151,9 +156,10 @@ class Rehearsal:
             raise MissingSegments("the model calls an attention of its own")
 
     @contextmanager
-    def _scorer(self, config: Any) -> Iterator[Scorer]:
+    def _scorer(self, config: Any, numerics: Numerics) -> Iterator[Scorer]:
         """The model as it is trained, of the layers that `config` says, in fake tensors."""
         settings = {name: value for name, value in self._settings.items() if name != "config"}
+        settings["dtype"] = numerics.weights_dtype
         with _quiet(), without_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **settings)
         model.tie_weights()
@@ -161,10 +167,10 @@ class Rehearsal:
         module = vars(sys.modules[type(model).__module__])
         functions = dict(module)
         try:
-            if self.numerics.use_liger:
+            if numerics.use_liger:
                 apply_liger(model)
             with _quiet(), without_weights():
-                scorer = self._dressed(Scorer(cast(nn.Module, model), self.numerics, {}))
+                scorer = self._dressed(Scorer(cast(nn.Module, model), numerics, {}))
             with self._mode:
                 _without_memory(scorer)
             scorer.placement.device = torch.device("cpu")
@@ -179,7 +185,9 @@ class Rehearsal:
             checkpoint_gradients(scorer, shape.checkpoint_every)
         if shape.four_bit:
             keep_in_four_bits(layers, self.numerics.compute_dtype)
-        if self.config.use_lora:
+        if self._adapters is not None:
+            attach_like(scorer, self._adapters)
+        elif self.config.use_lora:
             attach_lora(scorer, self.config)
         if self.config.mlp_tile_tokens is not None:
             tile_mlps(scorer, self.config.mlp_tile_tokens)
@@ -244,25 +252,6 @@ def _without_memory(model: nn.Module) -> None:
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
-def _model_bytes(scorer: Scorer) -> ModelBytes:
-    layers = scorer.decoder_layers()
-    numbers = {id(m.weight): m.numbers for m in scorer.modules() if isinstance(m, FourBitLinear)}
-    seen: set[int] = set()
-
-    def of(module: nn.Module) -> WeightBytes:
-        weights = [weight for weight in module.parameters() if id(weight) not in seen]
-        seen.update(map(id, weights))
-        trained = [weight for weight in weights if weight.requires_grad]
-        return WeightBytes(
-            parameters=sum(numbers.get(id(weight), weight.numel()) for weight in weights),
-            trained=sum(weight.numel() for weight in trained),
-            size=float(sum(weight.nbytes for weight in weights)),
-            trained_size=float(sum(weight.nbytes for weight in trained)),
-        )
-
-    return ModelBytes(layers=tuple(map(of, layers)), around=of(scorer))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from open_po.distributed.runtime import Runtime
+from open_po.model.memory import room_bytes
 from open_po.model.scorer import Scorer
 from open_po.output.files import write_atomically
 
@@ -77,17 +78,37 @@ def usual(pair: int) -> int:
     return candidates(_PAIRS * pair)[-1]
 
 
-def fastest(budgets: Sequence[int], trial: Trial, total: int) -> tuple[int, list[int]] | None:
-    """The smallest of ascending `budgets` that is about as fast as any, and those that were timed.
+class Search(NamedTuple):
+    """What a search for a budget came to."""
+
+    best: int
+    timed: list[int]  # budgets that were compared, ascending
+    short: int | None = None  # the budget at which memory ran out, if it did
+
+    def describe(self) -> str:
+        """Why `best` is it."""
+        lacking = "" if self.short is None else f"memory ran out at {self.short:,}"
+        if len(self.timed) < 2:
+            return lacking
+        *others, last = (f"{budget:,}" for budget in self.timed)
+        found = f"measured: the smallest of {', '.join(others)} and {last} that is about as fast as any"
+        return f"{found}; {lacking}" if lacking else found
+
+
+def fastest(budgets: Sequence[int], trial: Trial, total: int) -> Search | None:
+    """The smallest of ascending `budgets` that is about as fast as any.
 
     Each is timed against the next one, on the same pairs and in turns, as long as more tokens are faster: so no pack is
-    more than twice as large as what is chosen. None if the time for this, by the `total` of the pass, is too short.
+    more than twice as large as what is chosen. A trial that memory does not suffice for, whose time is infinite, ends
+    the search. None if the time for this, by the `total` of the pass, is too short.
     """
     probes = [trial(budgets[0], 1) for _ in range(2)]  # the first pass of a process is slower
     spent = sum(probe.seconds for probe in probes)
-    rate = max(1e-9, *(probe.tokens / probe.seconds for probe in probes))  # tokens a second
-    best = budgets[0]
+    before = best = budgets[0]
     timed: list[int] = []
+    if spent == math.inf:
+        return Search(best, timed, best)
+    rate = max(1e-9, *(probe.tokens / probe.seconds for probe in probes))  # tokens a second
     for larger in budgets[1:]:
         limit = min(_MOST, max(_SHARE * total / rate, min(_LEAST, _OF_SHORT * total / rate)))
         least = {best: math.inf, larger: math.inf}
@@ -96,6 +117,8 @@ def fastest(budgets: Sequence[int], trial: Trial, total: int) -> tuple[int, list
                 break
             for budget in least:
                 took = trial(budget, larger)
+                if took.seconds == math.inf:
+                    return Search(best if budget == larger else before, timed, budget)
                 spent += took.seconds
                 least[budget] = min(least[budget], took.seconds)
                 rate = max(rate, took.tokens / took.seconds)
@@ -105,8 +128,8 @@ def fastest(budgets: Sequence[int], trial: Trial, total: int) -> tuple[int, list
         timed.append(larger)
         if least[larger] * (1 + _GAIN) > least[best]:
             break
-        best = larger
-    return (best, timed) if timed else None
+        before, best = best, larger
+    return Search(best, timed) if timed else None
 
 
 class BudgetBook:
@@ -141,8 +164,8 @@ class BudgetBook:
         return {key: value for key, value in entries if isinstance(value, dict)}
 
 
-def budget_book(folder: Path, purpose: str, scorer: Scorer, demand: Demand) -> BudgetBook:
-    """The book's entry for a model of this shape on this machine, and rows of about this length."""
+def budget_book(folder: Path, purpose: str, scorer: Scorer, demand: Demand, runtime: Runtime) -> BudgetBook:
+    """The book's entry for a model of this shape, spread as it is on this machine, and rows of about this length."""
     shapes = [  # DeepSpeed leaves empty tensors where weights are divided
         (name, list(getattr(weight, "ds_shape", weight.shape)), weight.requires_grad)
         for name, weight in scorer.named_parameters()
@@ -155,8 +178,13 @@ def budget_book(folder: Path, purpose: str, scorer: Scorer, demand: Demand) -> B
         "checkpointing": bool(scorer.base.is_gradient_checkpointing),
         "device": _device_name(scorer.device),
         "threads": torch.get_num_threads(),
+        "engine": runtime.parallelism.kind,
+        "processes": runtime.local_world_size,
+        "divided": scorer.lockstep,
         "rows": candidates(demand.longest)[-1],
     }
+    if runtime.device.type == "cuda":  # where memory decides
+        what |= {"ranks": runtime.world_size, "gigabytes": round(room_bytes(runtime.device) / 1e9)}
     return BudgetBook(folder, what)
 
 
@@ -176,10 +204,9 @@ def measured_budget(demand: Demand, trial: Trial | None, fits: int, book: Budget
     if found is None:
         reason = "not measured, the pass is too short" if trial is not None else "not measured under this engine"
         return TokenBudget(min(usual(demand.pair), budgets[-1]), f"room for {_PAIRS} pairs of mean length; {reason}")
-    tokens, timed = found
-    kept = runtime.from_main(book.keep, tokens)
-    *others, last = (f"{budget:,}" for budget in timed)
-    return TokenBudget(kept, f"measured: the smallest of {', '.join(others)} and {last} that is about as fast as any")
+    # Where memory ran out there may be more of it for the next run.
+    tokens = found.best if found.short is not None else runtime.from_main(book.keep, found.best)
+    return TokenBudget(tokens, found.describe())
 
 
 def filling_budget(demand: Demand, fits: int, runtime: Runtime) -> TokenBudget:

@@ -27,6 +27,10 @@ UPDATE_FRACTION = "optim/update_fraction"  # of trained weights, that changed in
 TOKENS_PER_SECOND = "perf/tokens_per_second"
 PAIRS_PER_SECOND = "perf/pairs_per_second"
 PEAK_MEMORY_GB = "perf/peak_memory_gb"
+# Mean tokens of a response, the one that ends it counted; of pairs, and of the answers of sample_during_eval
+CHOSEN_LENGTH = "lengths/chosen"
+REJECTED_LENGTH = "lengths/rejected"
+GENERATED_LENGTH = "lengths/generated"
 HELD_OUT = "eval/"  # what the names of held-out figures begin with
 
 _SHOWN = {

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from open_po import __version__
+from open_po.output.estimate import Groups
 from open_po.output.files import write_atomically
 from open_po.output.metrics import HELD_OUT, STEP, Metrics
 
@@ -90,6 +91,7 @@ class RunResult:
     peak_memory_bytes: int
     versions: dict[str, str]
     predicted_memory_bytes: int | None = None  # the plan's, beside the peak; None without a plan
+    held_out: Groups | None = None  # the last held-out figures with their intervals, by source and length too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +127,15 @@ class RunSummary:
             return None
         result = None
         with suppress(KeyError, TypeError, AttributeError):
-            reference = content.get("reference")
+            reference, groups = content.get("reference"), None
+            with suppress(KeyError, TypeError, AttributeError):  # of a version that had none
+                groups = Groups.of(content["held_out"])
             own = {
                 "reference": None if reference is None else _part(ReferenceTotals, reference),
                 "train": _part(TrainTotals, content["train"]),
                 "data": _part(DataTotals, content["data"]),
                 "run": _part(RunFacts, content["run"]),
+                "held_out": groups,
             }
             result = _part(RunResult, content | own)
         return RunSummary(status=status, error=content.get("error"), result=result)

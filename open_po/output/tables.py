@@ -8,10 +8,20 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from open_po.output.metrics import CHOSEN_LOGPS, LOSS, REWARD_ACCURACY, REWARD_MARGIN
+from open_po.output.estimate import Groups
+from open_po.output.metrics import (
+    CHOSEN_LENGTH,
+    CHOSEN_LOGPS,
+    GENERATED_LENGTH,
+    LOSS,
+    REJECTED_LENGTH,
+    REWARD_ACCURACY,
+    REWARD_MARGIN,
+)
 from open_po.output.samples import Sample
 from open_po.output.summary import RunResult, Status
 
+_FORMS = {REWARD_ACCURACY: ".1%", REWARD_MARGIN: ".3f", LOSS: ".4f"}
 _PROMPT, _ANSWER = 300, 600  # characters of a sample that the console shows; samples.jsonl has all
 
 
@@ -55,11 +65,38 @@ def result_table(result: RunResult, folder: Path) -> Table:
     ):
         if result.eval is not None and name in result.eval:
             start = f"{result.eval_before[name]:.4f} -> " if result.eval_before is not None else ""
-            table.add_row(label, f"{start}{result.eval[name]:.4f}")
+            estimate = None if result.held_out is None else result.held_out.all.figures.get(name)
+            interval = "" if estimate is None else f" ({estimate.interval('.4f')})"
+            table.add_row(label, f"{start}{result.eval[name]:.4f}{interval}")
+    if lengths := _lengths(result):
+        table.add_row("mean tokens", lengths)
     predicted = result.predicted_memory_bytes
     planned = "" if predicted is None else f", {predicted / 1e9:.2f} GB predicted"
     table.add_row("peak memory", f"{result.peak_memory_bytes / 1e9:.2f} GB{planned}")
     table.add_row("output", str(folder))
+    return table
+
+
+def _lengths(result: RunResult) -> str:
+    """Mean lengths of held-out responses, and of what the model answers."""
+    before, after = result.eval_before or {}, result.eval or {}
+    words = []
+    for name in (CHOSEN_LENGTH, REJECTED_LENGTH, GENERATED_LENGTH):
+        if name in after:
+            start = f"{before[name]:.1f} -> " if name == GENERATED_LENGTH and name in before else ""
+            words.append(f"{name.removeprefix('lengths/')} {start}{after[name]:.1f}")
+    return ", ".join(words)
+
+
+def groups_table(groups: Groups, title: str) -> Table:
+    """Preference metrics by source and by length, with the intervals that their true values lie in, 95 of 100 times."""
+    table = Table(title=f"{title}, with 95% intervals", title_justify="left")
+    table.add_column("pairs", style="bold", overflow="fold")
+    shown = {name: form for name, form in _FORMS.items() if name in groups.all.figures}
+    for name in ("count", *shown):
+        table.add_column(name.replace("/", " "), justify="right")
+    for label, group in {"all": groups.all, **groups.parts()}.items():
+        table.add_row(label, f"{group.pairs:,}", *(group.figures[name].text(form) for name, form in shown.items()))
     return table
 
 

@@ -6,15 +6,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from open_po.config import ModelConfig
+from open_po.data.tokenizer import load_tokenizer, pad_token_id
 from open_po.errors import UserError
-from open_po.evaluation.generation import exact_match
+from open_po.evaluation.generation import Greedy
+from open_po.evaluation.metrics import Answered
+from open_po.evaluation.metrics.texts import exact_match
+from open_po.evaluation.questions import read
+from open_po.model.generation import end_tokens
+from open_po.model.load import load_scorer
+from open_po.model.numerics import Numerics
+from open_po.model_files import ModelSource
 from open_po.output.files import write_atomically
 from open_po.output.metrics import REWARD_ACCURACY
 from open_po.output.run_folder import RunFolder
@@ -23,6 +30,7 @@ from open_po.quickstart.build import REPORT_FILE
 from open_po.quickstart.task import Row, read_rows
 
 MAX_ANSWER_TOKENS = 12
+_BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +74,20 @@ def _result(run: Path) -> RunResult:
 
 
 def _exact_match(run: Path, rows: Sequence[Row], device: torch.device) -> float:
-    model: Any = AutoModelForCausalLM.from_pretrained(run)
-    tokenizer = AutoTokenizer.from_pretrained(run)
-    prompts, answers = [row.prompt for row in rows], [row.chosen for row in rows]
-    return exact_match(model.to(device), tokenizer, prompts, answers, max_new_tokens=MAX_ANSWER_TOKENS)
+    """The share of greedy answers that are right."""
+    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(run)))
+    numerics = Numerics(compute_dtype=torch.float32, weights_dtype=torch.float32, use_liger=False)
+    scorer = load_scorer(ModelSource(name=str(run)), numerics, device)
+    ends = end_tokens(scorer.base.generation_config, tokenizer.eos_token_id)
+    greedy = Greedy(ends=ends, pad=pad_token_id(tokenizer), max_new_tokens=MAX_ANSWER_TOKENS, budget=_BATCH_TOKENS)
+    prompts = tokenizer([row.prompt for row in rows])["input_ids"]
+    answers = [""] * len(rows)
+    for batch in greedy.batches(scorer, [len(prompt) for prompt in prompts]):
+        found = greedy.answer(scorer, [prompts[index] for index in batch.indices], batch.max_new_tokens)
+        for index, text in zip(batch.indices, read(tokenizer, found), strict=True):
+            answers[index] = text
+    right = exact_match(Answered.of(answers, [row.chosen for row in rows]))
+    return sum(right) / len(right) / 100
 
 
 def report_table(report: Report) -> Table:

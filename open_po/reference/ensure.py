@@ -82,7 +82,7 @@ def separate_reference(config: RunConfig, runtime: Runtime, data: Data) -> Fille
     if source is None:
         return None
     runtime.on_main(_check_vocabulary, source, data)
-    numerics = runtime.from_main(reference_numerics, config, runtime.device)
+    numerics = runtime.from_main(reference_numerics, config, runtime.device, runtime.parallelism)
     return log_probs_of(source, numerics, config, runtime, data, label="Reference model")
 
 

@@ -15,7 +15,7 @@ from open_po.data.run_data import Data
 from open_po.distributed.runtime import Runtime
 from open_po.errors import is_out_of_memory
 from open_po.model.memory import free_memory_bytes, release_memory
-from open_po.model.run_plan import planned_tokens
+from open_po.model.run_plan import planned_pass_tokens
 from open_po.model.scorer import Scorer
 from open_po.model.token_budget import (
     Demand,
@@ -49,11 +49,11 @@ def settle_pass_tokens(config: RunConfig, runtime: Runtime, scorer: Scorer, stor
         pair=math.ceil(pairs.mean()),
         longest=max(part.longest_row for part in data.parts),
     )
-    fits = planned_tokens(config, runtime, data, trains=False)
+    fits = planned_pass_tokens(config, runtime, data, scorer)
     if fits is None:  # on a CPU, or of a model or engine that no plan is made for
         room = free_memory_bytes(runtime.device, runtime.local_world_size)
         fits = roughly_filling(room, scorer, trains=False)
-    book = budget_book(Path(config.reference.reference_cache_dir), "reference", scorer, demand)
+    book = budget_book(Path(config.reference.reference_cache_dir), "reference", scorer, demand, runtime)
     if runtime.device.type == "cuda":
         found = filling_budget(demand, fits, runtime)
         found = found._replace(tokens=runtime.from_main(book.keep, found.tokens))

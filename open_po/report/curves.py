@@ -12,14 +12,17 @@ from typing import Any
 
 from open_po.output.curves import smoothing_window
 from open_po.output.metrics import (
+    CHOSEN_LENGTH,
     CHOSEN_LOGPS,
     CHOSEN_REWARDS,
     EPOCH,
+    GENERATED_LENGTH,
     GRAD_NORM,
     LEARNING_RATE,
     LOSS,
     PAIRS_PER_SECOND,
     PEAK_MEMORY_GB,
+    REJECTED_LENGTH,
     REJECTED_LOGPS,
     REJECTED_REWARDS,
     REWARD_ACCURACY,
@@ -62,6 +65,7 @@ PANELS = (
     Panel(REJECTED_LOGPS, "Log-prob of rejected responses", "nats per response"),
     Panel(CHOSEN_REWARDS, "Reward of chosen responses", "reward"),
     Panel(REJECTED_REWARDS, "Reward of rejected responses", "reward"),
+    Panel(GENERATED_LENGTH, "Length of generated answers", "tokens"),
     Panel(GRAD_NORM, "Gradient norm", "norm before clipping"),
     Panel(UPDATE_FRACTION, "Weights changed", "share of trained weights, in a step", ".2%", ".3~%"),
     Panel(LEARNING_RATE, "Learning rate", "learning rate", ticks=".3~e", noisy=False),
@@ -89,7 +93,9 @@ class Curves:
 def curves_of(runs: Sequence[ReportedRun]) -> Curves:
     """A figure for each metric that any run has."""
     measured = [_Measured(run) for run in runs]
-    names = {name for run in measured for name in (*run.train, *run.held_out)} - {STEP, EPOCH}
+    # Lengths of the data's own responses are the same at every evaluation.
+    no_curves = {STEP, EPOCH, CHOSEN_LENGTH, REJECTED_LENGTH}
+    names = {name for run in measured for name in (*run.train, *run.held_out)} - no_curves
     panels = [panel for panel in PANELS if panel.metric in names]
     panels += [Panel(name, name, name) for name in sorted(names - {panel.metric for panel in PANELS})]
     most = max(_FEWEST, min(_MOST, _POINTS // max(1, 3 * len(panels) * len(runs))))

@@ -91,8 +91,11 @@ def _held_out(run: ReportedRun, name: str, form: str) -> Cell:
     first, final = run.first_held_out.get(name), run.final_held_out.get(name)
     if final is None:
         return Cell()
-    note = f"from {format(first, form)}" if first is not None and _several(run) else ""
-    return Cell(format(final, form), final if is_number(final) else None, note)
+    notes = [f"from {format(first, form)}"] if first is not None and _several(run) else []
+    groups = None if run.summary is None or run.summary.result is None else run.summary.result.held_out
+    if groups is not None and (estimate := groups.all.figures.get(name)) is not None:
+        notes.append(f"95%: {estimate.interval(form)}")
+    return Cell(format(final, form), final if is_number(final) else None, "; ".join(notes))
 
 
 def _several(run: ReportedRun) -> bool:

@@ -11,20 +11,26 @@ from pathlib import Path
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step in `folder`, if any."""
-    return next(reversed(_checkpoints(folder)), None)
+    return next(reversed(checkpoint_folders(folder)), None)
 
 
 def prune(folder: Path, keep: int, needed: Callable[[Path], bool] = lambda checkpoint: False) -> None:
     """Remove all but the `keep` newest checkpoints and those that are still `needed`."""
-    for checkpoint in _checkpoints(folder)[:-keep]:
+    for checkpoint in checkpoint_folders(folder)[:-keep]:
         if not needed(checkpoint):
             remove(checkpoint)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoint_folders(folder: Path) -> list[Path]:
     """All checkpoints, the oldest first."""
-    steps = {path: re.fullmatch(r"step_(\d+)", path.name) for path in folder.glob("step_*")}
-    return sorted((path for path, step in steps.items() if step), key=lambda path: int(path.name[5:]))
+    steps = {path: step for path in folder.glob("step_*") if (step := step_of(path)) is not None}
+    return sorted(steps, key=lambda path: steps[path])
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step that a checkpoint's name says; None if it is no checkpoint's name."""
+    found = re.fullmatch(r"step_(\d+)", checkpoint.name)
+    return None if found is None else int(found[1])
 
 
 def remove(checkpoint: Path) -> None:

@@ -76,8 +76,8 @@ class StepGradients:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            shortage = Shortage(error, self._at_work, self.planner, self.state.progress.step + 1, self.runtime)
-            shortage.refuse_unless_divided(self.engine)
+            shortage = self._shortage(error)
+            shortage.refuse_unless_divided()
         # Outside the handler, whose error would keep the failed pass's tensors alive.
         self.engine.discard()
         before.put_back(self.state)
@@ -90,8 +90,11 @@ class StepGradients:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            again = Shortage(error, self._at_work, self.planner, self.state.progress.step + 1, self.runtime)
-            raise again.final() from error
+            raise self._shortage(error, shortage).final() from error
+
+    def _shortage(self, error: RuntimeError, before: Shortage | None = None) -> Shortage:
+        step = self.state.progress.step + 1
+        return Shortage(error, self._at_work, self.planner, self.engine, step, self.runtime, before)
 
     def _backward(self, indices: list[int], size: StepSize) -> dict[int, Tensor]:
         counts = size.counts

@@ -7,16 +7,15 @@ from open_po.data.run_data import Data
 from open_po.distributed.runtime import Runtime
 from open_po.memory_plan import MemoryPlan
 from open_po.memory_plan.tables import engines_table, plan_line
-from open_po.model.planning import USABLE
-from open_po.model.run_plan import card_bytes, plan_of_run
+from open_po.model.memory import card_bytes, room_bytes
+from open_po.model.run_plan import plan_of_run
 
 
 def tell_plan(config: RunConfig, runtime: Runtime, data: Data) -> MemoryPlan | None:
     """Print the plan, as a table; rank 0 calls this."""
     plan = plan_of_run(config, runtime, data)
     if plan is not None:
-        room = card_bytes(runtime)
-        engine = plan.shape.engine
         runtime.say(plan_line(plan))
-        runtime.console.print(engines_table({engine: plan}, room, {engine: plan.tokens_that_fill(USABLE * room)}))
+        device = runtime.device
+        runtime.console.print(engines_table({plan.shape.engine: plan}, card_bytes(device), room_bytes(device)))
     return plan

@@ -49,7 +49,17 @@ class StepStart:
 class Shortage:
     """Memory that ran out while a pack of a step was computed."""
 
-    def __init__(self, error: RuntimeError, pack: Sequence[int], planner: Planner, step: int, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        error: RuntimeError,
+        pack: Sequence[int],
+        planner: Planner,
+        engine: Engine,
+        step: int,
+        runtime: Runtime,
+        before: Shortage | None = None,
+    ) -> None:
+        """`before` is that of the same step, if it has been done again."""
         self.said = first_line(error)
         self.pairs = len(pack)
         self.tokens = planner.stats([pack]).computed
@@ -57,13 +67,18 @@ class Shortage:
         self._step, self._budget = step, planner.max_tokens
         self._origin = planner.dataset.origins[pack[0]]
         self._free = free_memory_bytes(runtime.device, runtime.local_world_size)
+        self._engine, self._again = engine, before is not None
+        # Bytes that its gradients take in several packs, all of them, and in one pack did not.
+        self._added_up: int = engine.spared_gradients if before is None else before._added_up
 
-    def refuse_unless_divided(self, engine: Engine) -> None:
+    def refuse_unless_divided(self) -> None:
         """Raises UserError if the pack cannot be cut, or the step not be done again."""
+        engine = self._engine
         if engine.weights_changed:
             raise UserError(
-                f"{self._what()} ({self.said}), when optimizer_in_backward had changed weights already; lower "
-                f"max_tokens_per_batch to {self.smaller}, and go on with --resume_from_checkpoint auto"
+                f"{self._what()} ({self.said}), when optimizer_in_backward had changed weights already; set "
+                f"gradient_checkpointing, or lower max_tokens_per_batch to {self.smaller}{self._of_several()}, and go "
+                "on with --resume_from_checkpoint auto"
             )
         if self.pairs == 1 or not (engine.can_retry and engine.can_discard):
             raise self.final()
@@ -72,11 +87,16 @@ class Shortage:
         """What happens now, in one line."""
         return (
             f"{self._what()}: the step is done again, and the run goes on, with at most {self.smaller:,} tokens at a "
-            "time; its values are the same"
+            f"time{self._of_several()}; its values are the same"
         )
 
     def final(self) -> UserError:
         """The error where nothing more is tried."""
+        if self._again and self._added_up:  # smaller packs, which would be tried next, need that too
+            return UserError(
+                f"{self._what()} ({self.said}){self._of_several()}; lower per_device_train_batch_size or "
+                "gradient_accumulation_steps until a step is one pack that fits, or set gradient_checkpointing"
+            )
         if self.pairs == 1:
             return UserError(
                 f"{self._what()}, the pair {self._origin} alone ({self.said}); lower max_seq_length, or set "
@@ -85,6 +105,12 @@ class Shortage:
         return UserError(
             f"{self._what()} ({self.said}); lower max_tokens_per_batch to {self.smaller}, or set gradient_checkpointing"
         )
+
+    def _of_several(self) -> str:
+        """What a step of several packs takes that one of one pack did not, if anything."""
+        if not self._added_up:
+            return ""
+        return f", in several packs, whose gradients add up in {self._added_up / 1e9:.1f} GB that one pack spares"
 
     def _what(self) -> str:
         return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from open_po.data.run_data import Data
+from open_po.output.estimate import Groups
 from open_po.output.metrics import STEP, Metrics
 from open_po.output.summary import RunFacts, RunResult, TrainTotals, versions
 from open_po.reference import FilledStore
@@ -10,9 +11,17 @@ from open_po.training.trainer import Trainer
 
 
 def run_result(
-    trainer: Trainer, data: Data, reference: FilledStore | None, held_out: list[Metrics], peak: int
+    trainer: Trainer,
+    data: Data,
+    reference: FilledStore | None,
+    held_out: list[Metrics],
+    peak: int,
+    groups: Groups | None = None,
 ) -> RunResult:
-    """What the run has found up to now; `held_out` are its evaluations so far, `peak` its peak memory in bytes."""
+    """What the run has found up to now; `held_out` are its evaluations so far, `peak` its peak memory in bytes.
+
+    `groups` are the last evaluation's figures with their intervals.
+    """
     done, train = trainer.state.progress, data.train
     return RunResult(
         reference=None if reference is None else reference.totals,
@@ -39,4 +48,5 @@ def run_result(
         peak_memory_bytes=peak,
         predicted_memory_bytes=None if trainer.plan is None else round(trainer.plan.allocated),
         versions=versions(),
+        held_out=groups,
     )

@@ -24,20 +24,20 @@ from open_po.hub.fetch import fetch_checkpoint
 from open_po.losses import LossMix, PairLogps
 from open_po.model.divided import HollowModel
 from open_po.model.export import export_adapter, export_model
-from open_po.model.lora import refuse_wrong_start
 from open_po.model.memory import peak_memory_bytes
 from open_po.model.numerics import Numerics, policy_numerics, reference_numerics, saved_dtype
-from open_po.model.prepare import Policy, is_divided, load_policy
+from open_po.model.prepare import Policy, is_divided, load_policy, refuse_what_cannot_train
 from open_po.model.scorer import Scorer
 from open_po.model.token_budget import SMALLEST
 from open_po.model_files import agreed_identity, policy_source
 from open_po.output.card import write_card
+from open_po.output.estimate import Groups
 from open_po.output.files import disk_faults
 from open_po.output.metrics import evaluations, read_metrics
 from open_po.output.observers import Observers, RunObserver
 from open_po.output.run_folder import RunFolder
 from open_po.output.summary import RunSummary, Status
-from open_po.output.tables import packing_line, result_table
+from open_po.output.tables import groups_table, packing_line, result_table
 from open_po.output.trackers import make_trackers
 from open_po.packing import Planner
 from open_po.reference import FilledStore, ensure_reference, log_probs_of, open_cache, separate_reference
@@ -55,7 +55,7 @@ from open_po.training.trainer import Trainer
 def run(config: RunConfig, runtime: Runtime, words: Sequence[str] = ()) -> None:
     """The whole job; `words` are those of the command line. Raises UserError for whatever a user can cause."""
     folder = RunFolder(Path(config.output.output_dir))
-    numerics = runtime.from_main(policy_numerics, config, runtime.device)
+    numerics = runtime.from_main(policy_numerics, config, runtime.device, runtime.parallelism)
     if runtime.parallelism.is_free and not numerics.four_bit:
         runtime = runtime.on_every_rank(HollowModel, policy_source(config), numerics, runtime).settle(config)
     try:
@@ -105,7 +105,7 @@ def _train(
     """Everything from the data to the saved model; returns all observers of the run."""
     needs_reference = config.loss.mix().needs_reference
     source = policy_source(config)
-    runtime.on_each_node(refuse_wrong_start, config, runtime.parallelism)
+    runtime.on_each_node(refuse_what_cannot_train, config, numerics, runtime)
     if needs_reference:
         runtime.on_each_node(open_cache, config)
     data = prepare_data(config, runtime)
@@ -148,7 +148,7 @@ def _train(
 
 def _tell_of_other_numerics(config: RunConfig, numerics: Numerics, runtime: Runtime) -> None:
     """Say so if the reference does not compute as the policy does, whose log-probs it is compared with."""
-    reference = runtime.from_main(reference_numerics, config, runtime.device)
+    reference = runtime.from_main(reference_numerics, config, runtime.device, runtime.parallelism)
     if reference.describe() != numerics.describe():
         runtime.say(f"Reference model: computes {reference.describe()}, the policy {numerics.describe()}")
 
@@ -248,7 +248,8 @@ def finish(
     dtype = saved_dtype(config.output, trainer.scorer.numerics)
     peak = peak_memory_bytes()  # of training, not of the copies that an export makes
     runtime.on_every_rank(_save_model, trainer, data.tokenizer, dtype, runtime.is_main)
-    runtime.on_main(_write_results, runtime, trainer, data, reference, words, peak)
+    groups = trainer.held_out_groups()
+    runtime.on_main(_write_results, runtime, trainer, data, reference, words, peak, groups)
 
 
 def _save_model(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, mine: bool) -> None:
@@ -267,11 +268,14 @@ def _write_results(
     reference: FilledStore | None,
     words: Sequence[str],
     peak: int,
+    groups: Groups | None,
 ) -> None:
     folder = trainer.folder
     records = read_metrics(folder.metrics)
-    result = run_result(trainer, data, reference, evaluations(records), peak)
+    result = run_result(trainer, data, reference, evaluations(records), peak, groups)
     with disk_faults(f"{folder.path}: the model's card", "the model is written"):
         write_card(folder.path, card_facts(trainer, data, reference, result, words), records)
     folder.write_summary(RunSummary(status=Status.COMPLETED, result=result))
     runtime.console.print(result_table(result, folder.path))
+    if groups is not None:
+        runtime.console.print(groups_table(groups, "Held out"))

@@ -9,15 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from open_po.config import RunConfig
 from open_po.data.run_data import Data
-from open_po.distributed.engine import Engine, trained
+from open_po.distributed.engine import Engine
 from open_po.distributed.runtime import Runtime
 from open_po.errors import is_out_of_memory
 from open_po.losses import LossMix
-from open_po.model.memory import free_memory_bytes, release_memory
+from open_po.memory_plan import EngineName, rank_bytes
+from open_po.model.memory import card_bytes, free_memory_bytes, release_memory
+from open_po.model.model_bytes import model_bytes
+from open_po.model.planning import training_shape
 from open_po.model.run_plan import planned_tokens
 from open_po.model.scorer import Scorer
 from open_po.model.token_budget import (
@@ -29,7 +33,6 @@ from open_po.model.token_budget import (
     measured_budget,
     roughly_filling,
 )
-from open_po.optimizers import OPTIMIZERS
 from open_po.packing import Planner
 from open_po.training.checkpoint import RandomState
 from open_po.training.start import Start
@@ -42,6 +45,28 @@ def settle_budget(
 
     A run that goes on keeps what its checkpoint had come to, unless another number is asked for than at its beginning.
     """
+    tokens = _settled(config, runtime, scorer, planner, loss, start, data)
+    if runtime.device.type == "cuda" and (line := oversized(planner, tokens)):  # memory is planned for
+        runtime.say(line)
+    return tokens
+
+
+def oversized(planner: Planner, tokens: int) -> str | None:
+    """A line about pairs that need more than a pack has, if there are any."""
+    lengths = planner.pair_tokens()
+    over, longest = int((lengths > tokens).sum()), int(lengths.argmax())
+    if not over:
+        return None
+    return (
+        f"max_tokens_per_batch: {over:,} {'pair needs' if over == 1 else 'pairs need'} more than {tokens:,} tokens, "
+        f"alone in packs that are larger than planned: the longest has {lengths[longest]:,} "
+        f"({planner.dataset.origins[longest]}); max_seq_length shortens it"
+    )
+
+
+def _settled(
+    config: RunConfig, runtime: Runtime, scorer: Scorer, planner: Planner, loss: LossMix, start: Start, data: Data
+) -> int:
     asked, progress = config.train.max_tokens_per_batch, start.state.progress
     if start.resumed and progress.max_tokens and progress.max_tokens_asked == asked:
         if progress.max_tokens != asked:
@@ -61,14 +86,14 @@ def _find(
 ) -> TokenBudget:
     engine, lengths = start.state.engine, planner.pair_tokens()
     demand = _demand(lengths, planner, start, runtime)
-    planned = planned_tokens(config, runtime, data, trains=True)
+    planned = planned_tokens(config, runtime, data)
     if planned is not None:
         return filling_budget(demand, planned, runtime)
-    room = free_memory_bytes(runtime.device, runtime.local_world_size) - _to_come(config, engine, runtime)
+    room = free_memory_bytes(runtime.device, runtime.local_world_size) - _to_come(config, scorer, runtime)
     fits = roughly_filling(room, scorer, trains=True)
     if runtime.device.type == "cuda":  # an engine, or a model, that no plan is made for
         return filling_budget(demand, fits, runtime)
-    book = budget_book(Path(config.reference.reference_cache_dir), "training", scorer, demand)
+    book = budget_book(Path(config.reference.reference_cache_dir), "training", scorer, demand, runtime)
     if not engine.can_discard:
         return measured_budget(demand, None, fits, book, runtime)
     steps = range(min(2, start.sampler.steps_per_epoch))
@@ -88,14 +113,15 @@ def _demand(lengths: NDArray[np.int64], planner: Planner, start: Start, runtime:
     )
 
 
-def _to_come(config: RunConfig, engine: Engine, runtime: Runtime) -> int:
+def _to_come(config: RunConfig, scorer: Scorer, runtime: Runtime) -> int:
     """Bytes on this rank that training takes besides activations: gradients and the optimizer's states."""
-    states = OPTIMIZERS[config.train.optimizer].state_bytes
-    needed = 0.0
-    for weight in trained(engine.module).values():
-        count = int(getattr(weight, "ds_numel", weight.numel()))  # DeepSpeed leaves empty tensors where it divides
-        needed += count * (weight.itemsize + states(weight.itemsize))
-    return int(needed / (runtime.world_size if runtime.parallelism.divides_weights else 1))
+    kind, device = runtime.parallelism.kind, runtime.device
+    shape = training_shape(config, "cuda" if device.type == "cuda" else "cpu", runtime.parallelism)
+    engine: EngineName = "zero3" if kind == "tp" else kind  # which divides as much
+    ranks = torch.cuda.device_count() if kind == "layers" else runtime.world_size
+    card = card_bytes(device) if device.type == "cuda" else None
+    found = rank_bytes(model_bytes(scorer), dataclasses.replace(shape, engine=engine, ranks=ranks), card=card)
+    return int(found.gradients + found.optimizer + (found.host if device.type == "cpu" else 0.0))
 
 
 class StepTrial:

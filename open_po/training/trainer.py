@@ -14,11 +14,13 @@ from torch import Tensor
 from open_po.config import RunConfig
 from open_po.distributed.runtime import Runtime
 from open_po.errors import Preempted, UserError
-from open_po.evaluation.preferences import HeldOut, evaluate
+from open_po.evaluation.preferences import Evaluated, HeldOut, evaluate
+from open_po.evaluation.samples import Samples
 from open_po.losses import LossMix, PairLogps
 from open_po.memory_plan import MemoryPlan
 from open_po.model.memory import peak_memory_bytes
 from open_po.model.scorer import Scorer
+from open_po.output.estimate import Groups
 from open_po.output.metrics import (
     EPOCH,
     GRAD_NORM,
@@ -82,6 +84,7 @@ class Trainer:
         self._stop_reason: str | None = None  # that ranks agree on, of any of them
         self._checkpoint: UnfinishedCheckpoint | None = None  # that is being written
         self._newest_checkpoint: Path | None = None
+        self._evaluated: Evaluated | None = None  # the last evaluation of this process
         # And around it
         self.config, self.runtime, self.folder, self.observers = config, runtime, folder, observers
         # Writes the model as of a step into the folder of its checkpoint, if it is wanted there; all ranks call it.
@@ -213,24 +216,35 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Held-out metrics, if there is held-out data."""
-        self.state.progress.evaluated = self.state.progress.step
+        step = self.state.progress.evaluated = self.state.progress.step
         if self.held_out is None:
             return
-        metrics = evaluate(
-            self.scorer,
-            self.held_out,
-            self.loss,
-            self.state.running_means(self.runtime.device),
-            self.runtime,
-            pad=self.pad,
-        )
-        self.observers.metrics_written({STEP: self.state.progress.step, **metrics})
-        self.runtime.say(f"Held out, step {self.state.progress.step}: {short_figures(metrics)}")
-        if self.held_out.sampler is not None:
-            samples = self.held_out.sampler.sample(self.scorer, self.state.progress.step, self.runtime)
-            self.observers.samples_written(samples)
+        self._evaluated = self._score_held_out(self.held_out)
+        samples, sampler = Samples(), self.held_out.sampler
+        if sampler is not None:
+            samples = sampler.sample(self.scorer, step, self.runtime)
+        metrics = {**self._evaluated.metrics, **samples.metrics}
+        self.observers.metrics_written({STEP: step, **metrics})
+        self.runtime.say(f"Held out, step {step}: {short_figures(metrics)}")
+        if sampler is not None:
+            self.observers.samples_written(samples.samples)
             if self.runtime.is_main:
-                self.runtime.console.print(samples_table(samples))
+                self.runtime.console.print(samples_table(samples.samples))
+
+    def held_out_groups(self) -> Groups | None:
+        """Held-out figures of the weights as they are, with intervals, on rank 0; all ranks call this.
+
+        None without held-out data.
+        """
+        if self.held_out is None:
+            return None
+        # A run that was stopped after its last evaluation has none in this process.
+        evaluated = self._evaluated or self._score_held_out(self.held_out)
+        return evaluated.groups() if self.runtime.is_main else None
+
+    def _score_held_out(self, held_out: HeldOut) -> Evaluated:
+        means = self.state.running_means(self.runtime.device)
+        return evaluate(self.scorer, held_out, self.loss, means, self.runtime, pad=self.pad)
 
 
 def _due(step: int, every: int | None) -> bool:

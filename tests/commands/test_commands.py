@@ -282,6 +282,9 @@ def test_what_score_refuses(llama: Path, pairs_file: Path, tmp_path: Path, capsy
     for field in ("use_lora", "gradient_checkpointing"):
         assert score.main([*words, "--out", str(tmp_path / "x.jsonl"), f"--{field}", "true"]) == 2
         assert only_line(capsys) == f"config error: {field}: score does not train; leave it out"
+    assert score.main([*words, "--out", str(tmp_path / "x.jsonl"), "--max_tokens_per_batch", "512"]) == 2
+    said = "config error: max_tokens_per_batch: score takes this from --reference_max_tokens_per_batch"
+    assert only_line(capsys) == said
     assert score.main([*words, "--out", str(tmp_path / "x.jsonl"), "--learning_rate", "1"]) == 2
     assert only_line(capsys) == "config error: learning_rate: score does not train; leave it out"
 

@@ -616,3 +616,13 @@ def test_options_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--restarts: must not be below 0, got -1" in capsys.readouterr().err
     assert launch.main(["--dry-run", "--learning_rat", "1"]) == 2
     assert "did you mean learning_rate" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_the_configuration_and_what_is_to_be_told(capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = ("--dataset_mixer_list", "d", "1.0", "--dpo_beta", 0.3, "--packing")
+    lines = dry_run(capsys, "--model_name_or_path", "m", *theirs)
+    (note,) = (line for line in lines if line.startswith("Note: "))
+    assert note.startswith("Note: packing true: pairs are always packed")
+    shown = lines[lines.index("Configuration, where it is not the default:") + 1 :]
+    assert {"  model_name_or_path: m", "  - d", "  - '1.0'", "  beta: 0.3"} <= set(shown)
+    assert not any(line.startswith("  learning_rate") for line in shown)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 
+import open_po.commands.plan_memory as plan_memory_module
+from open_po.commands.place import Place
 from open_po.commands.plan import main
-from open_po.memory_plan import MemoryPlan, ModelBytes, PassBytes, TrainingShape, WeightBytes
+from open_po.config import RunConfig, load_config
+from open_po.memory_plan import MemoryPlan, ModelBytes, PassBytes, TrainingShape, WeightBytes, usable
+from open_po.memory_plan.tables import engines_table
 from tests import tiny
 
 GB = 1e9
@@ -64,14 +72,78 @@ def test_the_budget_fills_the_card(room: float) -> None:
 
 @pytest.mark.parametrize(
     ("engine", "weights", "gradients", "optimizer"),
-    [("ddp", 4, 8, 8), ("zero1", 5, 4, 2), ("zero3", 1, 1, 2), ("fsdp", 1, 1, 2), ("layers", 1.2, 1.2, 2.4)],
+    [("ddp", 4, 4, 8), ("zero1", 5, 4, 2), ("zero3", 1, 1, 2), ("fsdp", 1, 1, 2), ("layers", 1.2, 1.2, 2.4)],
 )
 def test_what_four_ranks_hold(engine: str, weights: float, gradients: float, optimizer: float) -> None:
-    """Of layers, the first GPU of four gets three of ten; under ddp packs add up beside the buckets of its reducer."""
+    """Of layers, the first GPU of four gets three of ten; under ddp packs add up in the buckets of its reducer."""
     rank = dataclasses.replace(plan(engine=engine, ranks=4), card=10 * GB).rank
     assert [rank.weights, rank.gradients, rank.optimizer] == pytest.approx(
         [n * GB for n in (weights, gradients, optimizer)]
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "card", "weights"),
+    [
+        ({}, 10, 4),  # each rank has a copy: 4 GB are within 60% of the card
+        ({}, 6, 1),
+        ({"reference_sharding": "on"}, 10, 1),
+        ({"reference_sharding": "off"}, 6, 4),
+        ({"separate_reference": True, "reference_weight": 2}, 6, 2),
+        ({"separate_reference": True, "reference_weight": 2}, 3, 0.5),
+        ({"separate_reference": True, "reference_weight": 2, "engine": "ddp"}, 3, 0.5),
+        ({"engine": "ddp"}, 3, 4),  # it is the policy, whose ranks divide nothing
+        ({"engine": "layers"}, 3, 1.2),
+    ],
+)
+def test_a_reference_is_planned_whole_or_divided_as_a_run_has_it(
+    changes: dict[str, object], card: float, weights: float
+) -> None:
+    found = dataclasses.replace(plan(**{"engine": "fsdp", "ranks": 4} | changes), card=card * GB)
+    parts = found.reference_parts
+    assert parts["weights"] == pytest.approx(weights * GB)
+    layer = 2 * 0.4 * GB * (0.5 if "reference_weight" in changes else 1)  # two of them are gathered
+    assert parts["gathered"] == pytest.approx(layer if weights in (0.5, 1) else 0.0)
+    assert parts["gradients"] == (4 * GB if changes == {"engine": "ddp"} else 0.0), "DDP's buckets are there already"
+
+
+def test_one_share_of_a_card_decides_what_fits_and_which_budget() -> None:
+    """What takes 98% of a card does not fit; what the table says would fill it does."""
+    found = plan()
+    card = found.peak / 0.98
+    told = shown(found, card)
+    assert re.search(r"fits \d+ GB +│ +no", told), told
+    (tokens,) = re.findall(r"as many would fill it +│ +([\d,]+)", told)
+    smaller = dataclasses.replace(found.shape, max_tokens=int(tokens.replace(",", "")))
+    assert re.search(r"fits \d+ GB +│ +yes", shown(dataclasses.replace(found, shape=smaller), card))
+
+
+def shown(found: MemoryPlan, card: float) -> str:
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(engines_table({"single": found}, card, usable(card)))
+    return console.export_text()
+
+
+def test_a_dry_run_shows_the_budget_that_fills_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `plan` does, and as the run will have it."""
+    config = load_config(["--model_name_or_path", "model", "--mixer_list", "data", "1.0"])
+
+    def plan_memory(config: RunConfig, device: str, *, engine: str, ranks: int, card: float | None) -> MemoryPlan:
+        return dataclasses.replace(plan(device=device, engine=engine, ranks=ranks, pairs_of_rank=4096), card=card)
+
+    monkeypatch.setattr(plan_memory_module, "plan_memory", plan_memory)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    place = Place(nodes=1, node=0, address="", port=0, processes=8, devices=True)
+    line = plan_memory_module.planned_memory(config, place)
+    filled = plan(engine="ddp", ranks=8, pairs_of_rank=4096).tokens_that_fill(usable(80 * GB))
+    assert f" on each rank, of 80 GB, with packs of {filled:,} tokens; parallel ddp; " in line
+    (size,) = re.findall(r"predicted: ([\d.]+) GB", line)
+    assert 0.98 * 0.97 * 80 <= float(size) <= 0.97 * 80
+    monkeypatch.setattr(plan_memory_module, "_DEFAULT_CARD", 10 * GB)
+    line = plan_memory_module.planned_memory(config, place)
+    assert ", which is too much for 10 GB, with packs of 1,024 tokens" in line
+    on_cpu = dataclasses.replace(place, devices=False)
+    assert " on each rank; parallel ddp; " in plan_memory_module.planned_memory(config, on_cpu)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from open_po.commands import train
 from open_po.config import FIELDS, LossConfig, RunConfig, load_config, parse_mixture
+from open_po.config.aliases import ALIASES
 from open_po.config.loss import LOSS_PARAMETERS
 from open_po.distributed.runtime import Runtime
 from open_po.errors import ConfigError
@@ -156,6 +157,39 @@ def test_of_a_repeated_flag_the_last_wins() -> None:
     assert parse("--seed", "1", "--seed", "2").train.seed == 2
 
 
+def test_several_files_give_a_run_its_name(write: Callable[..., str]) -> None:
+    """As overlays do; one file, or a name that is given, does not."""
+    first, second = write("seed: 1\n", "gemma-2-2b.yaml"), write("seed: 2\n", "sum.yaml")
+    output = load_config([first, second, *REQUIRED]).output
+    assert (output.exp_name, output.output_dir) == ("gemma-2-2b_sum", "output/gemma-2-2b_sum")
+    assert load_config([first, *REQUIRED]).output.exp_name == "dpo_tune_cache"
+    assert load_config([first, second, *REQUIRED, "--exp_name", "mine"]).output.exp_name == "mine"
+    assert load_config([write("exp_name: its\n", "third.yaml"), second, *REQUIRED]).output.exp_name == "its"
+
+
+def test_a_file_changes_those_that_it_is_based_on(write: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    write("seed: 1\nbeta: 0.2\nmixer_list: [a, 1.0]\nnum_epochs: 4\n", "deep/first.yaml")
+    write("based_on: first.yaml\nseed: 2\n", "deep/second.yaml")  # seen from its own folder
+    write("seed: 3\nwarmup_ratio: 0.3\n", "third.yaml")
+    path = write("based_on: [deep/second.yaml, third.yaml]\nbeta: 0.4\nmixture: [{dataset: b}]\n")
+    config = load_config([path, "--model_name_or_path", "m", "--num_epochs", "5"])
+    assert (config.train.seed, config.train.warmup_ratio, config.loss.beta, config.train.num_epochs) == (3, 0.3, 0.4, 5)
+    assert [part.dataset for part in config.data.training_mixture] == ["b"]
+    assert load_config([str(tmp_path / "deep" / "second.yaml"), "--model_name_or_path", "m"]).train.seed == 2
+
+
+def test_bases_that_cannot_be(write: Callable[..., str], tmp_path: Path) -> None:
+    write("based_on: two.yaml\n", "one.yaml")
+    two = write("based_on: one.yaml\n", "two.yaml")
+    (line,) = problems(two, *REQUIRED)
+    assert line == f"{tmp_path}/one.yaml: based_on {tmp_path}/two.yaml goes round in a circle; leave it out"
+    odd = write("based_on: {a: b}\n", "odd.yaml")
+    assert problems(odd, *REQUIRED) == [f"{odd}: based_on must name a file, or a list of files"]
+    (line,) = problems(write("based_on: no.yaml\n"), *REQUIRED)
+    assert line.startswith(f"{tmp_path}/no.yaml: cannot be read (No such file or directory)")
+
+
 def test_empty_yaml_and_comments_are_nothing(write: Callable[..., str]) -> None:
     assert load_config([write("# nothing\n"), *REQUIRED]) == parse()
 
@@ -204,10 +238,10 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     [
         ("learnig_rate", "learning_rate"),
         ("learning-rate", "learning_rate"),
-        ("dpo_beta", "beta"),
-        ("num_train_epochs", "num_epochs"),
+        ("dpo_betta", "dpo_beta"),
+        ("num_train_epoch", "num_train_epochs"),
         ("max_seq_len", "max_seq_length"),
-        ("lora_r", "lora_rank"),
+        ("lora_ran", "lora_rank"),
         ("mixer_lists", "mixer_list"),
     ],
 )
@@ -475,7 +509,13 @@ def test_a_mistyped_field_causes_no_second_complaint(flags: str, mistyped: list[
 
 def test_mixture_tells_fractions_from_counts() -> None:
     parts = parse_mixture(["a", "0.5", "b", "1000", "c", "1", "d", "1.0", "e", "1e-3"], ["train"])
-    assert [part[:2] for part in parts] == [("a", 0.5), ("b", 1000), ("c", 1), ("d", 1.0), ("e", 0.001)]
+    assert [(part.dataset, part.amount) for part in parts] == [
+        ("a", 0.5),
+        ("b", 1000),
+        ("c", 1),
+        ("d", 1.0),
+        ("e", 0.001),
+    ]
     assert [type(part.amount) for part in parts] == [float, int, int, float, float]
 
 
@@ -484,7 +524,45 @@ def test_dataset_mixer_is_mixer_list_in_another_form(write: Callable[..., str]) 
     data = load_config([path]).data
     assert data.mixer_list == ["a/b.jsonl", "0.5", "c", "1000", "d", "1.0", "e", "1e-3"]
     assert data.dataset_mixer is None
-    assert [(part.dataset, part.amount) for part in data.training_mixture] == [("a/b.jsonl", 0.5), ("c", 1000), ("d", 1.0), ("e", 0.001)]
+    amounts = {part.dataset: part.amount for part in data.training_mixture}
+    assert amounts == {"a/b.jsonl": 0.5, "c": 1000, "d": 1.0, "e": 0.001}
+
+
+def test_a_typed_mixture_says_more_of_each_part(write: Callable[..., str]) -> None:
+    path = write(
+        "model_name_or_path: m\nmixture:\n  - {dataset: ~/a.jsonl, amount: 0.5}\n"
+        "  - {dataset: o/x, configuration: c, split: 'train[:9]', format: hh, prompt_template: 'q {text}', amount: 7}\n"
+        "eval_mixture: [{dataset: b}]\neval_steps: 5\n"
+    )
+    config = load_config([path])
+    first, second = config.data.training_mixture
+    assert (first.dataset, first.amount, first.split) == (str(Path("~/a.jsonl").expanduser()), 0.5, "train")
+    assert (second.configuration, second.split, second.format) == ("c", "train[:9]", "hh")
+    assert (second.prompt_template, second.amount) == ("q {text}", 7)
+    assert [part.dataset for part in config.data.held_out_mixture] == ["b"]
+    assert load_config([write(config.to_yaml(), "again.yaml")]) == config
+    replaced = load_config([path, "--mixer_list", "c", "1", "--eval_mixer_list", "d", "1.0"]).data
+    assert [part.dataset for part in (*replaced.training_mixture, *replaced.held_out_mixture)] == ["c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[{dataset: a, amont: 2}]", "mixture: entry 1 has the unknown key amont; did you mean amount?"),
+        ("[{dataset: a}, {amount: 2}]", "mixture: entry 2 has no dataset, a file or a Hub name"),
+        ("[{dataset: a, amount: half}]", "mixture: amount 'half' of a is neither a fraction (0.5) nor a count (1000)"),
+        ("[a]", "mixture: expects a list of mappings, got ['a']"),
+        ("[{dataset: a}]\nmixer_list: [b, 1]", "mixture: contradicts mixer_list; give the training data once"),
+        (
+            "[{dataset: a}]\nmixer_list_splits: [test]",
+            "mixer_list_splits: belongs to mixer_list; in mixture each entry has its own",
+        ),
+    ],
+)
+def test_mistakes_in_a_typed_mixture(write: Callable[..., str], text: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config([write(f"model_name_or_path: m\nmixture: {text}\n")])
+    assert list(error.value.problems) == [problem]
 
 
 # ---------------------------------------------------------------------------------------------------------- resolving
@@ -619,6 +697,8 @@ NOT_SHAPING = {
     "max_tokens_per_batch",
     "optimizer_in_backward",
     "eval_mixer_list",
+    "eval_mixer_list_configs",
+    "eval_mixture",
     "eval_mixer_list_splits",
     "preprocessing_num_workers",
     "reference_cache_dir",
@@ -730,9 +810,11 @@ def test_every_field_is_read_outside_the_configuration() -> None:
     assert "loss" in reads  # config.loss.mix(): how the loss's fields are read, see the next test
     parameters = {f.name for f in dataclasses.fields(LossConfig)}
     resolved = {"dataset_mixer"}  # becomes mixer_list, see test_dataset_mixer_is_mixer_list_in_another_form
-    assert {"training_mixture", "held_out_mixture"} <= reads  # what the next four become, parsed
+    assert {"training_mixture", "held_out_mixture"} <= reads  # what the next ones become, parsed
     resolved |= {"with_tracking"}  # becomes report_to
-    resolved |= {"mixer_list", "mixer_list_splits", "eval_mixer_list", "eval_mixer_list_splits"}
+    forms = ("mixer_list", "mixer_list_splits", "mixer_list_configs", "mixture")
+    resolved |= {f"{held_out}{form}" for held_out in ("", "eval_") for form in forms}
+    resolved |= {"format", "prompt_template"}  # of each part, see test_parts_are_read_as_the_run_says
     assert set(FIELDS) - reads - parameters - resolved == set()
 
 
@@ -754,10 +836,10 @@ def test_there_are_shipped_configurations() -> None:
 
 @pytest.mark.parametrize("path", _shipped_yaml(), ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_shipped_configurations_parse(path: Path) -> None:
-    content = yaml.safe_load(path.read_text()) or {}
-    flags = [] if "model_name_or_path" in content else REQUIRED[:2]
-    if not {"mixer_list", "dataset_mixer"} & set(content):
-        flags += REQUIRED[2:]
+    """Each by itself, an overlay with what it lacks."""
+    overlay = path.parent.name in ("models", "losses", "publications", "readings")
+    flags = [*REQUIRED[2:], "--eval_mixer_list", "b.jsonl", "1.0"] if overlay else []
+    flags += ["--model_name_or_path", "m"] if overlay or path.parent.name == "tasks" else []
     load_config([str(path), *flags])
 
 
@@ -793,12 +875,12 @@ def test_shipped_commands_parse(where: str, command: str, tmp_path: Path, monkey
     A page's block that opens with `# NAME.yaml` or `# NAME.py` is that file of its commands.
     """
     words = shlex.split(command)
-    assert {word[2:].split("=")[0] for word in words if word.startswith("--")} - {"help", *_LAUNCHER} <= set(FIELDS), (
-        where
-    )
+    flags = {word[2:].split("=")[0] for word in words if word.startswith("--")}
+    assert flags - {"help", *_LAUNCHER} <= {*FIELDS, *ALIASES}, where
     files = [word for word in words if word.endswith(".yaml")]
-    if not files or re.search(r"\$|CONFIG\.yaml|\.\.\.|[\[<]", command):
+    if not files or re.search(r"\$|[A-Z]+\.yaml|\.\.\.|[\[<]", command):
         return
+    words = [word for word in words if word[2:] not in _LAUNCHER]
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     for block in _blocks(REPOSITORY / where, "(?:yaml|python)") if where.endswith(".md") else []:
         if name := re.match(r"# (\S+\.(?:yaml|py))\n", block):

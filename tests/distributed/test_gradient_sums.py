@@ -152,6 +152,41 @@ def test_what_a_failed_step_has_left_is_gone(llama: Path) -> None:
         torch.testing.assert_close(got[parameter], torch.stack(expected[name]).float().sum(0))
 
 
+def test_under_ddp_float32_packs_add_up_in_the_buckets(llama: Path, tmp_path: Path) -> None:
+    """One copy of all gradients where there were two, and the same weights bit for bit."""
+    shares = [steps.THREE[:2], [steps.THREE[2], steps.THREE[0]]]
+
+    def trained(runtime: Runtime, rank: int, *, beside: bool) -> tuple[list[Tensor], int]:
+        """Weights after three steps, and bytes of the memory that gradients were in during the last one."""
+        scorer = scoring.load(llama)
+        engine = DdpEngine(scorer, steps.maker(), runtime, rules=steps.rules(max_grad_norm=0.5))
+        scorer.place(engine)
+        if beside:  # as PyTorch has it: what no sum over ranks follows gets memory of its own
+            engine._buckets = {}
+        for _ in range(3):
+            seen: dict[int, torch.UntypedStorage] = {}  # kept, so that no memory is used twice
+            with engine.step(packs=2):
+                for last in (False, True):
+                    with engine.pack(last=last):
+                        engine.backward(steps.value(scorer, shares[rank][last]))
+                    found = [p.grad.untyped_storage() for p in scorer.parameters() if p.grad is not None]
+                    seen |= {storage.data_ptr(): storage for storage in found}
+            engine.update()
+        return list(scorer.parameters()), sum(storage.nbytes() for storage in seen.values())
+
+    def body(runtime: Runtime, rank: int) -> Any:
+        (mine, once), (plain, twice) = (trained(runtime, rank, beside=beside) for beside in (False, True))
+        moved = not torch.equal(mine[0], scoring.load(llama).get_parameter("model.model.embed_tokens.weight"))
+        whole = sum(parameter.nbytes for parameter in mine)
+        return [moved, all(map(torch.equal, mine, plain)), once / whole, twice / whole]
+
+    for moved, equal, once, twice in on_two_ranks(tmp_path, body):
+        assert moved
+        assert equal
+        assert 1 <= once < 1.01
+        assert 2 <= twice < 2.02
+
+
 @pytest.mark.parametrize(
     "kind", ["ddp", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fsdp", "fsdp_every_pack"))]
 )

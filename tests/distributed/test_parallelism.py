@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from open_po.config import load_config
+from open_po.distributed import parallelism
 from open_po.distributed.parallelism import LauncherWish, Parallelism, choose_parallelism
 from open_po.distributed.zero import zero_config
 from open_po.errors import ConfigError
@@ -129,6 +130,24 @@ def test_contradictions(fields: dict[str, Any], said: str) -> None:
 def test_what_an_engine_cannot_do(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as error:
         chosen(fields)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"use_lora": True}, "use_lora: parallel tp trains no adapters; use fsdp"),
+        ({"mlp_tile_tokens": 64}, "mlp_tile_tokens: has not been tried with parallel tp; leave it out, or use fsdp"),
+        ({"torch_compile": True}, "torch_compile: has not been tried with parallel tp; leave it out, or use fsdp"),
+        ({"loss_type": "wpo"}, "loss_type: wpo needs a token's whole distribution, which parallel tp divides"),
+    ],
+)
+def test_what_tensor_parallelism_cannot_do_is_told_before_anything_runs(
+    fields: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallelism, "_has_cuda", lambda: True)
+    with pytest.raises(ConfigError) as error:
+        chosen({"parallel": "tp"} | fields)
     assert said in str(error.value)
 
 

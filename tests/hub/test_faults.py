@@ -14,9 +14,11 @@ import huggingface_hub.constants
 import pytest
 
 from open_po.__main__ import main
+from open_po.config import OutputConfig
 from open_po.hub import background, retrying
 from open_po.hub.background import HubUploader
 from open_po.hub.publication import Publication
+from open_po.output.console import make_console
 from open_po.output.run_folder import RunFolder
 from open_po.training.gradients import StepGradients
 from tests import cli, tiny
@@ -290,6 +292,29 @@ def test_a_run_that_is_asked_to_stop_publishes_its_last_checkpoint(
     assert "On the Hub: step_000003 in someone/a-model, branch a-run" in told
     assert hub.branch("a-run").title == "The model after step 3"
     assert "last-checkpoint/trainer_state.json" in hub.branch("a-run").files
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"branch": 1}', None])
+def test_notes_that_cannot_be_read_hide_no_error_of_the_run(
+    damage: str | None, hub: Hub, tmp_path: Path, capsys: Capture
+) -> None:
+    """What ended the run is on its way when this is told; and no checkpoint is removed that may not be there yet."""
+    folder = RunFolder(tmp_path / "run")
+    (folder.checkpoints / "step_000001" / "model").mkdir(parents=True)
+    folder.config.write_text("seed: 1\n")
+    output = OutputConfig(
+        push_to_hub=True, hf_repo_id="a-model", hf_repo_revision="a-run", hub_strategy="all_checkpoints"
+    )
+    uploader = HubUploader(folder, output, make_console())
+    if damage is None:
+        folder.hub.unlink()
+    else:
+        folder.hub.write_text(damage)
+    capsys.readouterr()
+    uploader.stopped(ValueError("what ended it"))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"What is on the Hub cannot be told: {folder.hub}: ")
+    assert uploader.needs(folder.checkpoints / "step_000001")
 
 
 @pytest.mark.slow

@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM
 
 from open_po.config import RunConfig, load_config
 from open_po.data import PreferencePair
+from open_po.errors import UserError
 from open_po.model.activations import checkpoint_gradients
 from open_po.model.load import load_scorer
 from open_po.model.lora import attach_lora
@@ -162,6 +166,24 @@ def test_what_the_plan_counts_is_there_in_a_step(name: str, tmp_path: Path) -> N
     assert rank.weights == sum(weight.nbytes for weight in weights)
     assert rank.gradients == sum(weight.grad.nbytes for weight in trained if weight.grad is not None)
     assert rank.optimizer == pytest.approx(sum(item.nbytes for item in states if item.dim()), rel=1e-3)
+
+
+def test_adapters_that_are_trained_on_are_planned_by_what_their_folder_says(tmp_path: Path) -> None:
+    """Of ranks that differ by module; neither weights nor adapters are needed."""
+    base, folder = tmp_path / "base", tmp_path / "adapters"
+    tiny.make_model(base, **WIDE)
+    settings = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", rank_pattern={"q_proj": 3}, use_rslora=True)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(folder)
+    adapters = load_file(folder / "adapter_model.safetensors")
+    assert {3, 8} <= {adapter.shape[0] for name, adapter in adapters.items() if "lora_A" in name}
+    (base / "model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").unlink()
+    words = f"--mixer_list data 1.0 --max_seq_length 64 --use_lora --lora_start continue --model_name_or_path {folder}"
+    plan = plan_memory(load_config(words.split()), "cpu")
+    assert plan.rank.gradients == sum(adapter.nbytes for adapter in adapters.values())
+    assert plan.rank.optimizer == 2 * plan.rank.gradients
+    with pytest.raises(UserError, match=f"^lora_start: continue needs a folder of adapters, {base} is a whole model"):
+        plan_memory(load_config([*words.split()[:-1], str(base)]), "cpu")
 
 
 @pytest.mark.parametrize("name", [pytest.param("llama"), pytest.param("mixtral", marks=pytest.mark.slow)])

@@ -13,6 +13,7 @@ import torch
 
 from open_po.config import ModelConfig, RunConfig, load_config
 from open_po.data.tokenizer import load_tokenizer, pad_token_id
+from open_po.distributed.parallelism import Parallelism
 from open_po.errors import UserError
 from open_po.model import logprobs
 from open_po.model.activations import checkpoint_gradients
@@ -181,6 +182,19 @@ def test_weights_follow_the_optimizer(optimizer: str) -> None:
         # A policy that is its own reference is one in the same numerics.
         assert reference_numerics(asked, CPU).key() == policy_numerics(asked, CPU).key()
     assert frozen_numerics(run_config(optimizer).model, CPU) == FLOAT32
+
+
+def test_weights_with_float32_masters_on_the_host_are_what_they_compute_in() -> None:
+    """The host updates float32 weights; DeepSpeed keeps its own, whoever has asked for it."""
+    cuda, hosted = torch.device("cuda"), run_config(offload_optimizer=True)
+    assert policy_numerics(hosted, cuda).weights_dtype == torch.bfloat16
+    assert reference_numerics(hosted, cuda).key() == policy_numerics(hosted, cuda).key()
+    assert policy_numerics(hosted, CPU) == FLOAT32
+    whole = run_config(offload_optimizer=True, weights_dtype="float32")
+    assert policy_numerics(whole, cuda).weights_dtype == torch.float32
+    assert policy_numerics(run_config(offload_optimizer=True, parallel="zero2"), cuda).weights_dtype == torch.float32
+    launched = Parallelism(kind="zero2", offload_optimizer=True)
+    assert policy_numerics(hosted, cuda, launched).weights_dtype == torch.float32
 
 
 def test_weights_in_bfloat16_compute_in_it() -> None:

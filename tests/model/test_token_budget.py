@@ -15,7 +15,9 @@ from open_po.model import token_budget
 from open_po.model.token_budget import (
     BudgetBook,
     Demand,
+    Search,
     Timing,
+    Trial,
     candidates,
     fastest,
     filling_budget,
@@ -61,7 +63,7 @@ def speeds(*found: float) -> dict[int, float]:
 )
 def test_the_smallest_that_is_about_as_fast_as_any(found: dict[int, float], chosen: int, timed: list[int]) -> None:
     machine = Machine(found)
-    assert fastest(BUDGETS, machine, 10**9) == (chosen, timed)
+    assert fastest(BUDGETS, machine, 10**9) == Search(chosen, timed)
     assert max(budget for budget, _ in machine.calls) <= 2 * chosen
     for budget, other in itertools.pairwise(timed):  # each is compared on as many tokens as the other
         assert machine.calls.count((budget, other)) == machine.calls.count((other, other)) == 3
@@ -69,7 +71,8 @@ def test_the_smallest_that_is_about_as_fast_as_any(found: dict[int, float], chos
 
 @pytest.mark.parametrize("disturbed", [{1}, {3}, {4}, {3, 6}, {4, 5}, {1, 2, 7, 9}])
 def test_other_work_on_the_machine_changes_nothing(disturbed: set[int]) -> None:
-    assert fastest(BUDGETS, Machine(speeds(100e3, 110e3, 109e3, 1), disturbed), 10**9) == (2048, [1024, 2048, 4096])
+    found = fastest(BUDGETS, Machine(speeds(100e3, 110e3, 109e3, 1), disturbed), 10**9)
+    assert found == Search(2048, [1024, 2048, 4096])
 
 
 def test_it_takes_no_longer_than_it_may() -> None:
@@ -79,18 +82,35 @@ def test_it_takes_no_longer_than_it_may() -> None:
     assert fastest(BUDGETS, Machine(quick), 40_000) is None, "more than a tenth of the pass's 6 s"
     assert fastest(BUDGETS, Machine(quick), 60_000) is not None
     machine = Machine(slow)
-    assert fastest(BUDGETS, machine, 10**9) == (1024, [1024, 2048])  # 10 s are the most
+    assert fastest(BUDGETS, machine, 10**9) == Search(1024, [1024, 2048])  # 10 s are the most
     assert sum(machine(*call).seconds for call in machine.calls[:]) <= 10
     assert fastest(BUDGETS, Machine(speeds(10.0)), 10**9) is None
 
 
-def test_memory_that_runs_out_ends_the_search() -> None:
-    machine = Machine(speeds(100e3, 110e3, 120e3, 1e-300))
-    assert fastest(BUDGETS, lambda *asked: Timing(math.inf, 1) if asked[0] == 8192 else machine(*asked), 10**9) == (
-        4096,
-        [1024, 2048, 4096, 8192],
-    )
-    assert fastest(BUDGETS, lambda *asked: Timing(math.inf, 1), 10**9) is None
+def without_memory(machine: Machine, *budgets: int) -> Trial:
+    """Trials of these budgets take more memory than there is."""
+    return lambda budget, tokens: Timing(math.inf, 1) if budget in budgets else machine(budget, tokens)
+
+
+def test_memory_that_runs_out_ends_the_search_and_is_told(tmp_path: Path, alone: Runtime) -> None:
+    def settled(trial: Trial) -> tuple[int, str]:
+        return measured_budget(DEMAND, trial, 10**6, book, alone)
+
+    book = BudgetBook(tmp_path, {"model": "m"})
+    growing = speeds(100e3, 110e3, 120e3, 130e3)
+    trial = without_memory(Machine(growing), 8192)
+    assert fastest(BUDGETS, trial, 10**9) == Search(4096, [1024, 2048, 4096], 8192)
+    said = "measured: the smallest of 1,024, 2,048 and 4,096 that is about as fast as any; memory ran out at 8,192"
+    assert settled(trial) == (4096, said)
+    assert settled(without_memory(Machine(growing), 2048)) == (1024, "memory ran out at 2,048")
+    assert settled(without_memory(Machine(growing), 1024)) == (1024, "memory ran out at 1,024")
+    assert book.read() is None, "the next run may have more of it"
+    machine = Machine(growing)
+
+    def in_the_end(budget: int, tokens: int) -> Timing:  # of what went well before
+        return Timing(math.inf, 1) if (budget, tokens) == (4096, 8192) else machine(budget, tokens)
+
+    assert fastest(BUDGETS, in_the_end, 10**9) == Search(2048, [1024, 2048, 4096], 4096)
 
 
 def test_what_was_measured_counts_from_then_on(tmp_path: Path, alone: Runtime) -> None:

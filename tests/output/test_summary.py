@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from open_po.output.estimate import Estimate, Group, Groups
 from open_po.output.run_folder import RunFolder
 from open_po.output.summary import (
     DataTotals,
@@ -21,6 +22,7 @@ from open_po.output.summary import (
 )
 from tests import cli
 
+GROUP = Group(pairs=3, figures={"loss": Estimate(value=0.5, low=0.4, high=0.7)})
 RESULT = RunResult(
     reference=ReferenceTotals(
         seconds=1.5,
@@ -50,6 +52,7 @@ RESULT = RunResult(
     numerics={"compute_dtype": "float32"},
     peak_memory_bytes=9,
     versions={"python": "3.11"},
+    held_out=Groups(all=GROUP, by_source={"a": GROUP}, by_length={"long": GROUP}, by_longer={}),
 )
 
 
@@ -62,7 +65,7 @@ RESULT = RunResult(
         RunSummary(status=Status.COMPLETED, result=RESULT),
         RunSummary(
             status=Status.COMPLETED,
-            result=dataclasses.replace(RESULT, reference=None, eval=None, eval_before=None),
+            result=dataclasses.replace(RESULT, reference=None, eval=None, eval_before=None, held_out=None),
         ),
     ],
 )
@@ -82,7 +85,7 @@ def test_the_file_has_the_result_beside_the_status(tmp_path: Path) -> None:
     RunSummary(status=Status.COMPLETED, result=RESULT).write(path)
     content = json.loads(path.read_text())
     names = "status reference train eval eval_before data run numerics peak_memory_bytes versions "
-    names += "predicted_memory_bytes"
+    names += "predicted_memory_bytes held_out"
     assert list(content) == names.split()
     assert content["train"]["layout"] == "shared"
 

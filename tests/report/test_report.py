@@ -70,9 +70,16 @@ def test_a_run_s_curves_and_figures_are_those_of_its_files(finished: Path, tmp_p
     before, after = summary["eval_before"], summary["eval"]
     assert (row["status"], row["loss type"], row["seed"]) == ("completed", "dpo_norm", "42")
     assert row["steps"] == "6 | epoch 1"
-    assert row["held-out accuracy"] == f"{after['rewards/accuracy']:.1%} | from {before['rewards/accuracy']:.1%}"
-    assert row["held-out margin"] == f"{after['rewards/margin']:.4g} | from {before['rewards/margin']:.4g}"
-    assert row["held-out loss"] == f"{after['loss']:.4g} | from {before['loss']:.4g}"
+    intervals = summary["held_out"]["all"]["figures"]
+    for label, name, form in (
+        ("accuracy", "rewards/accuracy", ".1%"),
+        ("margin", "rewards/margin", ".4g"),
+        ("loss", "loss", ".4g"),
+    ):
+        value, first = (format(figures[name], form) for figures in (after, before))
+        low, high = (intervals[name][side] for side in ("low", "high"))
+        interval = f"{low:{form}} to {high:{form}}" if low < high else "all alike"  # every pair is won
+        assert row[f"held-out {label}"] == f"{value} | from {first}; 95%: {interval}"
     best = max(
         (record for record in records if "eval/loss" in record),
         key=lambda record: (record["eval/rewards/accuracy"], record["eval/rewards/margin"]),

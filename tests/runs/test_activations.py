@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
+import open_po.model.prepare as loading
 from open_po.commands.train import main
-from tests import cli, tiny
+from open_po.config import load_config
+from open_po.distributed.parallelism import Parallelism
+from open_po.distributed.runtime import Runtime
+from open_po.errors import UserError
+from tests import cli, scoring, tiny
 
 RUN: dict[str, Any] = {"num_epochs": 2, "max_tokens_per_batch": 60, "loss_type": "dpo_norm", "beta": 5}
 ON: dict[str, Any] = {
@@ -101,3 +110,52 @@ def test_contradictions_are_told(
     capsys.readouterr()
     assert main(cli.arguments(llama, pairs, tmp_path / "run", **fields)) == 2
     assert capsys.readouterr().err == f"config error: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "said"),
+    [
+        ("mixtral", {"mlp_tile_tokens": 16}, "mlp_tile_tokens: mixtral sends tokens to experts; leave it out"),
+        (
+            "opt",
+            {"mlp_tile_tokens": 16},
+            "mlp_tile_tokens: the layers of opt have no module mlp that takes hidden states alone; leave it out",
+        ),
+    ],
+)
+def test_what_a_model_cannot_do_is_told_before_one_is_loaded(
+    architecture: str,
+    fields: dict[str, Any],
+    said: str,
+    llama: Path,
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not after the pass of a reference model that may take hours."""
+    folder = tiny.make_model_folder(tmp_path / "model", architecture, **tiny.SHARING[architecture])
+    monkeypatch.setattr(loading, "load_scorer", lambda *_: pytest.fail("a model is loaded"))
+    words = cli.arguments(folder, pairs, tmp_path / "run", reference_model_name_or_path=llama, **fields)
+    assert cli.failure(capsys, words) == f"error: {said}"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "adapters", "said"),
+    [
+        (3, False, "parallel: tp needs a vocabulary that 3 ranks divide, this one has 320 entries; use fsdp"),
+        (2, True, "is a folder of adapters, which parallel tp cannot merge; use fsdp"),
+        (2, False, None),
+    ],
+)
+def test_what_tensor_parallelism_cannot_divide_is_told_before_it_is_loaded(
+    ranks: int, adapters: bool, said: str | None, llama: Path, tmp_path: Path
+) -> None:
+    folder = llama
+    if adapters:
+        folder = tmp_path / "adapters"
+        get_peft_model(AutoModelForCausalLM.from_pretrained(llama), LoraConfig(r=2)).save_pretrained(folder)
+    config = load_config(["--model_name_or_path", str(folder), "--mixer_list", "data", "1.0", "--parallel", "tp"])
+    runtime = SimpleNamespace(parallelism=Parallelism(kind="tp"), world_size=ranks, device=torch.device("cpu"))
+    with nullcontext() if said is None else pytest.raises(UserError, match=said):
+        loading.refuse_what_cannot_train(config, scoring.FLOAT32, cast(Runtime, runtime))

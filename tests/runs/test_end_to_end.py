@@ -264,7 +264,8 @@ def test_metrics_have_the_published_names(finished: Path, llama: Path, eight_pai
     for record in cli.steps(finished):
         assert set(record) == TRAINING
     held_out = [set(record) for record in cli.metrics(finished) if "train_loss" not in record]
-    assert held_out == 3 * [{"training_step", "eval/loss", *(f"eval/{name}" for name in MEASURES)}]
+    lengths = {"eval/lengths/chosen", "eval/lengths/rejected"}
+    assert held_out == 3 * [{"training_step", "eval/loss", *lengths, *(f"eval/{name}" for name in MEASURES)}]
     for record in cli.steps(cli.train(llama, eight_pairs, tmp_path / "sft", loss_type="sft")):
         assert set(record) == TRAINING - set(REJECTED)
 

@@ -6,17 +6,23 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from torch import Tensor
 
+from open_po.config import load_config
 from open_po.distributed.single import SingleEngine
 from open_po.model import token_budget
 from open_po.training import step_budget
-from tests import cli
+from open_po.training.optimizer import make_optimizer
+from open_po.training.step_budget import settle_budget
+from tests import cli, scoring
+from tests.distributed import steps
 
 ADAPTERS: dict[str, Any] = {"use_lora": True, "lora_rank": 4, "lora_dropout": 0.3, "learning_rate": 1e-2}
 STEPS: dict[str, Any] = {"per_device_train_batch_size": 8, "num_epochs": 2, "max_train_steps": 4}
@@ -91,6 +97,44 @@ def test_ranks_find_one_budget(llama: Path, pairs_file: Path, tmp_path: Path) ->
     given = cli.arguments(llama, pairs_file, tmp_path / "given", **fields, max_tokens_per_batch=tokens)
     assert cli.forked_ranks(given) == [0, 0]
     assert cli.equal(cli.weights(tmp_path / "found"), cli.weights(tmp_path / "given"))
+
+
+def test_pairs_that_memory_is_not_planned_for_are_told_on_a_gpu() -> None:
+    lines: list[str] = []
+    planner: Any = SimpleNamespace(
+        pair_tokens=lambda: np.array([50, 300, 120]), dataset=SimpleNamespace(origins=["a", "b", "c"])
+    )
+
+    def settle(device: str, tokens: int) -> int:
+        words = f"--model_name_or_path m --mixer_list d 1.0 --max_tokens_per_batch {tokens}"
+        runtime: Any = SimpleNamespace(device=torch.device(device), say=lines.append)
+        start: Any = SimpleNamespace(resumed=False, state=SimpleNamespace(progress=SimpleNamespace()))
+        nothing: Any = None
+        return settle_budget(load_config(words.split()), runtime, nothing, planner, nothing, start, nothing)
+
+    assert settle("cpu", 100) == 100, "where memory is not planned"
+    assert settle("cuda", 300) == 300
+    assert lines == []
+    assert settle("cuda", 100) == 100
+    assert lines == [
+        "max_tokens_per_batch: 2 pairs need more than 100 tokens, alone in packs that are larger than planned: the "
+        "longest has 300 (b); max_seq_length shortens it"
+    ]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_what_training_will_take_is_what_its_states_and_gradients_take(optimizer: str, llama: Path) -> None:
+    scorer = scoring.load(llama)
+    words = f"--model_name_or_path {llama} --mixer_list d 1.0 --max_seq_length 128 --optimizer {optimizer}"
+    config = load_config(words.split())
+    weights = list(scorer.parameters())
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    made = make_optimizer(weights, config.train, layers=scorer.decoder_layers())
+    made.step()
+    states = [item for state in made.state.values() for item in state.values() if isinstance(item, Tensor)]
+    taken = sum(weight.nbytes for weight in weights) + sum(state.nbytes for state in states if state.dim())
+    assert step_budget._to_come(config, scorer, steps.runtime()) == pytest.approx(taken, rel=0.02)
 
 
 # -------------------------------------------------------------------------------------------------- memory that ends
@@ -174,6 +218,29 @@ def test_memory_that_does_not_suffice_is_one_line(
     assert "(CUDA out of memory. Tried to allocate 2.00 GiB.)" in said
     said = line(1, "alone", max_tokens_per_batch=1)
     assert re.search(r"the pair .*pairs.jsonl row \d+ alone .* lower max_seq_length", said), said
+
+
+def test_smaller_packs_than_one_hold_gradients_and_that_is_told(
+    llama: Path, pairs_file: Path, tmp_path: Path, fail_at: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Updates in the backward pass leave no gradients; the same step in several packs has them all."""
+    fields = STEPS | {"max_tokens_per_batch": 2000, "max_grad_norm": 0}
+    words = cli.arguments(llama, pairs_file, tmp_path / "twice", **fields)
+    fail_at(1, always=True)
+    assert cli.main(words) == 1
+    out, err = capsys.readouterr()
+    added = "in several packs, whose gradients add up in 0.0 GB that one pack spares"
+    assert re.search(rf"the step is done again, .* with at most \d+ tokens at a time, {added}; its values", out)
+    assert re.search(
+        rf"Step 1: .* 2.00 GiB.\), {added}; lower per_device_train_batch_size or gradient_accumulation_steps until a "
+        "step is one pack that fits, or set gradient_checkpointing",
+        err,
+    )
+    fail_at(1)
+    retried = cli.train(llama, pairs_file, tmp_path / "once", **fields)
+    fail_at(-1)
+    plain = cli.train(llama, pairs_file, tmp_path / "plain", **fields)
+    cli.assert_close_weights(cli.weights(retried), cli.weights(plain), cli.weights(llama))
 
 
 def test_a_rank_does_not_try_again_while_others_wait(

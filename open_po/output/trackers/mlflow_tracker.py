@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from open_po import __version__
@@ -41,7 +42,9 @@ class MlflowTracker(Tracker):
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if uri is None:
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 prefers SQL, mlflow-skinny has none
-            uri = (beginning.folder / _FOLDER).resolve().as_uri()
+            folder = (beginning.folder / _FOLDER).resolve()
+            _remove_empty(folder)
+            uri = folder.as_uri()
         self._client = MlflowClient(tracking_uri=uri)
         self._there: set[tuple[str, int]] = set()
         with _impatient():
@@ -108,6 +111,13 @@ class MlflowTracker(Tracker):
         for name, version in summary.result.versions.items() if summary.result is not None else ():
             self._client.set_tag(self._id, f"version.{name}", version)
         self._client.set_terminated(self._id)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove the metrics of which a killed run had written nothing yet: MLflow then reads none of the store's runs."""
+    for path in folder.glob("*/*/metrics/**/*"):
+        if path.is_file() and path.stat().st_size == 0:
+            path.unlink()
 
 
 @contextmanager

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Tulu 3 8B: its DPO stage, as published (configs/recipes/tulu3_dpo_8b.yaml), on 4 nodes with 8 GPUs each.
+# Tulu 3 8B: its DPO stage, as published, on 4 nodes with 8 GPUs each.
 #
 #   NODE_RANK=0 MASTER_ADDR=node0 bash scripts/train/tulu3/dpo_8b.sh [--dry-run] [--field value ...]     on node 0
 #   NODE_RANK=1 MASTER_ADDR=node0 bash scripts/train/tulu3/dpo_8b.sh [--field value ...]                 on node 1; and so on
 #   sbatch scripts/train/slurm.sbatch scripts/train/tulu3/dpo_8b.sh [--field value ...]                  on all, by Slurm
+#
+# It is configs/models/llama-3.1-tulu-3-8b.yaml with tasks/tulu3.yaml and losses/dpo_norm.yaml. Metrics go to W&B and the
+# model to the Hub (`wandb login`, `hf auth login`), or not: --with_tracking false --push_to_hub false.
 #
 # NUM_NODES and GPUS_PER_NODE, or Slurm, change the nodes; keep the global batch at 128 pairs then, for example on one
 # node: NUM_NODES=1 bash scripts/train/tulu3/dpo_8b.sh --gradient_accumulation_steps 16
@@ -13,4 +16,6 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
     export NUM_NODES="${NUM_NODES:-4}"
     [ -n "${PROCESSES_PER_NODE:-}" ] || export GPUS_PER_NODE="${GPUS_PER_NODE:-8}"
 fi
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../launch.sh" configs/recipes/tulu3_dpo_8b.yaml "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../launch.sh" \
+    configs/models/llama-3.1-tulu-3-8b.yaml configs/tasks/tulu3.yaml configs/losses/dpo_norm.yaml \
+    --exp_name tulu3_dpo_8b --parallel zero3 --with_tracking --push_to_hub "$@"
