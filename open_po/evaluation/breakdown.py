@@ -91,7 +91,10 @@ def _lengths(lengths: NDArray[np.int64]) -> Iterator[tuple[str, NDArray[np.bool_
 
 
 def _longer(dataset: PairDataset) -> dict[str, NDArray[np.bool_]]:
+    """By which response is the longer one; none where a pair has one alone."""
     chosen, rejected = dataset.chosen_lengths, dataset.rejected_lengths
+    if not rejected.all():
+        return {}
     return {
         "chosen response longer": chosen > rejected,
         "both as long": chosen == rejected,

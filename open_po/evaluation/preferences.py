@@ -58,7 +58,7 @@ def evaluate(
 ) -> Evaluated:
     """The training metrics on held-out pairs taken as one batch, and mean lengths of their responses.
 
-    Both responses are scored whatever the loss needs.
+    Both responses are scored whatever the loss needs; figures of two are left out where a pair has one.
     """
     planner, data = held_out.planner, held_out.planner.dataset
     training = scorer.training
@@ -85,11 +85,12 @@ def evaluate(
     if runtime.is_main:  # every rank has all pairs now; one counts them
         losses = loss(policy, select_pairs(held_out.reference, order, policy), running_means)
         meter.add(policy, losses, planner.counts(order))
-        statistics = {
-            LOSS: loss_statistics(losses, data),
-            **reward_statistics(losses.chosen_rewards, losses.rejected_rewards),
-        }
-    lengths = {CHOSEN_LENGTH: data.chosen_lengths.mean(), REJECTED_LENGTH: data.rejected_lengths.mean()}
+        statistics = {LOSS: loss_statistics(losses, data)}
+        if data.rejected_lengths.all():
+            statistics |= reward_statistics(losses.chosen_rewards, losses.rejected_rewards)
+    lengths = {CHOSEN_LENGTH: data.chosen_lengths.mean()}
+    if data.rejected_lengths.all():
+        lengths[REJECTED_LENGTH] = data.rejected_lengths.mean()
     found = {**meter.means(runtime), **{name: float(length) for name, length in lengths.items()}}
     metrics = {HELD_OUT + name: value for name, value in found.items()}
     return Evaluated(metrics=metrics, statistics=statistics, held_out=held_out)

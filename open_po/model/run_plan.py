@@ -33,7 +33,7 @@ def plan_of_run(
     if runtime.device.type != "cuda" or engine is None:
         return None
     pairs = data.train
-    responses = len(pairs) + np.count_nonzero(pairs.rejected_lengths)
+    responses = len(pairs.chosen_lengths) + np.count_nonzero(pairs.rejected_lengths)
     shape = training_shape(config, "cuda", runtime.parallelism)
     shape = dataclasses.replace(
         shape,

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from open_po.config import DataConfig
 from open_po.data.formats import FORMATS, MessagePair, Pair, RowError, TextPair, row_reader
 from tests import tiny
 
@@ -721,6 +722,19 @@ def test_rows_that_a_template_cannot_be_filled_from(template: str, row: Row, mes
 def test_templates_that_are_none(template: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         row_reader(None, template)
+
+
+def test_parts_are_read_as_the_run_says() -> None:
+    """Unless they say it themselves, training and held-out data alike, in either form."""
+    mixture = [{"dataset": "a"}, {"dataset": "b", "format": "hh"}, {"dataset": "c", "prompt_template": "{c}"}]
+    for given in ({"mixture": mixture}, {"mixer_list": ["a", "1.0"]}):
+        fields: dict[str, Any] = {**given, **{f"eval_{name}": value for name, value in given.items()}}
+        config = DataConfig(**fields, format="shp", prompt_template="{history}")
+        for parts in (config.training_mixture, config.held_out_mixture):
+            found = [(part.format, part.prompt_template) for part in parts]
+            assert found == [("shp", "{history}"), ("hh", "{history}"), ("shp", "{c}")][: len(parts)]
+        plain = DataConfig(**fields).training_mixture[0]
+        assert (plain.format, plain.prompt_template) == (None, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tools

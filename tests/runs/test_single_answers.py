@@ -32,30 +32,28 @@ def train(model: Path, folder: Path, rows: list[Any], held_out: list[Any], **fie
     return cli.train(model, data, folder / "run", **fields)
 
 
-@pytest.mark.parametrize("sharing", ["auto", "off"])
-def test_they_train_as_the_chosen_responses_of_pairs_do(sharing: str, llama: Path, tmp_path: Path) -> None:
+def test_they_train_as_the_chosen_responses_of_pairs_do(llama: Path, tmp_path: Path) -> None:
     """To the last bit, and evaluate to the same figures, but for those of two responses."""
-    fields = {"prompt_sharing": sharing, **(SAMPLES if sharing == "auto" else {})}
-    single = train(llama, tmp_path / "single", alone(PAIRS), alone(HELD_OUT), **fields)
-    paired = train(llama, tmp_path / "paired", PAIRS, HELD_OUT, **fields)
+    single = train(llama, tmp_path / "single", alone(PAIRS), alone(HELD_OUT), **SAMPLES)
+    paired = train(llama, tmp_path / "paired", PAIRS, HELD_OUT, **SAMPLES)
     ours, theirs = cli.weights(single), cli.weights(paired)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     for mine, other in zip(cli.metrics(single), cli.metrics(paired), strict=True):
         both = {"eval/logps/rejected", "eval/rewards/rejected", "eval/rewards/accuracy", "eval/rewards/margin"}
+        both |= {"eval/lengths/rejected"}
         two = {name for name in other if name not in mine}
         assert two == (both | {"eval/rewards/average"} if "eval/loss" in other else set())
         for name in mine:
             if not name.startswith("perf/"):
                 assert mine[name] == pytest.approx(other[name], rel=1e-6), name
-    if sharing == "auto":
-        samples = [json.loads(line) for line in (single / "samples.jsonl").read_text().splitlines()]
-        assert samples
-        assert {sample["rejected"] for sample in samples} == {""}
-        card = (single / "README.md").read_text()
-        assert "trained on the chosen responses of 6 rows" in card
-        page = make_page(tmp_path / "report.html", single)
-        assert "chosen" in page.text
-        assert "rejected" not in page.text.split("Samples before and after")[1]
+    samples = [json.loads(line) for line in (single / "samples.jsonl").read_text().splitlines()]
+    assert samples
+    assert {sample["rejected"] for sample in samples} == {""}
+    card = (single / "README.md").read_text()
+    assert "trained on the chosen responses of 6 rows" in card
+    page = make_page(tmp_path / "report.html", single)
+    assert "chosen" in page.text
+    assert "rejected" not in page.text.split("Samples before and after")[1]
 
 
 def test_they_may_stand_among_pairs(llama: Path, tmp_path: Path) -> None:
