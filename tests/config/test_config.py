@@ -818,6 +818,7 @@ def test_every_field_is_read_outside_the_configuration() -> None:
     resolved |= {"with_tracking"}  # becomes report_to
     forms = ("mixer_list", "mixer_list_splits", "mixer_list_configs", "mixture")
     resolved |= {f"{held_out}{form}" for held_out in ("", "eval_") for form in forms}
+    resolved |= {"format", "prompt_template"}  # of the parts that have none of their own
     resolved |= {"format", "prompt_template"}  # of each part, see test_parts_are_read_as_the_run_says
     assert set(FIELDS) - reads - parameters - resolved == set()
 

@@ -372,7 +372,7 @@ def test_a_part_of_what_is_tokenised_is_not_tokenised_again(
         assert tokens(pairs) == [tokenise(read(rows[number]), tokenizer, FREE)[0] for number in numbers]
         gathered = [ids for column in pairs.columns(4) for ids in column]
         assert sum(len(column.ids) for column in gathered) == sum(
-            len(ids) for pair in tokens(pairs) for ids in vars(pair).values()
+            len(ids) for pair in tokens(pairs) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
         )
     assert len(tokenised) == 21
 
