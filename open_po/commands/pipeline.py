@@ -57,8 +57,10 @@ def _go(pipeline: Pipeline, *, dry: bool, restart: bool) -> int:
     import torch  # which takes seconds, for the number of GPUs
 
     from open_po.commands.pipeline_run import PipelineRun, StoppedError, dry_run
-    from open_po.commands.place import read_place
+    from open_po.commands.place import is_rank, read_place
 
+    if is_rank(os.environ):
+        raise ConfigError(["torchrun: a pipeline is no run; start it by itself, it starts the ranks of each stage"])
     place = read_place(os.environ, torch.cuda.device_count(), dry=True)
     launcher = place.ranks > 1
     if dry:

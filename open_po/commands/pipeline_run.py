@@ -100,7 +100,7 @@ class PipelineRun:
 
     def __post_init__(self) -> None:
         self._console: Console = make_console()
-        self._slots = Slots([dict(os.environ)])
+        self._slots = Slots([os.environ | {"PYTHON": sys.executable}])
         self._number = 0
         prepares, evaluates = self.pipeline.prepare is not None, self.pipeline.evaluate is not None
         self._stages = len(self.pipeline.trainings) + prepares + evaluates
@@ -108,8 +108,7 @@ class PipelineRun:
     def run(self) -> None:
         """Run what is not complete yet. Raises UserError naming the stage that failed, StoppedError after a signal."""
         start = time.monotonic()
-        for number in _SIGNALS:
-            signal.signal(number, _stop)
+        handlers = {number: signal.signal(number, _stop) for number in _SIGNALS}
         try:
             if self.place.node == 0:
                 with self._folder():
@@ -124,6 +123,8 @@ class PipelineRun:
                     self._train(stage)
         finally:
             self._slots.stop(_PATIENCE_SECONDS)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     @contextmanager
     def _folder(self) -> Iterator[None]:
@@ -178,14 +179,13 @@ class PipelineRun:
         """Train unless that is done, from what the earlier stages have come to."""
         self._wait_for_owner(stage)
         inputs, before = stage.inputs(), self._recorded(stage.name)
-        exists = stage.folder.path.exists() and stage.folder.earlier_config() is not None
-        if exists:
-            changed = stage.changed() or _differing(before, inputs)
-            if changed and not self.restart:
-                raise self._other(stage, changed)
-            if changed:
-                self._say(f"{stage.name}: begins anew ({changed})")
-                shutil.rmtree(stage.folder.path)
+        exists = stage.folder.earlier_config() is not None
+        changed = (stage.changed() or _differing(before, inputs)) if exists else ""
+        if changed and not self.restart:
+            raise self._other(stage, changed)
+        if changed:
+            self._say(f"{stage.name}: begins anew ({changed})")
+            shutil.rmtree(stage.folder.path)
         if not exists or changed or before is None:
             self._record(stage.name, inputs)
         if stage.folder.is_complete() and self.place.nodes == 1:
@@ -199,11 +199,13 @@ class PipelineRun:
 
     def _wait_for_owner(self, stage: Training) -> None:
         """A run whose pipeline was killed is saving: it ends by itself."""
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        if stage.folder.path.exists() and is_locked(stage.folder.path):
+        path, deadline = stage.folder.path, time.monotonic() + _PATIENCE_SECONDS
+        if is_locked(path):
             self._say(f"{stage.name}: waits for the process of an earlier start to save and end")
-            while is_locked(stage.folder.path) and time.monotonic() < deadline:
-                self._slots.wait()
+        while is_locked(path):
+            if time.monotonic() > deadline:
+                raise UserError(f"{stage.name}: another run is writing to {path}; end it, or choose another output_dir")
+            self._slots.wait()
 
     def _evaluate_once(self) -> None:
         """Evaluate all models, unless just these have been with the same flags."""

@@ -113,7 +113,7 @@ class RunFolder:
             )
 
     def earlier_config(self) -> dict[str, Any] | None:
-        """The configuration of the run in the folder; None if there is none, or it failed before it made anything.
+        """The configuration of the run that is there; None if there is none, or it failed before it made anything.
 
         Raises UserError if it is damaged, OSError.
         """
