@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from open_po.commands.grid import flags
+from open_po.commands.pipeline_evaluation import Flags, evaluation_flags
 from open_po.commands.pipeline_overlays import Overlays
 from open_po.config import RunConfig, load_config
 from open_po.errors import ConfigError
@@ -50,7 +51,7 @@ class Pipeline:
     prepare: Path | None
     sft: Training | None
     losses: list[Training]
-    evaluate: dict[str, list[str]] | None  # flags of `evaluate` by name
+    evaluate: Flags | None  # flags of `evaluate` by name
 
     @property
     def trainings(self) -> list[Training]:
@@ -86,7 +87,7 @@ def read_pipeline(overlays: Overlays, words: Sequence[str], *, skip_sft: bool) -
     name = (shared.pop("exp_name", None) or [overlays.name])[-1]
     folder = Path((shared.pop("output_dir", None) or [f"output/{name}"])[-1])
     has_sft = overlays.sft_file.is_file() and not skip_sft
-    problems = dict.fromkeys(_misplaced(own[_OF_SFT], shared, has_sft))
+    problems = dict.fromkeys(_misplaced(own[_OF_SFT], own[_OF_EVALUATION], shared, has_sft))
     sft = None
     if has_sft:
         sft = _training(SFT, [overlays.model, overlays.sft_file], own[_OF_SFT], (name, folder), problems)
@@ -94,10 +95,12 @@ def read_pipeline(overlays: Overlays, words: Sequence[str], *, skip_sft: bool) -
     found = []
     for loss in overlays.losses:
         found.append(_training(loss, overlays.preference(loss), shared, (name, folder), problems))
+    losses = [stage for stage in found if stage is not None]
     evaluate = overlays.evaluation()
     if own[_OF_EVALUATION]:
         evaluate = (evaluate or {}) | own[_OF_EVALUATION]
-    losses = [stage for stage in found if stage is not None]
+    if evaluate is not None and losses:
+        evaluate = evaluation_flags(losses[0].config, evaluate, problems)
     problems |= dict.fromkeys(_clashes([*([sft] if sft is not None else []), *losses]))
     if problems:
         raise ConfigError(list(problems))
@@ -106,10 +109,10 @@ def read_pipeline(overlays: Overlays, words: Sequence[str], *, skip_sft: bool) -
     )
 
 
-def _split(words: Sequence[str]) -> tuple[dict[str, dict[str, list[str]]], dict[str, list[str]]]:
+def _split(words: Sequence[str]) -> tuple[dict[str, Flags], Flags]:
     """The flags of the SFT stage and of evaluation, by how they begin, and those of the preference stages."""
-    own: dict[str, dict[str, list[str]]] = {_OF_SFT: {}, _OF_EVALUATION: {}}
-    shared: dict[str, list[str]] = {}
+    own: dict[str, Flags] = {_OF_SFT: {}, _OF_EVALUATION: {}}
+    shared: Flags = {}
     values: list[str] = []
     for word in words:
         if not word.startswith("--"):
@@ -123,8 +126,10 @@ def _split(words: Sequence[str]) -> tuple[dict[str, dict[str, list[str]]], dict[
     return own, shared
 
 
-def _misplaced(sft: dict[str, list[str]], shared: dict[str, list[str]], has_sft: bool) -> Iterator[str]:
+def _misplaced(sft: Flags, evaluation: Flags, shared: Flags, has_sft: bool) -> Iterator[str]:
     """Flags that the pipeline sets itself."""
+    for name in sorted({"model", "out"} & set(evaluation)):
+        yield f"evaluate.{name}: is set by the pipeline itself"
     if sft and not has_sft:
         yield f"sft.{next(iter(sft))}: there is no SFT stage to set it for; leave it out"
     for name in sorted({"exp_name", "output_dir", "resume_from_checkpoint"} & set(sft)):
@@ -143,7 +148,7 @@ def _misplaced(sft: dict[str, list[str]], shared: dict[str, list[str]], has_sft:
 def _training(
     name: str,
     files: Sequence[Path],
-    given: dict[str, list[str]],
+    given: Flags,
     pipeline: tuple[str, Path],
     problems: dict[str, None],
 ) -> Training | None:

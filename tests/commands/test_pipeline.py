@@ -178,9 +178,44 @@ def test_a_dry_run_has_commands_that_describe_the_stages(
             assert load_config(commands[name][1 + len(program) :]) == config
         assert shlex.join(commands["evaluation"]) == (
             "python -m open_po evaluate --model output/tiny_words/sft output/tiny_words/dpo output/tiny_words/simpo "
-            "--task exact --data 'x y.jsonl' --metrics bleu --out output/tiny_words/evaluation"
+            "--max_seq_length 128 --preprocessing_num_workers 1 --task exact --data 'x y.jsonl' --metrics bleu --out "
+            "output/tiny_words/evaluation"
         )
     assert not (overlays / "output").exists()
+
+
+def test_evaluation_reads_held_out_data_as_the_preference_stage_does(overlays: Path, capsys: Capture) -> None:
+    (overlays / "configs/tasks/words/evaluate.yaml").write_text("task: sum\n")
+    task = overlays / "configs/tasks/words.yaml"
+    common = "mixer_list: [x.jsonl, 1.0]\nprompt_template: '{a} {b}: '\nadd_bos: true\n"
+    task.write_text(
+        common + "eval_mixer_list: [some/set, 0.5, held_out.jsonl, 40]\neval_mixer_list_splits: [test, 'train[:9]']\n"
+        "eval_mixer_list_configs: [axis, null]\n"
+    )
+    assert read("tiny", "words", "dpo").evaluate == {
+        "prompt_template": ["{a} {b}: "],
+        "add_bos": ["true"],
+        "data": ["some/set", "0.5", "held_out.jsonl", "40"],
+        "mixer_list_splits": ["test", "train[:9]"],
+        "mixer_list_configs": ["axis", "null"],
+        "task": ["sum"],
+    }
+    part = "{{dataset: {}, format: {}}}"
+    entries = [part.format("x.jsonl", "text"), part.format("y.jsonl", "messages")]
+    task.write_text(common.splitlines()[0] + f"\neval_mixture: [{entries[0]}]\n")
+    assert read("tiny", "words", "dpo").evaluate == {"data": ["x.jsonl", "1.0"], "format": ["text"], "task": ["sum"]}
+    task.write_text(common.splitlines()[0] + f"\neval_mixture: [{', '.join(entries)}]\n")
+    (line,) = refused(capsys, "tiny", "words", "dpo")
+    assert line.startswith("config error: evaluate.data: parts of eval_mixture differ in format; ")
+    task.write_text(common)
+    (overlays / "configs/tasks/words/evaluate.yaml").write_text("metrics: chrf\n")
+    lines = refused(capsys, "tiny", "words", "dpo", "--skip-sft", "--model_revision", "v2", "--evaluate.out", "x")
+    assert [line.split(";")[0].removeprefix("config error: ") for line in lines] == [
+        "evaluate.out: is set by the pipeline itself",
+        "evaluate.data: is required where the task has no eval_mixer_list",
+        "evaluate.task: is required, mt, sum or exact",
+        "model_revision v2: cannot be evaluated beside models that have none",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ done, changed, failed
