@@ -45,9 +45,9 @@ def _held_out(config: RunConfig, found: Flags) -> Iterator[str]:
     for name in ("format", "prompt_template"):
         kinds = {getattr(part, name) or getattr(config.data, name) for part in parts}
         if len(kinds) > 1:
-            yield f"evaluate.data: parts of eval_mixture differ in {name}; name those of one in the task's evaluate.yaml"
-        elif kinds != {None}:
-            found |= {name: [str(kind)] for kind in kinds}
+            yield f"evaluate.data: the parts of eval_mixture differ in {name}; name those of one in evaluate.yaml"
+        elif kinds - {None}:
+            found[name] = [str(kinds.pop())]
 
 
 def _words(value: Any) -> list[str]:

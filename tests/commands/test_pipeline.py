@@ -206,7 +206,7 @@ def test_evaluation_reads_held_out_data_as_the_preference_stage_does(overlays: P
     assert read("tiny", "words", "dpo").evaluate == {"data": ["x.jsonl", "1.0"], "format": ["text"], "task": ["sum"]}
     task.write_text(common.splitlines()[0] + f"\neval_mixture: [{', '.join(entries)}]\n")
     (line,) = refused(capsys, "tiny", "words", "dpo")
-    assert line.startswith("config error: evaluate.data: parts of eval_mixture differ in format; ")
+    assert line.startswith("config error: evaluate.data: the parts of eval_mixture differ in format; ")
     task.write_text(common)
     (overlays / "configs/tasks/words/evaluate.yaml").write_text("metrics: chrf\n")
     lines = refused(capsys, "tiny", "words", "dpo", "--skip-sft", "--model_revision", "v2", "--evaluate.out", "x")
