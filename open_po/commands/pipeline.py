@@ -13,7 +13,8 @@ are YAML files. The stages are
 in OUTPUT_DIR (default output/EXP_NAME; EXP_NAME by default MODEL_TASK), each a process with a log in OUTPUT_DIR/logs.
 --field value is for the preference stages, --sft.field value for SFT, --evaluate.flag value for evaluation. All losses
 share the SFT stage and its reference log-probs. With several GPUs, or NUM_NODES, GPUS_PER_NODE and what else
-`python -m open_po launch` reads, stages that train start through it; on several nodes give each the same command.
+`python -m open_po launch` reads, stages that train start through it, and evaluation uses all GPUs of the first node; on
+several nodes give each the same command.
 
 Exit codes: 0 all stages are complete; 75 a stage was stopped after saving, the same command goes on; 130 Ctrl-C; 2 a
 mistake in the configuration; 1 a stage failed.
@@ -62,12 +63,11 @@ def _go(pipeline: Pipeline, *, dry: bool, restart: bool) -> int:
     if is_rank(os.environ):
         raise ConfigError(["torchrun: a pipeline is no run; start it by itself, it starts the ranks of each stage"])
     place = read_place(os.environ, torch.cuda.device_count(), dry=True)
-    launcher = place.ranks > 1
     if dry:
-        show("\n".join(dry_run(pipeline, launcher)))
+        show("\n".join(dry_run(pipeline, place)))
         return 0
     try:
-        PipelineRun(pipeline=pipeline, place=place, launcher=launcher, restart=restart).run()
+        PipelineRun(pipeline=pipeline, place=place, restart=restart).run()
     except StoppedError as stopped:
         print(f"stopped: {stopped.line}", file=sys.stderr)
         return stopped.exit_code

@@ -64,13 +64,13 @@ class StageStoppedError(UserError):
     exit_code = Preempted.exit_code
 
 
-def dry_run(pipeline: Pipeline, launcher: bool) -> Iterator[str]:
+def dry_run(pipeline: Pipeline, place: Place) -> Iterator[str]:
     """The command of every stage, and which are complete."""
     yield f"Pipeline {pipeline.name} in {pipeline.folder}; nothing is started"
     commands = [("prepare", _preparation(pipeline.prepare), False)] if pipeline.prepare is not None else []
-    commands += [(stage.name, _command(stage, launcher), stage.folder.is_complete()) for stage in pipeline.trainings]
+    commands += [(stage.name, _command(stage, place), stage.folder.is_complete()) for stage in pipeline.trainings]
     if pipeline.evaluate is not None:
-        commands.append((EVALUATION, _evaluation(pipeline), False))
+        commands.append((EVALUATION, _evaluation(pipeline, place), False))
     for number, (name, command, complete) in enumerate(commands, start=1):
         shown = ["python" if word == sys.executable else word for word in command]
         yield f"[{number}/{len(commands)}] {name}{' (complete)' if complete else ''}: {shlex.join(shown)}"
@@ -80,13 +80,17 @@ def _preparation(script: Path) -> list[str]:
     return ["bash", str(script)]
 
 
-def _command(stage: Training, launcher: bool) -> list[str]:
-    program = ["open_po", "launch"] if launcher else ["dpo_tune_cache"]
+def _command(stage: Training, place: Place) -> list[str]:
+    """By the launcher, if there is more than one rank to start."""
+    program = ["open_po", "launch"] if place.ranks > 1 else ["dpo_tune_cache"]
     return [sys.executable, "-m", *program, *stage.words]
 
 
-def _evaluation(pipeline: Pipeline) -> list[str]:
-    return [sys.executable, "-m", "open_po", "evaluate", *pipeline.evaluation_words()]
+def _evaluation(pipeline: Pipeline, place: Place) -> list[str]:
+    """On all processes of this node, which share the prompts."""
+    ranks = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(place.processes), "-m"]
+    program = [*(ranks if place.processes > 1 else []), "open_po", "evaluate"]
+    return [sys.executable, "-m", *program, *pipeline.evaluation_words()]
 
 
 @dataclass(kw_only=True)
@@ -95,7 +99,6 @@ class PipelineRun:
 
     pipeline: Pipeline
     place: Place  # this node; those after the first only train
-    launcher: bool  # whether the launcher starts the ranks of a stage
     restart: bool  # run anew what was run with other settings
 
     def __post_init__(self) -> None:
@@ -195,7 +198,7 @@ class PipelineRun:
             self._done(stage.name, f"{_totals(stage)}{_figures(stage)}, {seconds:.0f} s")
 
     def _train(self, stage: Training) -> float:
-        return self._run(stage.name, _command(stage, self.launcher), stage)
+        return self._run(stage.name, _command(stage, self.place), stage)
 
     def _wait_for_owner(self, stage: Training) -> None:
         """A run whose pipeline was killed is saving: it ends by itself."""
@@ -215,7 +218,7 @@ class PipelineRun:
         if self._recorded(EVALUATION) == made_from and (folder / EVALUATION_FILE).is_file():
             self._done(EVALUATION, "complete already")
             return
-        seconds = self._run(EVALUATION, _evaluation(self.pipeline), None)
+        seconds = self._run(EVALUATION, _evaluation(self.pipeline, self.place), None)
         self._record(EVALUATION, made_from)
         self._done(EVALUATION, f"{len(self.pipeline.models)} models, {seconds:.0f} s")
 

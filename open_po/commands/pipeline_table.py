@@ -1,4 +1,4 @@
-"""What a pipeline has come to: its models side by side, as a table, a CSV file and a plot."""
+"""What a pipeline has come to: its models side by side, on the console and in files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from rich.table import Table
 from open_po.commands.pipeline_stages import Pipeline
 from open_po.errors import UserError
 from open_po.output import markdown
-from open_po.output.curves import plot_intervals
 from open_po.output.files import write_atomically
 from open_po.output.metrics import REWARD_ACCURACY
 from open_po.output.run_folder import CURVES, RunFolder
@@ -53,7 +52,7 @@ class Row:
 
 
 def tell_results(pipeline: Pipeline, evaluation: Path, console: Console) -> None:
-    """Write pipeline.md, .csv and .png, and print the table with the paths of what to look at next."""
+    """Write pipeline.md and pipeline.csv, and print the table with the paths of what to look at next."""
     rows = read_rows(pipeline, evaluation)
     metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
     heads = ["model", *(_TITLES.get(name, name) for name in metrics), "held-out reward accuracy", "answer tokens"]
@@ -67,10 +66,8 @@ def tell_results(pipeline: Pipeline, evaluation: Path, console: Console) -> None
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     _write_csv(path.with_suffix(".csv"), [row.content(metrics) for row in rows])
     told = {"table": f"{path}, {path.with_suffix('.csv')}"}
-    if metrics:
-        plot = path.with_suffix(".png")
-        panels = {_TITLES.get(name, name): {row.name: row.metrics[name] for row in rows} for name in metrics}
-        plot_intervals(panels, plot, title)
+    plot = evaluation.with_suffix(".png")
+    if metrics and plot.is_file():
         told["plot"] = str(plot)
     told["curves"] = ", ".join(str(stage.folder.path / CURVES) for stage in pipeline.losses)
     for label, what in told.items():

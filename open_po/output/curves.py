@@ -85,32 +85,6 @@ def plot_settings(results: Sequence[tuple[str, Mapping[str, Any]]], path: Path, 
     write_atomically(path, lambda temporary: canvas.print_figure(temporary, dpi=110, format="png"))
 
 
-def plot_intervals(panels: Mapping[str, Mapping[str, tuple[float, float, float]]], path: Path, title: str) -> None:
-    """Each metric's value, with the ends of its interval, of each model: a panel for a metric, models from the top."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    models = list(next(iter(panels.values())))
-    figure = Figure(figsize=(1.5 + 4.5 * len(panels), 1.6 + 0.4 * len(models)), layout="constrained")
-    figure.suptitle(title)
-    for axes, (metric, found) in zip(
-        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
-    ):
-        for place, model in enumerate(models):
-            value, low, high = found[model]
-            colour = "tab:gray" if place == 0 else "tab:blue"
-            axes.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", capsize=4, color=colour)
-        axes.axvline(found[models[0]][0], color="tab:gray", linewidth=0.8, linestyle="--")
-        axes.set_xlabel(metric)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_yticks(range(len(models)), models)
-        axes.set_ylim(len(models) - 0.5, -0.5)
-        axes.grid(alpha=0.3)
-    canvas = FigureCanvasAgg(figure)
-    write_atomically(path, lambda temporary: canvas.print_figure(temporary, dpi=110, format="png"))
-
-
 def smoothing_window(points: int) -> int | None:
     """Over how many of its points a noisy curve is averaged; None if it is too short for that."""
     window = points // 20
