@@ -179,8 +179,8 @@ def test_a_dry_run_has_commands_that_describe_the_stages(
         ranks = "" if processes is None else "torch.distributed.run --standalone --nproc_per_node 2 -m "
         assert shlex.join(commands["evaluation"]) == (
             f"python -m {ranks}open_po evaluate --model output/tiny_words/sft output/tiny_words/dpo "
-            "output/tiny_words/simpo --max_seq_length 128 --preprocessing_num_workers 1 --task exact --data 'x y.jsonl' "
-            "--metrics bleu --out output/tiny_words/evaluation"
+            "output/tiny_words/simpo --max_seq_length 128 --preprocessing_num_workers 1 --task exact --data "
+            "'x y.jsonl' --metrics bleu --out output/tiny_words/evaluation"
         )
     assert not (overlays / "output").exists()
 
