@@ -165,6 +165,8 @@ class PipelineRun:
         lax = [stage.name for stage in pipeline.trainings if stage.config.output.checkpointing_steps is None]
         if lax:
             self._say(f"No checkpointing_steps: if {' or '.join(lax)} is stopped, it begins with its first step again")
+        if pipeline.evaluate is None:
+            self._say("No evaluation: the task has no evaluate.yaml; --evaluate.task and --evaluate.data ask for one")
         if pipeline.prepare is not None:
             self._number += 1
             seconds = self._run("prepare", _preparation(pipeline.prepare), None)
