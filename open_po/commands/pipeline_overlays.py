@@ -76,8 +76,8 @@ class Overlays:
             content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)  # all of it stays text
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError([f"{path}: cannot be read ({' '.join(str(error).split())})"]) from error
-        flags = {name: value if isinstance(value, list) else [value] for name, value in _mapping(content).items()}
-        if not flags or not all(word and isinstance(word, str) for words in flags.values() for word in words):
+        flags = _flags(content)
+        if not flags:
             raise ConfigError([f"{path}: must be a mapping of flags of `evaluate` to text or lists of text"])
         return flags
 
@@ -86,8 +86,14 @@ class Overlays:
         return path if path.is_file() else None
 
 
-def _mapping(content: object) -> dict[str, object]:
-    return content if isinstance(content, dict) else {}
+def _flags(content: object) -> dict[str, list[str]]:
+    """A mapping of names to text or lists of text; empty if it is none."""
+    flags: dict[str, list[str]] = {}
+    for name, value in content.items() if isinstance(content, dict) else ():
+        flags[str(name)] = value if isinstance(value, list) else [value]
+        if not all(word and isinstance(word, str) for word in flags[str(name)]):
+            return {}
+    return flags
 
 
 def _taken(losses: dict[str, Path]) -> list[str]:

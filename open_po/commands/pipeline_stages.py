@@ -88,6 +88,7 @@ def read_pipeline(overlays: Overlays, words: Sequence[str], *, skip_sft: bool) -
     folder = Path((shared.pop("output_dir", None) or [f"output/{name}"])[-1])
     has_sft = overlays.sft_file.is_file() and not skip_sft
     problems = dict.fromkeys(_misplaced(own[_OF_SFT], own[_OF_EVALUATION], shared, has_sft))
+    shared.pop("loss_type", None)  # which would make other mistakes of the losses' own
     sft = None
     if has_sft:
         sft = _training(SFT, [overlays.model, overlays.sft_file], own[_OF_SFT], (name, folder), problems)
