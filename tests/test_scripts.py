@@ -141,7 +141,7 @@ def test_the_debug_scripts_dry_run(capsys: pytest.CaptureFixture[str], monkeypat
     for name, value in place.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(cli.REPOSITORY)
-    for stage, engine, batch in (("sft", "ddp", 64), ("dpo_norm", "zero2", 32)):
+    for stage, engine, batch in (("sft", "auto", 64), ("dpo_norm", "zero2", 32)):
         assert launch.main([*shlex.split(commands[stage]), "--dry-run"]) == 0
         text = capsys.readouterr().out
         assert "2 nodes x 4 CPU processes, 8 ranks" in text
