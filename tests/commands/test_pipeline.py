@@ -381,7 +381,7 @@ def finished(command: list[str], *more: str) -> str:
 
 @pytest.mark.slow
 def test_a_pipeline_killed_in_each_stage_ends_as_one_that_never_was(command: list[str], overlays: Path) -> None:
-    """SIGKILL amid SFT, each loss and evaluation, of the pipeline and of the stage's process: the same weights, bit for bit, and the same table."""
+    """SIGKILL amid SFT, each loss and evaluation, of the stage's process too: the same weights, bit for bit."""
     whole = overlays / "output/tiny_words"
     finished(command)
     assert cli.summary(whole / "simpo")["reference"] is None
