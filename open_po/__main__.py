@@ -17,6 +17,7 @@ COMMANDS = {
     "score": "log-probs and implicit rewards of every pair of a data set",
     "evaluate": "answers of models to held-out prompts, and how good they are: BLEU, ROUGE, exact match, ...",
     "sweep": "one reference pass, then a run for each setting of a grid",
+    "pipeline": "SFT, preferences with one loss or several, evaluation: one command that goes on where it was stopped",
     "watch": "a run or a sweep while it goes on, seen from another terminal",
     "report": "one HTML page about runs and sweeps: curves, figures, settings that differ, samples",
     "upload": "to the Hugging Face Hub, what a run has not got there by itself",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,9 @@ from open_po.commands import launch
 from open_po.config import load_config
 from tests import cli, tiny
 
-SCRIPTS = sorted([*cli.REPOSITORY.glob("scripts/**/*.sh"), *cli.REPOSITORY.glob("scripts/**/*.sbatch")])
+SCRIPTS = sorted(
+    path for kind in ("scripts/**/*.sh", "scripts/**/*.sbatch", "configs/**/*.sh") for path in cli.REPOSITORY.glob(kind)
+)
 RECIPES = {
     "tulu3/dpo_8b.sh": ("allenai/Llama-3.1-Tulu-3-8B-SFT", "allenai/llama-3.1-tulu-3-8b-preference-mixture", 5e-7, 8),
     "olmo2/dpo_7b.sh": ("allenai/OLMo-2-1124-7B-SFT", "allenai/olmo-2-1124-7b-preference-mix", 1e-6, 42),
@@ -129,18 +132,23 @@ def test_variables_and_slurm_change_a_recipes_nodes(dry_run: DryRun) -> None:
     assert "1 node x 3 CPU" in dry_run("scripts/train/olmo2/dpo_13b.sh", NUM_NODES="1", PROCESSES_PER_NODE="3")
 
 
-def test_the_debug_scripts_dry_run(dry_run: DryRun) -> None:
-    text = dry_run("scripts/train/debug/dpo_multi.sh", NUM_NODES="2", PROCESSES_PER_NODE="4")
-    assert "Global batch: 32 pairs = per_device_train_batch_size 4 x gradient_accumulation_steps 1 x 8 ranks" in text
-
-
-def test_a_dry_run_from_end_to_end() -> None:
-    code, stdout, stderr = run("bash", "scripts/train/debug/dpo_multi.sh", "--dry-run", "--parallel", "zero2")
+def test_the_debug_scripts_dry_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From end to end, and then the launcher's own of the commands that it prints."""
+    place = {"NUM_NODES": "2", "PROCESSES_PER_NODE": "4"}
+    code, stdout, stderr = run("bash", "scripts/train/debug/dpo_multi.sh", "--dry-run", "--parallel", "zero2", **place)
     assert code == 0, stderr
-    assert "1 node x 2 CPU processes, 2 ranks" in stdout
-    assert "Engine: parallel zero2" in stdout
-    assert "Global batch: 32 pairs = per_device_train_batch_size 16 x" in stdout
-    assert "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 " in stdout
+    commands = dict(re.findall(r"] (\w+)[^:]*: python -m open_po launch (.*)", stdout))
+    assert list(commands) == ["sft", "dpo_norm"]
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(cli.REPOSITORY)
+    for stage, engine, batch in (("sft", "auto", 64), ("dpo_norm", "zero2", 32)):
+        assert launch.main([*shlex.split(commands[stage]), "--dry-run"]) == 0
+        text = capsys.readouterr().out
+        assert "2 nodes x 4 CPU processes, 8 ranks" in text
+        assert f"Engine: parallel {engine}" in text
+        each = f"per_device_train_batch_size {batch // 8} x gradient_accumulation_steps 1 x 8 ranks"
+        assert f"Global batch: {batch} pairs = {each}" in text
 
 
 # --------------------------------------------------------------------------------------------------------------- Slurm

@@ -103,12 +103,12 @@ class Slots:
         """A moment, before looking again at what has ended."""
         time.sleep(_POLL_SECONDS)
 
-    def stop(self) -> None:
-        """End what runs: asked first, after a while killed."""
+    def stop(self, patience: float = _PATIENCE_SECONDS) -> None:
+        """End what runs: asked first, after so many seconds killed."""
         children = [slot.child for slot in self.slots if slot.child is not None]
         for child in children:
             child.terminate()
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+        deadline = time.monotonic() + patience
         for child in children:
             try:
                 child.wait(max(0.0, deadline - time.monotonic()))
@@ -117,6 +117,15 @@ class Slots:
                 child.wait()
         for _ in self.ended():
             pass
+
+
+def last_line(log: Path) -> str:
+    """What a process said last."""
+    try:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return "no output"
+    return lines[-1].removeprefix("error: ") if lines else "no output"
 
 
 def die_with_parent() -> None:

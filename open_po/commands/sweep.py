@@ -30,7 +30,7 @@ from rich.table import Table
 
 from open_po.commands.command_line import CommandParser, refused
 from open_po.commands.grid import FIGURES, NOT_STARTED, Run, flags, read_grid, setting_name
-from open_po.commands.processes import Slots
+from open_po.commands.processes import Slots, last_line
 from open_po.config import FIELDS, RunConfig, load_config
 from open_po.errors import ConfigError, UserError, user_line
 from open_po.optimizers import OPTIMIZERS
@@ -199,7 +199,7 @@ class Sweep:
             if code:
                 failed += group
                 names = "; ".join(each.name for each in group)
-                self._say(f"Reference pass: failed ({_last_line(log)}), so these do not start: {names}")
+                self._say(f"Reference pass: failed ({last_line(log)}), so these do not start: {names}")
             else:
                 self._say(f"Reference pass: {time.monotonic() - start:.0f} s")
         return [run for run in runs if run not in failed]
@@ -225,11 +225,11 @@ class Sweep:
                     )
                     self._say(f"[{done}/{len(self.runs)}] {run.name}: {figures}{seconds:.0f} s")
                 elif attempt < _ATTEMPTS:
-                    self._say(f"{run.name}: failed, is tried again ({_last_line(run.log)})")
+                    self._say(f"{run.name}: failed, is tried again ({last_line(run.log)})")
                     waiting.append((run, attempt + 1))
                 else:
                     done += 1
-                    self._say(f"[{done}/{len(self.runs)}] {run.name}: failed twice ({_last_line(run.log)})")
+                    self._say(f"[{done}/{len(self.runs)}] {run.name}: failed twice ({last_line(run.log)})")
                 self._write()
             slots.wait()
 
@@ -291,12 +291,3 @@ def _rank(row: Mapping[str, Any]) -> tuple[float, float]:
     """Most accurate first, then the widest margin; what has no figures last."""
     accuracy, margin = row[REWARD_ACCURACY], row[REWARD_MARGIN]
     return (math.inf, math.inf) if accuracy is None else (-accuracy, -margin)
-
-
-def _last_line(log: Path) -> str:
-    """What a process said last."""
-    try:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        return "no output"
-    return lines[-1].removeprefix("error: ") if lines else "no output"

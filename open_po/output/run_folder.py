@@ -93,9 +93,7 @@ class RunFolder:
             )
 
     def _refuse_other_run(self, config: RunConfig) -> None:
-        held = {item.name for item in self.path.iterdir() if not item.name.startswith(_HIDDEN)}
-        failed_early = held <= {self.config.name, self.summary.name} and self._status() == Status.FAILED
-        if not held or failed_early:  # a run that failed before it made anything does not stand in the way
+        if self._is_vacant():
             return
         if not self.config.is_file():
             raise UserError(f"output_dir {self.path}: is not empty and holds no run; choose another folder")
@@ -109,16 +107,31 @@ class RunFolder:
             raise UserError(
                 f"output_dir {self.path}: holds another run than resume_from_checkpoint {wanted}; choose another folder"
             )
-        try:
-            theirs = yaml.safe_load(self.config.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError):
-            theirs = None
-        if not isinstance(theirs, dict):
-            raise UserError(f"output_dir {self.path}: its {self.config.name} is damaged; choose another folder")
-        if changed := changed_fields(theirs, config):
+        if changed := changed_fields(self._read_config(), config):
             raise UserError(
                 f"output_dir {self.path}: holds a run of another configuration ({changed}); choose another folder"
             )
+
+    def earlier_config(self) -> dict[str, Any] | None:
+        """The configuration of the run that is there; None if there is none, or it failed before it made anything.
+
+        Raises UserError if it is damaged, OSError.
+        """
+        return None if not self.config.is_file() or self._is_vacant() else self._read_config()
+
+    def _is_vacant(self) -> bool:
+        """Whether nothing is there that stands in the way, as a run that failed before it made anything does not."""
+        held = {item.name for item in self.path.iterdir() if not item.name.startswith(_HIDDEN)}
+        return not held or (held <= {self.config.name, self.summary.name} and self._status() == Status.FAILED)
+
+    def _read_config(self) -> dict[str, Any]:
+        try:
+            content = yaml.safe_load(self.config.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            content = None
+        if not isinstance(content, dict):
+            raise UserError(f"output_dir {self.path}: its {self.config.name} is damaged; choose another folder")
+        return content
 
     def release(self) -> None:
         """Unlock the folder, so that another run may claim it."""

@@ -6,8 +6,8 @@ thirty six`). A model trained on it learns the task and the flaw, so its greedy 
 numbers. The preference pairs hold the right answer against that mistake, or another plausible one where the last two
 digits make no compound. No number occurs in more than one of the three files.
 
-    python -m open_po.quickstart build  --dir output/quickstart [--seed 42]
-    python -m open_po.quickstart report --dir output/quickstart
+    python -m open_po.quickstart build --dir output/quickstart [--seed 42]
 
-`scripts/train/debug/dpo.sh` runs the whole: build, the two training stages of configs/quickstart/, report.
+What is there already, made with the same seed, is left as it is. The rest is a pipeline like any other:
+`python -m open_po pipeline quickstart numbers LOSS`; `scripts/train/debug/dpo.sh` runs it.
 """

@@ -25,7 +25,10 @@ ANSWERS = {  # the words, the exit code and what the last line says
     f"{TRAIN} broken.yaml": (2, "broken.yaml, line 2: is not valid YAML"),
     f"{TRAIN} --model_name_or_path m --dataset_mixer_list a 1.0 --dpo_beta 0.2 --dry-run": (0, ""),
     "-m open_po": (0, ""),
-    "-m open_po scores": (2, "error: scores: is no command; there are cache, plan, inspect, score, evaluate, sweep"),
+    "-m open_po scores": (
+        2,
+        "error: scores: is no command; there are cache, plan, inspect, score, evaluate, sweep, pipeline",
+    ),
     "-m open_po cache --help": (0, ""),
     "-m open_po cache build --help": (0, ""),
     "-m open_po cache build --learning_rte 1": (2, "mixer_list: is required"),
@@ -37,6 +40,8 @@ ANSWERS = {  # the words, the exit code and what the last line says
     "-m open_po sweep --help": (0, ""),
     "-m open_po sweep --grid learning_rte=1,2 --jobs x": (2, "argument --jobs: invalid int value: 'x'"),
     "-m open_po sweep broken.yaml --grid beta=1,-1": (2, "loss_type dpo: beta is -1 but must lie in (0, inf)"),
+    "-m open_po pipeline --help": (0, ""),
+    "-m open_po pipeline a b c": (2, "config error: loss c: there is no configs/losses/c.yaml; there are none in"),
     "-m open_po watch --help": (0, ""),
     "-m open_po watch nowhere": (1, "error: nowhere: holds no run, and no sweep; name an output_dir"),
     "-m open_po watch nowhere --interval 0": (2, "argument --interval: 0: must be above 0"),
@@ -50,7 +55,7 @@ ANSWERS = {  # the words, the exit code and what the last line says
     "-m open_po launch --help": (0, ""),
     "-m open_po launch --learning_rte 1 --pairs 3": (2, "mixer_list: is required"),
     "-m open_po.quickstart --help": (0, ""),
-    "-m open_po.quickstart build -- --learning_rte 1": (2, "mixer_list: is required"),
+    "-m open_po.quickstart build --sed 1": (2, "unrecognized arguments: --sed 1"),
 }
 RUN_AND_TELL = """
 import atexit, runpy, sys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -9,14 +10,17 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from open_po.config import load_config
+from open_po.commands.pipeline_overlays import Overlays
+from open_po.commands.pipeline_stages import read_pipeline
 from open_po.errors import UserError
-from open_po.quickstart import __main__, build, model, report, task
+from open_po.quickstart import __main__, build, model, task
 from open_po.quickstart.task import Row
 
 ROOT = Path(__file__).parents[2]
@@ -144,57 +148,75 @@ def test_tokenizer_keeps_every_word_and_digit() -> None:
 
 
 def test_longest_answer_fits_the_generation(rows: dict[str, list[Row]]) -> None:
+    settings = yaml.safe_load((ROOT / "configs/tasks/numbers/evaluate.yaml").read_text())
     longest = max(len(row.chosen.split()) for row in rows["held_out"])
-    assert longest < report.MAX_ANSWER_TOKENS  # one more for EOS
+    assert longest < settings["max_new_tokens"]  # one more for EOS
 
 
-def test_build_replaces_its_own_parts_and_nothing_else(tmp_path: Path) -> None:
+def test_build_replaces_its_own_parts_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "quickstart"
-    build.build(folder, seed=1)
-    before = (folder / "data" / "sft.jsonl").read_bytes()
-    (folder / "sft").mkdir()
-    (folder / "sft" / "run_summary.json").touch()
+    (folder / "logs").mkdir(parents=True)  # a pipeline's, which is there first
+    words = ["build", "--dir", str(folder), "--seed", "1"]
+    assert __main__.main(words) == 0
+    assert capsys.readouterr().out == f"Quickstart: made data and an untrained model in {folder}\n"
+    corpus = folder / "data" / "sft.jsonl"
+    before, at = corpus.read_bytes(), corpus.stat().st_mtime_ns
     (folder / "notes.txt").write_text("mine")
-    build.build(folder, seed=1)
-    assert (folder / "data" / "sft.jsonl").read_bytes() == before
-    assert not (folder / "sft").exists()
+    assert __main__.main(words) == 0
+    assert capsys.readouterr().out == f"Quickstart: data and an untrained model are in {folder} already\n"
+    assert corpus.stat().st_mtime_ns == at
+    assert __main__.main(["build", "--dir", str(folder), "--seed", "2"]) == 0
+    assert corpus.read_bytes() != before
     assert (folder / "notes.txt").read_text() == "mine"
-    assert task.read_rows(folder / "data" / "held_out.jsonl") == task.make_rows(seed=1)["held_out"]
+    assert task.read_rows(folder / "data" / "held_out.jsonl") == task.make_rows(seed=2)["held_out"]
+
+
+def test_a_build_that_is_killed_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(tokenizer: object, seed: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "make_model", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build.build(tmp_path, seed=1)
+    assert (tmp_path / "data").is_dir()
+    assert __main__.main(["build", "--dir", str(tmp_path), "--seed", "1"]) == 0
+    assert (tmp_path / "base" / "model.safetensors").is_file()
 
 
 def test_build_refuses_a_folder_of_something_else(tmp_path: Path) -> None:
-    (tmp_path / "sft").mkdir()
-    (tmp_path / "sft" / "precious.bin").touch()
-    with pytest.raises(UserError, match="holds something else"):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "precious.bin").touch()
+    with pytest.raises(UserError, match="is no quickstart's"):
         build.build(tmp_path, seed=1)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["precious.bin", "sft"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "precious.bin"]
 
 
-def test_report_refuses_an_unfinished_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "sft").mkdir()
-    (tmp_path / "sft" / "run_summary.json").write_text('{"status": "failed"}')
-    assert __main__.main(["report", "--dir", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == (
-        f"error: {tmp_path / 'sft'}: holds no completed run; `bash scripts/train/debug/dpo.sh` runs all stages\n"
-    )
-
-
-def test_configurations_meet_in_the_quickstart_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlays_meet_in_the_quickstart_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    sft, dpo = (load_config([f"configs/quickstart/{stage}.yaml"]) for stage in ("sft", "dpo"))
+    overlays = Overlays.find(["quickstart", "numbers", "dpo_norm", "dpo", "dpo_gamma", "slic_dpo", "simpo"])
+    pipeline = read_pipeline(overlays, ["--output_dir", "output/quickstart"], skip_sft=False)
+    assert pipeline.sft is not None
+    sft, dpo = pipeline.sft.config, pipeline.losses[0].config
     assert sft.model.model_name_or_path == "output/quickstart/base"
     assert sft.output.output_dir == dpo.model.model_name_or_path == "output/quickstart/sft"
-    assert dpo.output.output_dir == "output/quickstart/dpo"
+    assert dpo.output.output_dir == "output/quickstart/dpo_norm"
     assert sft.data.mixer_list == ["output/quickstart/data/sft.jsonl", "1.0"]
     assert dpo.data.mixer_list == ["output/quickstart/data/preferences.jsonl", "1.0"]
     assert dpo.data.eval_mixer_list == ["output/quickstart/data/held_out.jsonl", "1.0"]
+    for stage in pipeline.losses:
+        assert stage.config.loss.names == [stage.name]
+        assert stage.config.data == dpo.data
+        assert stage.config.reference == dpo.reference
 
 
-def run_script(checkout: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_script(
+    checkout: Path, *arguments: str, script: Sequence[str] = ("scripts/train/debug/dpo.sh",), **variables: str
+) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name not in ("MODEL", "DATA", "SEED")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return subprocess.run(
-        ["bash", "scripts/train/debug/dpo.sh", *arguments],
+        ["bash", *script, *arguments],
         cwd=checkout,
         env=environment | {"OPEN_PO_SKIP_INSTALL": "1"} | variables,
         capture_output=True,
@@ -217,13 +239,11 @@ def test_script_refuses_what_it_cannot_use(arguments: list[str], variables: dict
     assert result.stdout == ""
 
 
-def test_a_mistake_in_what_comes_later_is_told_before_anything_is_made(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["build", "--dir", str(tmp_path / "made"), "--", "configs/quickstart/dpo.yaml", "--learning_rat", "3"]
-    assert __main__.main(words) == 2
-    assert capsys.readouterr().err == "config error: learning_rat: unknown field; did you mean learning_rate?\n"
-    assert not (tmp_path / "made").exists()
+def test_a_mistake_is_told_before_anything_is_made(checkout: Path) -> None:
+    result = run_script(checkout, "--learning_rat", "3")
+    assert result.returncode == 2
+    assert result.stderr == "config error: dpo_norm: learning_rat: unknown field; did you mean learning_rate?\n"
+    assert not (checkout / "output").exists()
 
 
 @pytest.fixture
@@ -232,8 +252,14 @@ def checkout(tmp_path: Path) -> Path:
     copy = tmp_path / "checkout"
     for name in ("open_po", "configs", "scripts"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "dpo_tune_cache.py", copy)
+    for name in ("dpo_tune_cache.py", "setup.py"):
+        shutil.copy(ROOT / name, copy)
     return copy
+
+
+def figures(checkout: Path, folder: str = "quickstart") -> list[dict[str, str]]:
+    with open(checkout / "output" / folder / "pipeline.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.mark.slow
@@ -242,17 +268,44 @@ def test_preference_stage_raises_exact_match_by_twenty_points(checkout: Path) ->
     result = run_script(checkout)
     seconds = time.monotonic() - start
     assert result.returncode == 0, result.stderr
-    report = json.loads((checkout / "output" / "quickstart" / "report.json").read_text())
-    exact, accuracy = report["exact_match"], report["reward_accuracy"]
-    assert 0.25 < exact["before"] < 0.75  # often but not always right
-    assert exact["after"] - exact["before"] >= 0.20
-    assert accuracy["before"] == pytest.approx(0.5, abs=0.1)  # ties, but for rounding
-    assert accuracy["after"] > 0.9
-    for change in (exact, accuracy):
-        assert f"{change['before']:.1%}" in result.stdout
-        assert f"{change['after']:.1%}" in result.stdout
-    assert (checkout / "output" / "quickstart" / "dpo" / "training_curves.png").is_file()
+    before, after = figures(checkout)
+    assert (before["model"], after["model"]) == ("SFT", "dpo_norm")
+    assert 25 < float(before["exact_match"]) < 75  # often but not always right
+    assert float(after["exact_match"]) - float(before["exact_match"]) >= 20
+    assert float(after["exact_match_low"]) > float(before["exact_match_high"])
+    assert float(after["reward_accuracy_before"]) == pytest.approx(0.5, abs=0.1)  # ties, but for rounding
+    assert float(after["reward_accuracy"]) > 0.9
+    for row in (before, after):
+        assert f"{float(row['exact_match']):.1f} ({float(row['exact_match_low']):.1f} to " in result.stdout
+    assert f"{float(after['reward_accuracy']):.1%}" in result.stdout
+    assert (checkout / "output" / "quickstart" / "dpo_norm" / "training_curves.png").is_file()
     assert seconds < 240
+    again = run_script(checkout)
+    assert again.stdout.count("complete already") == 3
+    assert figures(checkout) == [before, after]
+    other = run_script(checkout, SEED="7")
+    assert other.returncode == 0, other.stderr
+    assert "sft: begins anew (seed was 42, is 7)" in other.stdout
+
+
+@pytest.mark.slow
+def test_losses_are_compared_in_one_table(checkout: Path) -> None:
+    """Each of them repairs the flaw, from one SFT model and one reference pass."""
+    losses = ["dpo", "dpo_gamma", "slic_dpo", "simpo"]
+    command = ["scripts/train/pipeline.sh", "quickstart", "numbers", *losses]
+    result = run_script(checkout, script=command, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    sft, *rows = figures(checkout, "quickstart_numbers")
+    assert [row["model"] for row in rows] == losses
+    for row in rows:
+        assert float(row["exact_match_low"]) > float(sft["exact_match_high"]) + 20
+        assert float(row["chrf_low"]) > float(sft["chrf_high"])
+    summaries = [
+        json.loads((checkout / "output/quickstart_numbers" / name / "run_summary.json").read_text())["reference"]
+        for name in losses
+    ]
+    assert summaries[0]["pairs_computed"] == 8500
+    assert [summary and summary["pairs_computed"] for summary in summaries[1:]] == [0, 0, None]
 
 
 @pytest.mark.slow

@@ -2,9 +2,11 @@
 # Preference optimisation, end to end, on whatever machine this is.
 #
 #   bash scripts/train/debug/dpo.sh [--field value ...]
-#       The embedded default, offline, on 2 CPU cores in a minute or two: makes a small model and a task with checkable
-#       answers, trains the model (loss_type sft), then on preferences, and compares both on held-out prompts.
-#       Everything lies in output/quickstart, which the next such run replaces. SEED=7 draws another task and model.
+#       The embedded default, offline, on 2 CPU cores in a minute or two: a small model and a task with checkable
+#       answers are made, the model is trained (loss_type sft), then on preferences, and both are compared on held-out
+#       prompts. That is the pipeline of model quickstart, task numbers and loss dpo_norm (scripts/train/pipeline.sh), in
+#       output/quickstart. Started again it goes on where it was stopped; what would run with other settings begins
+#       anew. SEED=7 draws another task and model.
 #
 #   MODEL=allenai/OLMo-2-0425-1B-SFT DATA=pairs.jsonl bash scripts/train/debug/dpo.sh [--field value ...]
 #       A debug run of any local or Hub model and data on one GPU (or a CPU), with configs/debug/dpo.yaml. Every run
@@ -31,25 +33,17 @@ if [ "${MODEL:+given}" != "${DATA:+given}" ]; then
     exit 2
 fi
 
-source scripts/setup_env.sh
-
 if [ -n "${MODEL:-}" ]; then
+    source scripts/setup_env.sh
     python dpo_tune_cache.py configs/debug/dpo.yaml --model_name_or_path "$MODEL" --mixer_list "$DATA" 1.0 \
         --output_dir "output/debug/$(date +%Y%m%d-%H%M%S)" "$@"
     exit
 fi
 
 export HF_HUB_OFFLINE=1 HF_DATASETS_CACHE=output/quickstart/cache
-# So small a model gains nothing from a second thread, and would wait for it whenever another program runs.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-seed=${SEED:-42}
-SECONDS=0
-echo "== 1/4  Making a model and a task"
-python -m open_po.quickstart build --seed "$seed" -- configs/quickstart/dpo.yaml --seed "$seed" "$@"
-echo "== 2/4  Supervised fine-tuning (configs/quickstart/sft.yaml)"
-python dpo_tune_cache.py configs/quickstart/sft.yaml --seed "$seed"
-echo "== 3/4  Preference optimisation (configs/quickstart/dpo.yaml)"
-python dpo_tune_cache.py configs/quickstart/dpo.yaml --seed "$seed" "$@"
-echo "== 4/4  Greedy answers to held-out prompts, before and after"
-python -m open_po.quickstart report
-echo "All of it took $SECONDS seconds."
+# So small a model gains nothing from a second thread, and would wait for it whenever another program runs; nor from a
+# second GPU.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PROCESSES_PER_NODE=1
+export SEED="${SEED:-42}"
+exec bash scripts/train/pipeline.sh quickstart numbers dpo_norm --output_dir output/quickstart --restart \
+    --seed "$SEED" --sft.seed "$SEED" "$@"
