@@ -192,13 +192,13 @@ def test_a_format_of_ones_own_is_known_by_its_code(
     data = str(tiny.write_jsonl(tmp_path / "x.jsonl", [{"text": "q"}]))
     found: list[Sequence[int]] = []
     for answer in ("good", "better"):
-        (tmp_path / "my_rows.py").write_text(
+        (tmp_path / "rows_of_mine.py").write_text(
             "from open_po.data.formats import TextPair\n"
             f"def read(row):\n    return TextPair(row['text'], {answer!r}, 'bad')\n"
         )
 
         def check(answer: str = answer) -> None:
-            pairs = load_pairs([MixturePart(dataset=data, format="my_rows:read")], tokenizer, LIMITS)
+            pairs = load_pairs([MixturePart(dataset=data, format="rows_of_mine:read")], tokenizer, LIMITS)
             assert tokenizer.decode(pairs[0].chosen_ids, skip_special_tokens=True) == answer
 
         assert os.waitstatus_to_exitcode(os.waitpid(forked(check), 0)[1]) == 0, answer

@@ -30,7 +30,10 @@ DATA = cast(
     Data,
     SimpleNamespace(
         train=SimpleNamespace(
-            prompt_lengths=np.full(8, 100), chosen_lengths=np.full(8, 100), rejected_lengths=np.full(8, 100)
+            prompt_lengths=np.full(8, 100),
+            chosen_lengths=np.full(8, 100),
+            rejected_lengths=np.full(8, 100),
+            scored=np.zeros((8, 3), dtype=np.int64),
         )
     ),
 )
