@@ -244,7 +244,11 @@ class PipelineRun:
         """Show how far a stage's process is until it ends; returns its exit code and seconds."""
         reader = None if stage is None else RunReader(stage.folder.path)
         start, next_look, told = time.monotonic(), 0.0, ""
-        drawing = Live(console=self._console, transient=True) if self._console.is_terminal else nullcontext()
+        drawing = (
+            Live(console=self._console, auto_refresh=False, transient=True)
+            if self._console.is_terminal
+            else nullcontext()
+        )
         with drawing as live:
             while True:
                 for _, code, seconds in self._slots.ended():
