@@ -77,7 +77,11 @@ _TOOLS = {
     "target_language": "of the answers: how bleu tells words apart, and which model bertscore takes",
     "source_pattern": "for comet: a regular expression whose first group is what a prompt asks to translate",
 }
-_INSTEAD = {**DATA_INSTEAD, "model_name_or_path": "--model"}
+_INSTEAD = {
+    **DATA_INSTEAD,
+    "model_name_or_path": "--model",
+    "max_tokens_per_batch": "--reference_max_tokens_per_batch",  # of a pass that keeps no activations
+}
 
 
 def _listed(task: Task) -> str:

@@ -161,7 +161,7 @@ def _ends(subject: Subject, questions: Questions) -> list[int]:
 
 
 def _budget(config: RunConfig, runtime: Runtime) -> int:
-    asked = config.train.max_tokens_per_batch
+    asked = config.reference.reference_max_tokens_per_batch  # of a pass that keeps no activations
     return asked if isinstance(asked, int) else _BUDGET["cuda" if runtime.device.type == "cuda" else "cpu"]
 
 

@@ -204,7 +204,7 @@ def test_a_run_that_was_stopped_goes_on(
             raise KeyboardInterrupt
         return answer(self, prompts)
 
-    small = ["--max_tokens_per_batch", "30", "--max_new_tokens", "4"]
+    small = ["--reference_max_tokens_per_batch", "30", "--max_new_tokens", "4"]
     with monkeypatch.context() as patch:
         patch.setattr(Scorer, "answer", stopped)
         run(tmp_path, [good], data, *small, code=130)
@@ -508,7 +508,7 @@ def test_ranks_share_the_prompts(good: Path, data: Path, tmp_path: Path) -> None
         data,
         "--out",
         tmp_path / "two",
-        "--max_tokens_per_batch",
+        "--reference_max_tokens_per_batch",
         "30",
     ]
     words += ["--max_new_tokens", "4", "--reference_cache_dir", tmp_path / "cache"]
