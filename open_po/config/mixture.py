@@ -54,7 +54,8 @@ def typed_mixture(entries: Sequence[Mapping[str, str]], field: str = "mixture") 
     for number, entry in enumerate(entries, start=1):
         if unknown := [key for key in entry if key not in _KEYS]:
             close = get_close_matches(unknown[0], _KEYS, n=1)
-            advice = f"did you mean {close[0]}?" if close else f"known: {', '.join(_KEYS)}"
+            known = f"known: {', '.join(_KEYS)}; fields of the run stand beside {field}, not in it"
+            advice = f"did you mean {close[0]}?" if close else known
             problems.append(f"{field}: entry {number} has the unknown key {unknown[0]}; {advice}")
         elif "dataset" not in entry:
             problems.append(f"{field}: entry {number} has no dataset, a file or a Hub name")
@@ -74,6 +75,8 @@ def _amount(name: str, text: str, field: str) -> int | float:
         amount: int | float = int(text) if text.isdigit() else float(text)
     except ValueError:
         raise ValueError(f"{field}: amount {text!r} of {name} is neither a fraction (0.5) nor a count (1000)") from None
+    if amount < 0:
+        raise ValueError(f"{field}: amount {text} of {name} must be above 0")
     if isinstance(amount, float) and not 0 < amount <= _MOST_REPEATS:
         raise ValueError(
             f"{field}: fraction {text} of {name} must lie in (0, {_MOST_REPEATS}], above 1 rows are repeated; a count "

@@ -210,7 +210,7 @@ def _describe(hint: Any) -> str:
             (item, *_) = typing.get_args(alternative)
             choices = typing.get_args(item) if typing.get_origin(item) is Literal else ()
             words = "a list of words" if _accepts(item, str) else f"a list with {_describe(item)} for each loss"
-            words = "a list of mappings" if typing.get_origin(item) is dict else words
+            words = "a list of mappings {dataset: NAME, amount: 1.0, ...}" if typing.get_origin(item) is dict else words
             parts.append(f"a list of {', '.join(choices)}" if choices else words)
         elif typing.get_origin(alternative) is dict:
             parts.append("a mapping of names to numbers")

@@ -96,6 +96,18 @@ class PairDataset:
         """How many pairs lost tokens of a response."""
         return int((self.lost[:, 1:] > 0).any(1).sum())
 
+    @property
+    def chosen_tokens(self) -> NDArray[np.int64]:
+        """[P] tokens that are scored with the chosen response, those of its prompt included."""
+        tokens: NDArray[np.int64] = self.scored[:, 0] + self.scored[:, 1]
+        return tokens
+
+    @property
+    def prompt_and_chosen_tokens(self) -> NDArray[np.int64]:
+        """[P] tokens of the prompt but the first, which is predicted by nothing, and of the chosen response."""
+        tokens: NDArray[np.int64] = self.prompt_lengths - 1 + self.scored[:, 1]
+        return tokens
+
     def columns(self, chunk: int = _CHUNK) -> Iterator[list[IdColumn]]:
         """The ids of prompts, chosen and rejected responses, `chunk` pairs at a time."""
         for start in range(0, len(self), chunk):

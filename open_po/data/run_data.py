@@ -53,7 +53,7 @@ class Data:
 
 
 def load_data(config: RunConfig, console: Console, compared_by: str | None = None) -> Data:
-    """Tokenizer and pairs, tokenised or read from the cache of `datasets`. Raises UserError.
+    """Tokenizer and pairs, tokenised, or read from where tokens are kept. Raises UserError.
 
     `compared_by`: what needs both responses, if it is not the loss.
     """
@@ -67,14 +67,16 @@ def load_data(config: RunConfig, console: Console, compared_by: str | None = Non
         num_workers=data.preprocessing_num_workers,
         console=console,
     )
-    train = load(data.training_mixture, selection=Selection.of(data), max_rows=data.max_train_samples)
+    both = compared_by is not None or config.loss.mix().needs_rejected
+    selection = Selection.of(data, needs_rejected=both)
+    train = load(data.training_mixture, selection=selection, max_rows=data.max_train_samples)
     held_out = None
     if data.held_out_mixture:
-        held_out = load(data.held_out_mixture, selection=Selection.of(data, held_out=True))
+        held_out = load(data.held_out_mixture, selection=Selection.of(data, needs_rejected=both, held_out=True))
     loaded = Data(tokenizer=tokenizer, pad=pad_token_id(tokenizer), train=train, held_out=held_out)
     if compared_by is not None:
         loaded.refuse_lone_answers(f"and {compared_by} compares two")
-    elif config.loss.mix().needs_rejected:
+    elif both:
         names = " + ".join(config.loss.names)
         loaded.refuse_lone_answers(f"which loss_type {names} needs; give it a field rejected, or set loss_type sft")
     return loaded

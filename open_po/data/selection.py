@@ -16,6 +16,7 @@ from open_po.errors import UserError
 
 _NAMED = 3  # rows, for each reason
 BAD_ROWS = "cannot be read"
+LONE = "no rejected response, which the loss needs"
 REPEATED = "the same pair came before"
 
 
@@ -24,6 +25,7 @@ class Selection:
     """Which rows are to train."""
 
     skip_bad_rows: bool = False
+    needs_rejected: bool = False  # what reads the pairs compares two responses
     deduplicate: bool = False
     min_score_gap: float | None = None
     min_score_ratio: float | None = None
@@ -31,13 +33,14 @@ class Selection:
     leave_out_long: bool = False
 
     @staticmethod
-    def of(data: DataConfig, *, held_out: bool = False) -> Selection:
+    def of(data: DataConfig, *, needs_rejected: bool, held_out: bool = False) -> Selection:
         """What a configuration says. Held-out pairs are all evaluated, as far as they can be read."""
         skip = data.on_bad_rows == "skip"
         if held_out:
-            return Selection(skip_bad_rows=skip)
+            return Selection(skip_bad_rows=skip, needs_rejected=needs_rejected)
         return Selection(
             skip_bad_rows=skip,
+            needs_rejected=needs_rejected,
             deduplicate=data.deduplicate,
             min_score_gap=data.min_score_gap,
             min_score_ratio=data.min_score_ratio,
@@ -157,6 +160,8 @@ def apply_filters(parts: Sequence[PartRows], selection: Selection) -> None:
 
 def _filters(part: PartRows, selection: Selection) -> Iterator[tuple[NDArray[np.bool_], str]]:
     """Rows that are not to train, and why."""
+    if selection.needs_rejected and selection.skip_bad_rows:  # else the run stops at them
+        yield part.known.numbers("rejected_length") == 0, LONE
     if selection.leave_out_long:
         yield part.known.sides("lost").sum(1) > 0, "longer than the limits (long_rows leave_out)"
     if (least := selection.min_response_length) is not None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -210,9 +211,27 @@ def _render(
         )
     except (TemplateError, TypeError, ValueError) as error:
         raise RowError(f"is refused by the chat template ({' '.join(str(error).split())})") from error
-    if any(called(call) not in text for message in messages for call in message.get("tool_calls", ())):
-        raise RowError("has tool calls, which the chat template leaves out; set another chat_template_name")
+    if any("tool_calls" in message for message in messages):
+        _refuse_lost_calls(tokenizer, tools, messages, opens, text)
     return cast(str, text)
+
+
+def _refuse_lost_calls(
+    tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None, messages: Sequence[Message], opens: bool, text: str
+) -> None:
+    """Raises RowError if the conversation's text would be the same without its tool calls, or lacks the name of one."""
+    without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+    same = False
+    with suppress(TemplateError, TypeError, ValueError):  # a template that needs the calls
+        same = text == tokenizer.apply_chat_template(
+            without, tools=cast(Any, tools), tokenize=False, add_generation_prompt=opens
+        )
+    names = [called(call) or "" for message in messages for call in message.get("tool_calls", ())]
+    if same or any(name not in text for name in names):
+        raise RowError(
+            "has tool calls, which the chat template leaves out; set another chat_template_name, a .jinja file that "
+            "writes them"
+        )
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> list[int]:

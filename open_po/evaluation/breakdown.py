@@ -43,11 +43,11 @@ def loss_statistics(losses: MixedLosses, dataset: PairDataset) -> Statistics:
 
 def _terms(losses: MixedLosses, dataset: PairDataset) -> Iterator[tuple[float, Array, Array]]:
     """Weight, numerators and denominators [P] of what the loss is a sum of."""
-    pairs, chosen = np.ones(len(dataset)), dataset.chosen_lengths.astype(np.float64)
+    pairs = np.ones(len(dataset))
     divisors: Mapping[Divisor, Array] = {
         "pairs": pairs,
-        "chosen_tokens": chosen,
-        "prompt_and_chosen_tokens": chosen + dataset.prompt_lengths - 1,  # nothing predicts a prompt's first token
+        "chosen_tokens": dataset.chosen_tokens.astype(np.float64),
+        "prompt_and_chosen_tokens": dataset.prompt_and_chosen_tokens.astype(np.float64),
     }
     for weight, part in zip(losses.weights, losses.parts, strict=True):
         if part.losses is not None:  # one of each pair, or one of each response

@@ -19,7 +19,7 @@ class EpochPlan:
 
 
 def plan_epoch(planner: Planner, sampler: Sampler, ranks: int) -> EpochPlan:
-    """Draw the first epoch's steps and cut them into packs as a run does; it takes PLAN us for a pair."""
+    """Draw the first epoch's steps and cut them into packs as a run does."""
     data = planner.dataset
     rows = data.prompt_lengths + data.chosen_lengths
     if planner.with_rejected:

@@ -41,12 +41,12 @@ class Planner:
 
     def counts(self, indices: Sequence[int]) -> Counts:
         """What the losses of a step on the pairs `indices` are divided by."""
-        data = self.dataset
-        index = list(indices)
-        earlier, chosen, _ = data.scored[index].sum(0).tolist()  # of the prompts, with each response
-        # A prompt's first token is predicted by nothing.
-        prompts = int(data.prompt_lengths[index].sum()) - len(index)
-        return Counts(pairs=len(index), chosen_tokens=earlier + chosen, prompt_and_chosen_tokens=prompts + chosen)
+        data, index = self.dataset, list(indices)
+        return Counts(
+            pairs=len(index),
+            chosen_tokens=int(data.chosen_tokens[index].sum()),
+            prompt_and_chosen_tokens=int(data.prompt_and_chosen_tokens[index].sum()),
+        )
 
     def packs(self, indices: Sequence[int], *, rank: int = 0, world_size: int = 1) -> list[list[int]]:
         """This rank's packs of the pairs `indices`, balanced. Empty if there are fewer pairs than ranks."""

@@ -119,8 +119,10 @@ def test_an_overlay_opens_with_what_it_is_for_and_a_command_that_parses(
     assert not [line for line in lines if len(line) > 120 and not line.startswith("prompt_template")]
     text = re.sub(r" \\\n# *", " ", header)
     commands = re.findall(r"(?:dpo_tune_cache\.py|train/launch\.sh)((?: (?:configs/\S+|--\w+ [^-\s]\S*))+)", text)
-    assert commands
     monkeypatch.chdir(REPOSITORY)
+    for model, task, loss in re.findall(r"train/pipeline\.sh ([\w.-]+) (\w+) (\w+)", text):
+        commands.append(f" configs/models/{model}.yaml configs/tasks/{task}.yaml configs/losses/{loss}.yaml")
+    assert commands
     for command in commands:
         load_config(shlex.split(command.rstrip(".,;")))
 

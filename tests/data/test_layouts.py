@@ -752,6 +752,7 @@ def test_tool_calls_are_kept() -> None:
     written["function"]["arguments"] = json.dumps(CALL["function"]["arguments"])
     filled = deepcopy(CALL) | {"index": None}
     asks = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    read = asks | {"content": ""}
     result = {"role": "tool", "content": "rain", "tool_call_id": "c1", "name": "weather"}
     for calls in ([CALL], [written], [filled]):
         row = {
@@ -760,7 +761,7 @@ def test_tool_calls_are_kept() -> None:
             "rejected": [asks | {"tool_calls": calls}],
             "tools": [TOOL],
         }
-        expected = MessagePair([*turns("q"), asks, result], turns("", "It rains.")[1:], [asks], tools=[TOOL])
+        expected = MessagePair([*turns("q"), read, result], turns("", "It rains.")[1:], [read], tools=[TOOL])
         assert row_reader(None, None)(row) == [expected]
         assert row_reader(None, None)(row | {"tools": json.dumps([TOOL])}) == [expected]
 

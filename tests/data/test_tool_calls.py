@@ -62,11 +62,12 @@ def test_without_tools_nothing_is_said_of_them(tokenizer: PreTrainedTokenizerFas
 
 
 def test_a_template_that_leaves_calls_out_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    row = {**ROW, "rejected": "no", "chosen": [calls("add", a=3) | {"content": "let me see"}]}
-    (pair,) = row_reader(None, None)(row)
     tokenizer.chat_template = chat_template("tulu")
-    with pytest.raises(RowError, match="has tool calls, which the chat template leaves out; set another chat_template"):
-        tokenise(pair, tokenizer, WHOLE)
+    for content in ("let me see", "let me add", "", None):  # which may have the called function's name in it
+        row = {**ROW, "rejected": "no", "chosen": [calls("add", a=3) | {"content": content}]}
+        (pair,) = row_reader(None, None)(row)
+        with pytest.raises(RowError, match="has tool calls, which the chat template leaves out; set another chat_temp"):
+            tokenise(pair, tokenizer, WHOLE)
 
 
 def test_an_answer_that_is_a_call_alone_is_not_empty(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -16,11 +16,11 @@ import torch
 
 from open_po.config import load_config
 from open_po.data import PreferencePair
-from open_po.data.dataset import Source
+from open_po.data.turns import Turns
 from open_po.evaluation.breakdown import break_down, loss_statistics, reward_statistics
 from open_po.losses import Counts, LossMix, PairLogps
 from open_po.output.metrics import LOSS, REWARD_ACCURACY, REWARD_MARGIN
-from open_po.output.summary import RunSummary
+from open_po.output.summary import PartTotals, RunSummary
 from open_po.output.tables import groups_table
 from open_po.training.trainer import Trainer
 from tests import cli, tiny
@@ -37,10 +37,17 @@ def pairs(count: int, seed: int = 0) -> Any:
     prompts = [ids(1, 9) for _ in range(count)]
     for number in range(2, count, 3):
         prompts[number] = prompts[number - 1]
-    dataset = dataset_of([PreferencePair(prompt, ids(1, 14), ids(1, 14)) for prompt in prompts])
+    # Of some prompts a turn is scored too, and of some answers one is not.
+    turns = [Turns(((1, len(prompt)),), ((0, 1),)) if len(prompt) > 3 else Turns() for prompt in prompts]
+    sides = [(ids(2, 14), ids(1, 14)) for _ in prompts]
+    dataset = dataset_of(
+        [PreferencePair(prompt, *side, turn) for prompt, side, turn in zip(prompts, sides, turns, strict=True)]
+    )
     first = count // 3
     sources = [
-        Source(dataset=name, name=name, available=pairs, rows=pairs, pairs=pairs)
+        PartTotals(
+            dataset=name, name=name, format="text", available=pairs, rows=pairs, repeated=0, left_out={}, pairs=pairs
+        )
         for name, pairs in (("a.jsonl", first), ("b.jsonl", count - first))
     ]
     return dataclasses.replace(dataset, sources=sources)
@@ -49,10 +56,9 @@ def pairs(count: int, seed: int = 0) -> Any:
 def logps(dataset: Any, seed: int) -> PairLogps:
     """Log-probs with all that any loss asks for."""
     torch.manual_seed(seed)
-    chosen, rejected, prompts = (
-        torch.tensor(lengths).float()
-        for lengths in (dataset.chosen_lengths, dataset.rejected_lengths, dataset.prompt_lengths)
-    )
+    scored = torch.tensor(dataset.scored).float()
+    chosen, rejected = scored[:, 0] + scored[:, 1], scored[:, 0] + scored[:, 2]
+    prompts = torch.tensor(dataset.prompt_lengths).float() - scored[:, 0]  # what is not scored with its responses
     return PairLogps(
         chosen=-chosen * torch.rand(len(dataset)) * 2,
         rejected=-rejected * torch.rand(len(dataset)) * 2,

@@ -137,7 +137,8 @@ def _message(item: Any, name: str) -> Message:
         raise RowError(
             f"field {name} has a message of the unknown role {shown(role)}; known: {', '.join(_KNOWN_ROLES)}"
         )
-    message: Message = {"role": role, "content": None if content is None else as_text(content, name)}
+    # Beside calls there may be no content; templates that add texts up take none for a mistake.
+    message: Message = {"role": role, "content": "" if content is None else as_text(content, name)}
     if calls:
         message["tool_calls"] = calls
     if role == "tool":
