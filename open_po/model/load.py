@@ -34,7 +34,8 @@ def load_scorer(source: ModelSource, numerics: Numerics, device: torch.device, m
         scored: Any = model
         if base is not None:
             scored = add_adapters(model, folder)
-            scored = scored if numerics.adapters_apart else scored.merge_and_unload()
+            if not numerics.adapters_apart:
+                scored = scored.merge_and_unload().requires_grad_(True)  # peft had frozen what is under the adapters
         if numerics.four_bit:
             four_bit.make_ready(scored, numerics.compute_dtype, source.name)
     except UserError:

@@ -286,6 +286,20 @@ def test_adapters_saved_alone_are_a_model_to_everything(
     assert "library_name: peft" in card
 
 
+def test_a_folder_of_adapters_is_merged_and_trained_as_a_whole(trained: Path, tmp_path: Path) -> None:
+    """The same as training what the first run saved merged."""
+    data = trained.parent / "pairs.jsonl"
+    runs = [
+        cli.train(start, data, tmp_path / name / "run", max_train_steps=2, learning_rate=1e-3, optimizer="sgd")
+        for name, start in (("adapters", trained / "adapter"), ("merged", trained))
+    ]
+    ours, theirs = (load_file(run / "model.safetensors") for run in runs)
+    start = load_file(trained / "model.safetensors")
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight - start[name], theirs[name] - start[name], rtol=1e-3, atol=1e-6)
+    assert any(not torch.equal(weight, start[name]) for name, weight in ours.items())
+
+
 def test_a_resumed_run_takes_its_reference_from_the_adapters_it_started_with(
     continued: Path, trained: Path, tmp_path: Path
 ) -> None:
