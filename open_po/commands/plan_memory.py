@@ -44,7 +44,7 @@ def show(config: RunConfig, arguments: argparse.Namespace) -> int:
     def replan(change: Change) -> MemoryPlan | None:
         return _after(change, config, arguments.device, base, card)
 
-    console.print(advice_table(advice(base, config.flat(), replan, ranks), room))
+    console.print(advice_table(advice(base, config.flat(), replan, ranks, room), room))
     return _NOTHING_FITS
 
 

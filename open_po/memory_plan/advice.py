@@ -48,6 +48,32 @@ CHANGES = (
     ),
 )
 
+# What is tried where no single change is enough.
+TOGETHER = (
+    Change(
+        fields={"optimizer": "adamw_8bit", "gradient_checkpointing": True},
+        slower=0.35,
+        reason="one more forward pass of three; states are unpacked at each update",
+    ),
+    Change(
+        fields={"gradient_checkpointing": True, "offload_optimizer": True},
+        slower=0.6,
+        reason="one more forward pass of three; the host updates, gradients go there",
+    ),
+    Change(
+        fields={"use_lora": True, "gradient_checkpointing": True},
+        slower=0.33,
+        reason="one more forward pass of three; trains adapters, not the weights",
+        another_training=True,
+    ),
+    Change(
+        fields={"use_lora": True, "use_qlora": True, "gradient_checkpointing": True},
+        slower=0.6,
+        reason="one more forward pass of three; 4-bit weights are unpacked for each product; trains adapters",
+        another_training=True,
+    ),
+)
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -64,18 +90,28 @@ class Advice:
 
 
 def advice(
-    now: MemoryPlan, values: dict[str, Any], replan: Callable[[Change], MemoryPlan | None], ranks: int
+    now: MemoryPlan, values: dict[str, Any], replan: Callable[[Change], MemoryPlan | None], ranks: int, room: float
 ) -> list[Advice]:
-    """Changes that save a hundredth of the plan or more, most bytes for the time they cost first.
+    """Changes that save a hundredth of the plan or more: what fits first, then most bytes for the time they cost.
 
-    `values` are those of all fields; `replan` gives the plan after a change, or None where it cannot be made.
+    Where none of them alone makes the plan fit into `room` (bytes), several together are among them. `values` are those
+    of all fields; `replan` gives the plan after a change, or None where it cannot be made.
     """
-    found = []
-    for change in (*_smaller_packs(now), *_open(CHANGES, values, ranks)):
-        plan = replan(change)
-        if plan is not None and now.peak - plan.peak >= 0.01 * now.peak:
-            found.append(Advice(change, plan, now.peak - plan.peak))
-    return sorted(found, key=lambda item: (item.change.another_training, -item.saved / (item.change.slower + 0.02)))
+
+    def tried(changes: Iterable[Change]) -> Iterator[Advice]:
+        for change in changes:
+            plan = replan(change)
+            if plan is not None and now.peak - plan.peak >= 0.01 * now.peak:
+                yield Advice(change, plan, now.peak - plan.peak)
+
+    found = list(tried((*_smaller_packs(now), *_open(CHANGES, values, ranks))))
+    if not any(item.plan.fits(room) for item in found):
+        found += tried(_open(TOGETHER, values, ranks))
+
+    def rank(item: Advice) -> tuple[bool, bool, float]:
+        return not item.plan.fits(room), item.change.another_training, -item.saved / (item.change.slower + 0.02)
+
+    return sorted(found, key=rank)
 
 
 def _smaller_packs(now: MemoryPlan) -> Iterator[Change]:
