@@ -82,16 +82,17 @@ def _take(layers: Sequence[dict[str, Any]], problems: list[str]) -> tuple[dict[s
     """Raw values by field (later layers win), what else is to be told of them, and which names they were given by."""
     values: dict[str, Any] = {}
     before: dict[str, Any] = {}
-    notes: dict[str, None] = {}
+    notes: dict[str, str | None] = {}
     said_as: dict[str, str] = {}
     for layer in layers:
-        taken = translate(layer, before)
+        taken = translate(layer, before, {name: said_as.get(name, name) for name in values})
         before |= layer
+        values = {name: value for name, value in values.items() if said_as.get(name) not in taken.off}
         values = _layered(values, taken.values)
-        notes |= dict.fromkeys(taken.notes)
+        notes |= taken.notes
         said_as = {name: said for name, said in said_as.items() if name not in taken.values} | taken.said_as
         problems += taken.problems
-    return values, list(notes), said_as
+    return values, [line for line in notes.values() if line is not None], said_as
 
 
 def _name_of_files(arguments: Sequence[str]) -> str | None:

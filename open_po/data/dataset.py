@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -16,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from open_po.config import MixturePart
 from open_po.config.data import ScoredTurns
-from open_po.data.formats import RowError, row_reader
+from open_po.data.formats import row_reader
 from open_po.data.keys import key_numbers
+from open_po.data.part_totals import left_out_rows, part_totals
 from open_po.data.selection import LeftOutRows, PartRows, Selection, apply_filters, leave_out_repeated, origin
 from open_po.data.sources import SourceRows, load_mixture
 from open_po.data.token_rows import IdColumn, Known, TokenRows
@@ -280,16 +280,16 @@ def _dataset(
         prompt_numbers=key_numbers(prompt_keys)[inner],
         response_numbers=key_numbers(response_keys.T.ravel()).reshape(2, -1).T[inner],
         highest_id=int(column("highest_id").max()),
-        left_out=_left_out(parts),
+        left_out=left_out_rows(parts),
         lost=sides("lost"),
-        sources=list(_totals(sources, parts, kept)),
+        sources=list(part_totals(sources, parts, kept)),
     )
 
 
 def _refuse(parts: Sequence[PartRows]) -> None:
     asked = " ".join(f"{part.source.part.dataset} {part.source.part.amount}" for part in parts)
     total = sum(len(part.known) for part in parts)
-    counts = ", ".join(f"{rows.count} {reason}" for reason, rows in _left_out(parts).items())
+    counts = ", ".join(f"{rows.count} {reason}" for reason, rows in left_out_rows(parts).items())
     raise UserError(f"{asked}: none of {total} rows can train ({counts})")
 
 
@@ -314,42 +314,3 @@ def _inner(parts: Sequence[PartRows], kept: Sequence[NDArray[np.int64]]) -> NDAr
         found.append(np.cumsum(part.keeps)[places] - 1 + before)
         before += int(part.keeps.sum())
     return np.concatenate(found)
-
-
-def _left_out(parts: Sequence[PartRows]) -> dict[str, LeftOutRows]:
-    found: dict[str, LeftOutRows] = {}
-    for part in parts:
-        for reason, rows in part.left_out.items():
-            found[reason] = found.get(reason, LeftOutRows()).joined(rows)
-    return found
-
-
-def _layout(source: SourceRows) -> str | None:
-    """The layout that rows are read by: what is asked for, or what the first one has; None if it has none."""
-    part = source.part
-    if part.format is not None or not len(source.taken):
-        return part.format
-    (first,) = source.rows.read(source.taken[:1])
-    with suppress(RowError):
-        return None if isinstance(first, RowError) else row_reader(None, None).recognise(first)
-    return None
-
-
-def _totals(
-    sources: Sequence[SourceRows], parts: Sequence[PartRows], kept: Sequence[NDArray[np.int64]]
-) -> Iterator[PartTotals]:
-    """What came of each part."""
-    found = {id(part.source): (part, len(places)) for part, places in zip(parts, kept, strict=True)}
-    for source in sources:
-        part, pairs = found.get(id(source), (None, 0))
-        rows = len(np.unique(source.taken))
-        yield PartTotals(
-            dataset=source.part.dataset,
-            name=source.name,
-            format=_layout(source),
-            available=source.available,
-            rows=rows,
-            repeated=len(source.taken) - rows,
-            left_out={} if part is None else {reason: each.count for reason, each in part.left_out.items()},
-            pairs=pairs,
-        )

@@ -23,6 +23,7 @@ class Alias:
     kind: str = "field"  # field: becomes one; none: has no effect; refused; together: read with others, by a function
     take: Take
     yields: bool = False  # to our own field, where both are given
+    reads: tuple[str, ...] = ()  # names beside it that decide what it becomes
 
 
 def same(name: str, field: str, says: str = "", *, yields: bool = False) -> Alias:
@@ -30,17 +31,19 @@ def same(name: str, field: str, says: str = "", *, yields: bool = False) -> Alia
     return Alias(name=name, fields=(field,), says=says, take=lambda value, _: {field: value}, yields=yields)
 
 
-def becomes(name: str, fields: str, says: str, take: Take) -> Alias:
-    """A name whose value is converted."""
-    return Alias(name=name, fields=tuple(fields.split()), says=says, take=take)
+def becomes(name: str, fields: str, says: str, take: Take, *, reads: str = "") -> Alias:
+    """A name whose value is converted, by what the names that it `reads` say."""
+    return Alias(name=name, fields=tuple(fields.split()), says=says, take=take, reads=tuple(reads.split()))
 
 
 def values(name: str, field: str, meanings: Mapping[str, str], says: str = "") -> Alias:
     """A field, or another name of one, some of whose values have other names here; the rest are ours."""
 
+    written = {ours.lower(): ours for ours in meanings.values()} | dict(meanings)
+
     def take(value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
         items = value if isinstance(value, list) else [value]
-        ours = [meanings.get(item.lower(), item) if isinstance(item, str) else item for item in items]
+        ours = [written.get(item.lower(), item) if isinstance(item, str) else item for item in items]
         return {field: ours if isinstance(value, list) else ours[0]}
 
     by_ours = {ours: [theirs for theirs in meanings if meanings[theirs] == ours] for ours in meanings.values()}
@@ -58,7 +61,7 @@ def refused(names: str, instead: str, off: Sequence[Any] = ()) -> Sequence[Alias
 
     def take(value: Any, _: Mapping[str, Any]) -> str:
         if value in (*_OFF, *off):
-            return "is off here too"
+            return "is off here too" if value in _OFF else "is so here too"
         raise ValueError(instead)
 
     return [Alias(name=name, says=instead, kind="refused", take=take) for name in names.split()]

@@ -9,6 +9,7 @@ from open_po.config.aliases.loss import Group
 
 _MARKS = ("dataset_splits", "dataset_configs", "eval_split_size")
 _STRATEGIES = ("evaluation_strategy", "eval_strategy")
+_OF_EVALUATION = ("eval_steps", "eval_mixer_list", "eval_mixture")
 SPLIT_NAMES = {*_MARKS, *_STRATEGIES, "task_name"}
 SUM_PROMPT = (
     "<|im_start|>user\nSUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {post}\nTL;DR: <|im_end|> <|im_start|>assistant "
@@ -29,9 +30,11 @@ def take_splits(layer: Mapping[str, Any], known: Mapping[str, Any]) -> Group:
         raise ValueError(f"{strategy}: {known[strategy]} is not offered; say steps, and eval_steps")
     if set(_STRATEGIES) & set(layer):
         names |= set(_STRATEGIES)
-        if not evaluates and layer.get("eval_steps") is not None:
-            names.add("eval_steps")
-            notes.append(f"eval_steps: no effect with {strategy} no")
+        if not evaluates:
+            given = [name for name in _OF_EVALUATION if layer.get(name) is not None]
+            names |= set(given)
+            notes += [f"{name}: no effect with {strategy} no" for name in given]
+            values |= dict.fromkeys(("eval_steps", "eval_mixture"))  # those of the files before
     if any(layer.get(name) is not None for name in _MARKS):
         names |= {*_MARKS, "dataset_mixer"}
         values |= _mixtures(known, evaluates)

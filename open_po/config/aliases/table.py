@@ -16,9 +16,10 @@ _ALL_PARTS = "needs mixer_list or mixture with names of files or of the Hub"
 _OPTIMIZERS = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), "adamw"),
     **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), "adamw_paged"),
-    "adamw_bnb_8bit": "adamw_8bit",
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_torch_8bit"), "adamw_8bit"),
     "rmsprop": "rmsprop",  # also where it is written RMSprop
 }
+_OF_GAMMA = "loss_type dpo_loss_type beta dpo_beta"
 _LOSSES = {"sigmoid": "dpo", "sigmoid_norm": "dpo_norm", "aot_pair": "aot_unpaired"}
 
 
@@ -53,13 +54,13 @@ def _or_off(field: str, off: str | None) -> Any:
 
 
 def _gamma(value: Any, known: Mapping[str, Any]) -> dict[str, Any] | str:
-    losses = [known[name] for name in ("loss_type", "dpo_loss_type") if known.get(name) is not None]
-    betas = [known[name] for name in ("beta", "dpo_beta") if known.get(name) is not None]
-    if losses[:1] != ["simpo"]:
+    losses = [said for name, said in known.items() if name in ("loss_type", "dpo_loss_type") and said is not None]
+    betas = [said for name, said in known.items() if name in ("beta", "dpo_beta") and said is not None]
+    if losses[-1:] != ["simpo"]:
         return "no effect but with loss_type simpo"
     if not betas:
         raise ValueError("needs beta beside it, since gamma is this times beta; or give gamma")
-    return {"gamma": repr(number(value) * number(betas[0]))}
+    return {"gamma": repr(number(value) * number(betas[-1]))}
 
 
 def _dtype(value: Any, known: Mapping[str, Any]) -> dict[str, Any] | str:
@@ -72,6 +73,11 @@ def _dtype(value: Any, known: Mapping[str, Any]) -> dict[str, Any] | str:
 
 def _bf16(value: Any, known: Mapping[str, Any]) -> dict[str, Any]:
     return {"dtype": "auto"} if value == "auto" else {"dtype": "bfloat16"} if truth(value) else {}
+
+
+def _warmup_steps(value: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    nothing = value is not None and number(value) == 0 and known.get("warmup_ratio") is not None
+    return {"warmup_steps": None if nothing else value}
 
 
 def _zero_stage(value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,13 +165,13 @@ _OPEN_INSTRUCT = [
     same("dpo_beta", "beta"),
     values("dpo_loss_type", "loss_type", _LOSSES),
     same("dpo_label_smoothing", "label_smoothing"),
-    becomes("dpo_gamma_beta_ratio", "gamma", "gamma = ratio x beta; simpo alone", _gamma),
-    becomes("gamma_beta_ratio", "gamma", "gamma = ratio x beta; simpo alone", _gamma),
+    becomes("dpo_gamma_beta_ratio", "gamma", "gamma = ratio x beta; simpo alone", _gamma, reads=_OF_GAMMA),
+    becomes("gamma_beta_ratio", "gamma", "gamma = ratio x beta; simpo alone", _gamma, reads=_OF_GAMMA),
     same("dataset_mixer_list", "mixer_list"),
     same("dataset_mixer_list_splits", "mixer_list_splits"),
     same("dataset_eval_mixer_list", "eval_mixer_list"),
     same("dataset_eval_mixer_list_splits", "eval_mixer_list_splits"),
-    becomes("dataset_name", "mixture", "all of its split train", _one_part),
+    becomes("dataset_name", "mixture", "all of its split train", _one_part, reads="dataset_config_name"),
     becomes("dataset_config_name", "mixture", "configuration of dataset_name", _configuration),
     becomes("train_file", "mixture", "all of it", _one_part),
     becomes("num_train_epochs", "num_epochs", "3.0 is 3", _whole("num_epochs")),
@@ -187,6 +193,7 @@ _OPEN_INSTRUCT = [
     *refused("context_parallel_degree pipeline_parallel_degree", "is not offered; leave it out", ["1"]),
     *unused("packing", _PACKED),
     *unused("use_flash_attn", _KERNELS),
+    *unused("label_pad_token_id", "what is scored is known by position, not by a label"),
     *unused("concatenated_forward", "both responses are computed in one pack"),
     *unused("fused_optimizer", "optimizers are fused where they can be"),
     *unused("do_not_randomize_output_dir", "output_dir is used as it is given"),
@@ -220,6 +227,7 @@ _DPO_GAMMA = [
     becomes("torch_dtype", "dtype", "beside bf16 that one decides; `auto` has no effect; float16 is refused", _dtype),
     becomes("bf16", "dtype", "true is bfloat16", _bf16),
     *refused("fp16", "float16 is not offered; use bf16 or dtype bfloat16"),
+    becomes("warmup_steps", "warmup_steps", "0 is none, beside warmup_ratio", _warmup_steps, reads="warmup_ratio"),
     becomes("max_steps", "max_train_steps", "-1 is none", _or_off("max_train_steps", None)),
     becomes("save_steps", "checkpointing_steps", "", _save_steps),
     becomes(
