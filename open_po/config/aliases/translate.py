@@ -35,7 +35,7 @@ def translate(layer: Mapping[str, Any], before: Mapping[str, Any], givers: Mappi
     taken = Taken()
     own = {**_read_anew(layer, before, givers), **layer}
     under = {name: value for name, value in before.items() if name not in layer}
-    known = {name: plain(value) for name, value in (under | layer).items()}  # what counts more stands behind
+    known = {name: plain(value) for name, value in {**under, **layer}.items()}  # what counts more stands behind
     for group, names in ((take_loss, LOSS_NAMES), (take_splits, SPLIT_NAMES)):
         values: dict[str, Any] = {}
         notes: list[str] = []
