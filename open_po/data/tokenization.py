@@ -208,7 +208,7 @@ def _render(
         text: Any = tokenizer.apply_chat_template(
             list(messages), tools=cast(Any, tools), tokenize=False, add_generation_prompt=opens
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError, RecursionError) as error:
         raise RowError(f"is refused by the chat template ({' '.join(str(error).split())})") from error
     if any(called(call) not in text for message in messages for call in message.get("tool_calls", ())):
         raise RowError("has tool calls, which the chat template leaves out; set another chat_template_name")
