@@ -5,7 +5,8 @@
 
 D is a file or a Hub data set, or a mixture as in mixer_list; the chosen responses are what answers are compared with.
 M is a model, a run's folder, or a checkpoint's. Every field of `python dpo_tune_cache.py --help` that concerns model
-and data can follow. DIR gets evaluation.json, a plot, and answers/NAME.jsonl; answers that are there stay.
+and data can follow. DIR gets evaluation.json, a plot, and answers/NAME.jsonl; answers that
+are there are not generated again, and those of earlier evaluations with other data stay in answers/earlier/.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from open_po.commands.pipeline_stages import EVALUATION, SFT, Pipeline, Training, content_hashes
+from open_po.commands.pipeline_stages import EVALUATION, SFT, Pipeline, Training
 from open_po.commands.pipeline_table import tell_results
 from open_po.commands.place import Place
 from open_po.commands.processes import Slots, last_line
@@ -191,7 +191,7 @@ class PipelineRun:
         if changed:
             self._say(f"{stage.name}: begins anew ({changed})")
             shutil.rmtree(stage.folder.path)
-        if not exists or changed or before is None:
+        if not exists or inputs != before:
             self._record(stage.name, inputs)
         if stage.folder.is_complete() and self.place.nodes == 1:
             self._done(stage.name, f"complete already{_figures(stage)}")
@@ -215,8 +215,7 @@ class PipelineRun:
     def _evaluate_once(self) -> None:
         """Evaluate all models, unless just these have been with the same flags."""
         words, folder = self.pipeline.evaluation_words(), self.pipeline.evaluation_folder
-        memo = Path(self.pipeline.losses[0].config.reference.reference_cache_dir).expanduser()
-        made_from = {"words": words, "inputs": content_hashes(self.pipeline.models, words, memo)}
+        made_from = {"words": words, "inputs": self.pipeline.evaluation_inputs()}
         if self._recorded(EVALUATION) == made_from and (folder / EVALUATION_FILE).is_file():
             self._done(EVALUATION, "complete already")
             return
@@ -298,8 +297,11 @@ def _stop(number: int, _: FrameType | None) -> None:
 
 
 def _differing(before: dict[str, str] | None, now: dict[str, str]) -> str:
-    """The model or file that is another one than when the run began; empty if there is none, or that is not known."""
-    names = sorted(name for name, _ in now.items() ^ before.items()) if before is not None else []
+    """The model or file that is another one than when the run began; empty if there is none, or that is not known.
+
+    What was not recorded then is not known: an earlier version looked at less.
+    """
+    names = sorted(name for name, digest in (before or {}).items() if now.get(name) != digest)
     return f"{names[0]} has changed since" if names else ""
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from open_po.commands.grid import flags
@@ -17,7 +19,68 @@ from open_po.output.run_folder import RunFolder, changed_fields
 
 SFT, EVALUATION = "sft", "evaluation"  # stages, and folders of the pipeline's
 _OF_SFT, _OF_EVALUATION = "sft.", "evaluate."  # begin the flags that go to those stages
+# Files of a model's folder that its tokenizer is read from; a run's folder has others, which may change.
+_OF_TOKENIZERS = (
+    *("tokenizer*", "*.model", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("chat_template*", "additional_chat_templates/*"),
+)
 _HELD_OUT = ("eval_mixer_list", "eval_mixer_list_splits", "eval_mixer_list_configs", "eval_mixture")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a stage is made from, as the user says it: of each the names, of which some may lie on this machine."""
+
+    models: Sequence[str]
+    tokenizers: Sequence[str]
+    data: Sequence[str]
+    files: Sequence[str] = ()
+    functions: Sequence[str] = ()  # formats or metrics, some of which are MODULE:FUNCTION
+
+    def hashes(self, memo: Path) -> dict[str, str]:
+        """A hash of each that lies on this machine, by name. `memo`: where hashes of models are remembered.
+
+        Raises UserError, OSError.
+        """
+        from open_po.data.content import file_digest, folder_digest  # which import large libraries
+        from open_po.model_files import FileHashes, ModelSource, model_identity
+
+        found = {}
+        for name in self.models:
+            if Path(name).is_dir():
+                identity = json.dumps(model_identity(ModelSource(name=name), memo), sort_keys=True)
+                found[name] = hashlib.sha256(identity.encode()).hexdigest()
+        for name in self.tokenizers:
+            files = {path for pattern in _OF_TOKENIZERS for path in Path(name).glob(pattern) if path.is_file()}
+            if files:
+                identity = json.dumps({path.name: file_digest(path) for path in sorted(files)})
+                found[f"the tokenizer in {name}"] = hashlib.sha256(identity.encode()).hexdigest()
+        hashes = FileHashes(memo)
+        for name in (*self.data, *self.files):
+            path = Path(name).expanduser()
+            if path.is_file():
+                found[name] = hashes.of(path)
+            elif name in self.data and path.is_dir():
+                found[name] = folder_digest(path)
+        hashes.save()
+        for name in self.functions:
+            if (module := _module(name)) is not None:
+                found[f"the module of {name}"] = file_digest(module)
+        return found
+
+
+def _module(function: str) -> Path | None:
+    """The file of a function of the user's own, MODULE:FUNCTION; None if it is none, or cannot be found."""
+    name, colon, _ = function.partition(":")
+    with suppress(ImportError, ValueError, AttributeError):
+        spec = find_spec(name) if colon else None
+        if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
+            return Path(spec.origin)
+    return None
+
+
+def _given(*names: str | None) -> list[str]:
+    return [name for name in names if name is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +101,15 @@ class Training:
         """A hash of every local file or model that it is made from, by name. Raises UserError, OSError."""
         config = self.config
         memo = Path(config.reference.reference_cache_dir).expanduser()
-        files = [part.dataset for part in (*config.data.training_mixture, *config.data.held_out_mixture)]
-        return content_hashes([config.model.model_name_or_path], files, memo)
+        model, parts = config.model, [*config.data.training_mixture, *config.data.held_out_mixture]
+        inputs = Inputs(
+            models=_given(model.model_name_or_path, config.reference.reference_model_name_or_path),
+            tokenizers=_given(model.tokenizer_name or model.model_name_or_path),
+            data=[part.dataset for part in parts],
+            files=_given(model.chat_template_name),
+            functions=_given(*(part.format or config.data.format for part in parts)),
+        )
+        return inputs.hashes(memo)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +145,19 @@ class Pipeline:
         for name, values in given.items():
             words += [f"--{name}", *values]
         return [*words, "--out", str(self.evaluation_folder)]
+
+    def evaluation_inputs(self) -> dict[str, str]:
+        """A hash of all that evaluation reads on this machine, by name. Raises UserError, OSError."""
+        given = dict(self.evaluate or {})
+        data, own = given.pop("data", []), [given.pop(name, []) for name in ("tokenizer_name", "format", "metrics")]
+        inputs = Inputs(
+            models=self.models,
+            tokenizers=own[0] or self.models,
+            data=data,
+            files=[value for values in given.values() for value in values],
+            functions=own[1] + own[2],
+        )
+        return inputs.hashes(Path(self.losses[0].config.reference.reference_cache_dir).expanduser())
 
     def log(self, stage: str, node: int = 0) -> Path:
         """Where a stage's process writes what it says."""
@@ -186,21 +269,3 @@ def _sharing(losses: list[Training]) -> list[Training]:
         )
         for stage in losses
     ]
-
-
-def content_hashes(models: Sequence[str], files: Sequence[str], memo: Path) -> dict[str, str]:
-    """A hash of each of the models and files that lie on this machine, by name. Raises UserError, OSError."""
-    from open_po.model_files import FileHashes, ModelSource, model_identity  # which imports the Hub's client
-
-    found = {}
-    for name in models:
-        if Path(name).is_dir():
-            identity = json.dumps(model_identity(ModelSource(name=name), memo), sort_keys=True)
-            found[name] = hashlib.sha256(identity.encode()).hexdigest()
-    hashes = FileHashes(memo)
-    for name in files:
-        path = Path(name).expanduser()
-        if path.is_file():
-            found[name] = hashes.of(path)
-    hashes.save()
-    return found

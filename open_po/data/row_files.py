@@ -69,8 +69,7 @@ class JsonLines:
             for start, line in self.lines[numbers].tolist():
                 file.seek(start)
                 yield self._row(file.readline(), line)
-        if file_facts(self.path) != self.facts:
-            raise UserError(f"{self.path}: has changed while it was read; start again when it is whole")
+        _refuse_change(self.path, self.facts)
 
     def _row(self, content: bytes, line: int) -> Mapping[str, Any] | BadLine:
         try:
@@ -110,44 +109,54 @@ def open_file(path: Path) -> Rows:
     facts = file_facts(path)
     digest = text_digest(file_digest(path), kind, str(_READING_VERSION))
     if kind == ".parquet":
-        return _open_parquet(path, digest)
+        return _open_parquet(path, digest, facts)
     if kind != ".csv" and not _is_list(path):
-        rows = JsonLines(path=path, digest=digest, lines=_kept_lines(path, digest), facts=facts)
+        rows = JsonLines(path=path, digest=digest, lines=_kept_lines(path, digest, path, facts), facts=facts)
     else:
-        text = _kept(f"{digest}.jsonl", lambda target: _rewrite(path, target))
-        rows = JsonLines(
-            path=text, digest=digest, lines=_kept_lines(text, digest), facts=file_facts(text), is_rewritten=True
-        )
+        text = _kept(f"{digest}.jsonl", lambda target: _rewrite(path, target), path, facts)
+        lines = _kept_lines(text, digest, path, facts)
+        rows = JsonLines(path=text, digest=digest, lines=lines, facts=file_facts(text), is_rewritten=True)
     if not len(rows):
         raise ValueError("holds no rows")
     return rows
 
 
-def _kept(name: str, write: Callable[[Path], object]) -> Path:
-    """A file that is made of data once, and kept."""
+def _kept(name: str, write: Callable[[Path], object], source: Path, facts: list[int]) -> Path:
+    """A file that is made of `source` once, and kept. Raises UserError if that is not as `facts` say any more."""
     path = cache_folder() / "read" / name
+
+    def write_what_is_named(target: Path) -> None:
+        write(target)
+        _refuse_change(source, facts)  # else another content would be kept under this one's hash
+
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, write)
+        write_atomically(path, write_what_is_named)
     return path
+
+
+def _refuse_change(path: Path, facts: list[int]) -> None:
+    """Raises UserError if a file is not what it was when it had these `file_facts`."""
+    if file_facts(path) != facts:
+        raise UserError(f"{path}: has changed while it was read; start again when it is whole")
 
 
 # ------------------------------------------------------------------------------------------------------------- lines
 
 
-def _kept_lines(path: Path, digest: str) -> NDArray[np.int64]:
-    """`_lines` of a file of this content, found once."""
+def _kept_lines(path: Path, digest: str, source: Path, facts: list[int]) -> NDArray[np.int64]:
+    """`_lines` of a file of this content, found once; `source` is the file, or what it is rewritten from."""
 
     def write(target: Path) -> None:
         with open(target, "wb") as file:
             np.save(file, _lines(path))
 
-    kept = _kept(f"{digest}.lines.npy", write)
+    kept = _kept(f"{digest}.lines.npy", write, source, facts)
     with suppress(ValueError, OSError, EOFError):
         lines: NDArray[np.int64] = np.load(kept, mmap_mode="r" if kept.stat().st_size > _CHUNK else None)
         return lines
     kept.unlink(missing_ok=True)  # damaged
-    return np.asarray(np.load(_kept(kept.name, write)))
+    return np.asarray(np.load(_kept(kept.name, write, source, facts)))
 
 
 def _lines(path: Path) -> NDArray[np.int64]:
@@ -249,7 +258,7 @@ def _csv_row(header: Sequence[str], cells: Sequence[str], line: int) -> dict[str
     return dict(zip(header, cells, strict=False))
 
 
-def _open_parquet(path: Path, digest: str) -> DatasetRows:
+def _open_parquet(path: Path, digest: str, facts: list[int]) -> DatasetRows:
     if parquet.read_metadata(path).num_rows == 0:
         raise ValueError("holds no rows")
 
@@ -259,4 +268,5 @@ def _open_parquet(path: Path, digest: str) -> DatasetRows:
             for batch in source.iter_batches(_BATCH):
                 writer.write_batch(batch)
 
-    return DatasetRows(rows=Dataset.from_file(str(_kept(f"{digest}.arrow", write))), digest=digest)
+    kept = _kept(f"{digest}.arrow", write, path, facts)
+    return DatasetRows(rows=Dataset.from_file(str(kept)), digest=digest)

@@ -14,7 +14,7 @@ from open_po.data import PairDataset, load_pairs
 from open_po.data.facts import tell_known
 from open_po.data.selection import Selection
 from open_po.data.tokenization import Truncation
-from open_po.data.tokenizer import load_tokenizer, no_slow_tokenizer, pad_token_id
+from open_po.data.tokenizer import dated_template, load_tokenizer, no_slow_tokenizer, pad_token_id
 from open_po.distributed.runtime import Runtime
 from open_po.errors import UserError
 from open_po.output.tables import part_line, parts_table
@@ -53,7 +53,7 @@ class Data:
 
 
 def load_data(config: RunConfig, console: Console, compared_by: str | None = None) -> Data:
-    """Tokenizer and pairs, tokenised, or read from where tokens are kept. Raises UserError.
+    """Tokenizer and pairs, tokenised, or read from what is kept of an earlier pass. Raises UserError.
 
     `compared_by`: what needs both responses, if it is not the loss.
     """
@@ -90,8 +90,9 @@ def prepare_data(
     `compared_by` as in `load_data`.
     """
     loaded = runtime.main_first(load_data, config, runtime.console, compared_by)
-    if line := no_slow_tokenizer(config.model, loaded.tokenizer):
-        runtime.say(line)
+    for remark in (no_slow_tokenizer(config.model, loaded.tokenizer), dated_template(loaded.tokenizer)):
+        if remark is not None:
+            runtime.say(remark)
     for name, part in ((label, loaded.train), ("Held-out data", loaded.held_out)):
         for line in part.describe() if part is not None else []:
             runtime.say(f"{name}: {line}")

@@ -5,7 +5,9 @@ The first is mapped and read where it is needed; the second is small and taken i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -39,6 +41,29 @@ _KNOWN: dict[str, pa.DataType] = {
 LISTS_SCHEMA = pa.schema(_LISTS)  # of the first file
 KNOWN_SCHEMA = pa.schema(_KNOWN)  # of the second
 SCHEMA = pa.schema(_LISTS | _KNOWN)
+
+
+# What the system says of a file that is gone or lies on a bad disk. Arrow's own errors of damage have no number.
+_OF_DAMAGE = (None, errno.ENOENT, errno.EIO)
+
+
+class NoWholeFile(Exception):
+    """A file that is damaged, or is not there."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.path = path
+
+
+@contextmanager
+def _damage_of(path: Path) -> Iterator[None]:
+    """Raises NoWholeFile for what Arrow raises of a file that is not whole."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) not in _OF_DAMAGE:
+            raise
+        raise NoWholeFile(path) from error
 
 
 class Outcome(IntEnum):
@@ -81,9 +106,10 @@ class TokenFile:
     """The token ids of one data set's rows, by the rows' places in the file."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError or pa.ArrowInvalid if there is no whole file."""
-        self._file = pa.ipc.open_file(pa.memory_map(str(path)))
-        sizes = [self._file.get_batch(number).num_rows for number in range(self._file.num_record_batches)]
+        """Raises NoWholeFile."""
+        with _damage_of(path):
+            self._file = pa.ipc.open_file(pa.memory_map(str(path)))
+            sizes = [self._file.get_batch(number).num_rows for number in range(self._file.num_record_batches)]
         self.starts = np.cumsum([0, *sizes])  # of each batch, and where the last ends
         self._batches: dict[int, pa.RecordBatch] = {}
         self._columns: dict[int, list[IdColumn]] = {}
@@ -170,8 +196,9 @@ class Known:
 
     @staticmethod
     def read(path: Path) -> Known:
-        """The content of a file. Raises OSError or pa.ArrowInvalid if it is not whole."""
-        return Known(pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks())
+        """The content of a file. Raises NoWholeFile."""
+        with _damage_of(path):
+            return Known(pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks())
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -214,9 +241,15 @@ def write_batches(path: Path, batches: Iterator[pa.RecordBatch], schema: pa.Sche
             writer.write_batch(batch)
 
 
-def read_batches(path: Path, use: Callable[[pa.RecordBatch], object]) -> None:
-    """Call `use` with each batch of an Arrow file."""
-    with pa.OSFile(str(path), "rb") as file:
-        reader = pa.ipc.open_file(file)
+def read_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """Each batch of an Arrow file. Raises NoWholeFile."""
+    with _damage_of(path):
+        file = pa.OSFile(str(path), "rb")
+    with file:
+        with _damage_of(path):
+            reader = pa.ipc.open_file(file)
         for number in range(reader.num_record_batches):
-            use(reader.get_batch(number))
+            with _damage_of(path):
+                batch = reader.get_batch(number)
+                batch.validate(full=True)
+            yield batch

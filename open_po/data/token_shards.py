@@ -32,13 +32,14 @@ from transformers import PreTrainedTokenizerBase
 from open_po.config import MixturePart
 from open_po.config.data import ScoredTurns
 from open_po.data.content import cache_folder, text_digest
-from open_po.data.formats import RowError, row_reader
+from open_po.data.formats import RowError, RowReader, row_reader
 from open_po.data.row_files import BadLine, Rows
 from open_po.data.token_rows import (
     KNOWN_SCHEMA,
     LISTS_SCHEMA,
     SCHEMA,
     Known,
+    NoWholeFile,
     Outcome,
     TokenFile,
     read_batches,
@@ -148,7 +149,7 @@ def read_tokenised(work: Tokenisation) -> Tokenised | None:
 def _read(work: Tokenisation) -> Tokenised | None:
     while True:
         there = work.known.exists()  # then the ids are too
-        with suppress(FileNotFoundError, pa.ArrowInvalid):
+        with suppress(NoWholeFile):
             file, known = TokenFile(work.lists), Known.read(work.known)
             if len(file) == len(known):
                 return Tokenised(file=file, known=known, places=np.arange(len(known)))
@@ -180,7 +181,7 @@ def _make_all(
     """Make all shards; the first, of many, in this process."""
     if work.shards > 1:
         make_shards(work, range(1), show)
-        with suppress(FileNotFoundError):  # another process was quicker, and merged all
+        with suppress(NoWholeFile):  # another process was quicker, and merged all; or see `_merge`
             check(Known.read(work.shard(0)))
     left = len(work.numbers) - work.rows_done()
     workers = min(
@@ -230,7 +231,7 @@ def _claim(work: Tokenisation, number: int) -> Iterator[bool]:
 
 
 def _merge(work: Tokenisation) -> None:
-    """The two files of all shards, which are removed."""
+    """The two files of all shards, which are removed; or of them one that is damaged alone, to be made again."""
     with waiting_lock(work.folder / "merging"):
         if work.known.exists():
             return
@@ -239,9 +240,14 @@ def _merge(work: Tokenisation) -> None:
         def write(path: Path) -> None:
             with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, LISTS_SCHEMA) as writer:
                 for number in range(work.shards):
-                    read_batches(work.shard(number), lambda batch: _part(batch, writer, tables))
+                    for batch in read_batches(work.shard(number)):
+                        _part(batch, writer, tables)
 
-        write_atomically(work.lists, write)
+        try:
+            write_atomically(work.lists, write)
+        except NoWholeFile as damaged:
+            damaged.path.unlink(missing_ok=True)
+            return
         known = pa.Table.from_batches(tables, KNOWN_SCHEMA).combine_chunks()
         write_atomically(work.known, lambda path: write_batches(path, iter(known.to_batches()), KNOWN_SCHEMA))
         shutil.rmtree(work.shard(0).parent, ignore_errors=True)
@@ -278,7 +284,7 @@ def _batches(work: Tokenisation, number: int) -> Iterator[pa.RecordBatch]:
         yield pa.RecordBatch.from_pylist(records, SCHEMA)
 
 
-def _records(row: Any, reader: Callable[..., Any], work: Tokenisation) -> Iterator[dict[str, Any]]:
+def _records(row: Any, reader: RowReader, work: Tokenisation) -> Iterator[dict[str, Any]]:
     """A row's pairs, or why it gives none. Faults are kept rather than raised, so that all of them can be told."""
     if isinstance(row, BadLine):
         yield _without_ids(Outcome.BAD_LINE, str(row), 0)
@@ -289,7 +295,7 @@ def _records(row: Any, reader: Callable[..., Any], work: Tokenisation) -> Iterat
         yield _without_ids(Outcome.BAD_ROW, str(fault), 0)
         return
     if not pairs:
-        yield _without_ids(Outcome.LEFT_OUT, "gives no pair", 0)
+        yield _without_ids(Outcome.LEFT_OUT, reader.why_none(row), 0)
     for place, pair in enumerate(pairs, 1):
         number = place if len(pairs) > 1 else 0
         try:

@@ -209,7 +209,7 @@ def _render(
         text: Any = tokenizer.apply_chat_template(
             list(messages), tools=cast(Any, tools), tokenize=False, add_generation_prompt=opens
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError, RecursionError) as error:
         raise RowError(f"is refused by the chat template ({' '.join(str(error).split())})") from error
     if any("tool_calls" in message for message in messages):
         _refuse_lost_calls(tokenizer, tools, messages, opens, text)

@@ -87,6 +87,16 @@ def no_slow_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -
     return f"use_slow_tokenizer: has no effect, transformers has one {type(tokenizer).__name__}, which is the fast one"
 
 
+def dated_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A line if the chat template writes the day into a prompt, so that the same rows are others on another day."""
+    if "strftime_now" not in str(tokenizer.chat_template):
+        return None
+    return (
+        "the chat template writes the day into prompts of messages; rows keep the day on which they were tokenised, "
+        "and would differ if tokenised anew on another; chat_template_name can name a file with a fixed one"
+    )
+
+
 def refuse_other_vocabulary(source: ModelSource, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> None:
     """Raises UserError if the tokenizer that lies beside a reference model means other tokens by `ids`.
 

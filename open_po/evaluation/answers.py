@@ -1,4 +1,7 @@
-"""The answers of a model on disk: a line each, kept as they come, so that none is generated twice."""
+"""The answers of a model on disk: a line each, kept as they come, so that none is generated twice.
+
+Those of the latest evaluation are a file; answers to other prompts, or with other settings, lie in a folder beside it.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,13 @@ class AnswerFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.earlier = path.parent / "earlier" / path.name
 
     def known(self) -> dict[str, str]:
         """Answers by key."""
         with disk_faults(str(self.path), _KEPT):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            records = read_json_lines(self.path)
-        return {record["key"]: record["answer"] for record in records if "key" in record and "answer" in record}
+            return {str(record["key"]): record["answer"] for record in _answers(self.earlier) + _answers(self.path)}
 
     def add(self, answers: Mapping[str, str]) -> None:
         """Append answers by key."""
@@ -36,10 +39,25 @@ class AnswerFile:
                 file.write(_line({"key": key, "answer": answer}).encode())
 
     def write(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Replace the file."""
-        lines = "".join(map(_line, records))
+        """Make `records` the file; what else it has is kept among the earlier ones."""
+        records = list(records)
         with disk_faults(str(self.path), _KEPT):
-            write_atomically(self.path, lambda path: path.write_text(lines, encoding="utf-8"))
+            there = {str(record["key"]): record for record in _answers(self.earlier)}
+            own = {record["key"] for record in records}
+            others = {str(record["key"]): record for record in _answers(self.path) if record["key"] not in own}
+            if others.keys() - there.keys():
+                self.earlier.parent.mkdir(exist_ok=True)
+                _write(self.earlier, (there | others).values())
+            _write(self.path, records)
+
+
+def _answers(path: Path) -> list[dict[str, Any]]:
+    return [record for record in read_json_lines(path) if "key" in record and "answer" in record]
+
+
+def _write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    lines = "".join(map(_line, records))
+    write_atomically(path, lambda target: target.write_text(lines, encoding="utf-8"))
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -87,20 +87,22 @@ def pack_all(dataset: PairDataset, layout: Layout, max_tokens: int, budget: int,
 
 
 def _all_units(dataset: PairDataset) -> _Units:
-    """All distinct responses, by prompt in the order in which they first appear."""
+    """All distinct responses, by prompt in the order in which they first appear; none that an answer alone lacks."""
     numbers = dataset.response_numbers.ravel()
     places = np.arange(len(numbers))
     shown = np.empty(int(numbers.max()) + 1, dtype=np.int64)  # by number: where it appears last, as good as any
     first = np.empty_like(shown)
     shown[numbers] = places
     first[numbers[::-1]] = places[::-1]
+    sides = np.stack([dataset.chosen_lengths, dataset.rejected_lengths], 1)
+    there = sides.ravel()[shown] > 0
+    shown, first = shown[there], first[there]
     prompt = dataset.prompt_numbers[shown // 2]
     earliest = np.full(int(prompt.max()) + 1, len(numbers))
     np.minimum.at(earliest, prompt, first)
     order = np.lexsort((first, earliest[prompt]))
     shown, prompt = shown[order], prompt[order]
     responses = np.stack([shown // 2, shown % 2], 1)
-    sides = np.stack([dataset.chosen_lengths, dataset.rejected_lengths], 1)
     begins = np.flatnonzero(np.concatenate([[True], prompt[1:] != prompt[:-1]]))
     return _Units(
         responses,

@@ -56,6 +56,8 @@ class Responses:
         self.keys: Keys = np.zeros(int(numbers.max()) + 1, dtype=KEY_DTYPE)  # by number
         self.keys[numbers] = dataset.response_keys.ravel()
         self.stored = np.zeros(len(self.keys), dtype=bool)
+        self.absent = np.zeros(len(self.keys), dtype=bool)  # beside an answer alone: there is nothing to store
+        self.absent[dataset.response_numbers[dataset.rejected_lengths == 0, 1]] = True
         self._order = np.argsort(self.keys, kind="stable")
         self._sorted = self.keys[self._order]
 
@@ -137,7 +139,7 @@ class ReferencePass:
         self.at_once = 1  # packs that a worker computes at the same time
         self.responses = Responses(dataset)
         self.planner = PackPlanner(responses=self.responses, layout=scorer.layout, budget=max_tokens, pad=pad)
-        self.responses.stored[:] = store.find(self.responses.keys) >= 0
+        self.responses.stored[:] = (store.find(self.responses.keys) >= 0) | self.responses.absent
         self.claims = Claims(store.folder)
         self.stats = PackingStats()
         self.computed = 0  # responses, by this process

@@ -262,6 +262,55 @@ def test_what_is_complete_stays_and_what_has_changed_is_told(overlays: Path, cap
     ]
 
 
+def test_all_that_a_stage_reads_on_this_machine_counts(overlays: Path, llama: Path, capsys: Capture) -> None:
+    """A change of any of it is told, and undone is none; what is beside it in a folder is not looked at."""
+    reference, tokenizer, rows = overlays / "reference_model", overlays / "a_tokenizer", overlays / "rows"
+    for folder, name in ((reference, "model.safetensors"), (tokenizer, "tokenizer.json"), (rows, "train.parquet")):
+        folder.mkdir()
+        (folder / name).write_text("old")
+    (overlays / "template.jinja").write_text("old")
+    (overlays / "rows_of_mine.py").write_text("old")
+    part = f"{{dataset: {rows}, format: 'rows_of_mine:read'}}"
+    words = ["tiny", "words", "dpo", "--skip-sft", "--mixer_list", "null", "--mixture", f"[{part}]"]
+    words += ["--reference_model_name_or_path", str(reference), "--tokenizer_name", str(tokenizer)]
+    words += ["--chat_template_name", str(overlays / "template.jinja")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(overlays))
+        stage = read(*[word for word in words if word != "--skip-sft"], skip_sft=True).losses[0]
+        before = stage.inputs()
+        (tokenizer / "notes.txt").write_text("no part of it")
+        assert stage.inputs() == before
+        for path, name in (
+            (reference / "model.safetensors", str(reference)),
+            (tokenizer / "tokenizer.json", f"the tokenizer in {tokenizer}"),
+            (rows / "train.parquet", str(rows)),
+            (overlays / "template.jinja", str(overlays / "template.jinja")),
+            (overlays / "rows_of_mine.py", "the module of rows_of_mine:read"),
+        ):
+            path.write_text("new")
+            now = stage.inputs()
+            assert {key for key, _ in now.items() ^ before.items()} == {name}
+            assert now.keys() == before.keys()
+            path.write_text("old")
+        assert stage.inputs() == before
+
+
+def test_what_an_earlier_version_did_not_record_is_recorded(overlays: Path, capsys: Capture) -> None:
+    found = read("tiny", "words", "dpo")
+    finish(found)
+    assert pipeline.main(["tiny", "words", "dpo"]) == 0
+    path = overlays / "output/tiny_words/.pipeline.json"
+    whole = json.loads(path.read_text())
+    name = next(name for name in whole["sft"] if name.startswith("the tokenizer in"))
+    less = {**whole, "sft": {key: value for key, value in whole["sft"].items() if key != name}}
+    path.write_text(json.dumps(less))
+    assert pipeline.main(["tiny", "words", "dpo"]) == 0
+    assert json.loads(path.read_text()) == whole
+    path.write_text(json.dumps({**whole, "sft": {**whole["sft"], name: "other"}}))
+    (line,) = refused(capsys, "tiny", "words", "dpo", code=1)
+    assert f"({name} has changed since)" in line
+
+
 def test_a_stage_that_fails_is_named_with_its_log(overlays: Path, capsys: Capture) -> None:
     script = overlays / "configs/tasks/words/prepare.sh"
     script.write_text("echo some words\necho 'error: the disk has gone' >&2\nexit 3\n")

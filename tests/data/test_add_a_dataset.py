@@ -67,6 +67,9 @@ def says(row): raise RowError("field task is empty")
 def messages(row): return MessagePair([{"from": "human", "value": "q"}], [{"role": "assistant", "content": "a"}], None)
 def user(row): return MessagePair([{"role": "user", "content": "q"}], [{"role": "user", "content": "a"}], None)
 def scored(row): return TextPair("q", "a", "b", scores=("high", 1))
+def three(row): return TextPair("q", "a", "b", scores=(1, 2, 3))
+def one(row): return TextPair("q", "a", "b", scores=5)
+def huge(row): return TextPair("q", "a", "b", scores=(10**400, 1))
 """
 
 
@@ -88,6 +91,9 @@ def test_what_functions_give_and_fail_with(blocks: list[str], tmp_path: Path) ->
         "says": "field task is empty",
         "user": "field chosen has a message of role user after the prompt",
         "scored": "field scores is 'high', expected a number",
+        "three": "format their_rows:three gives scores of (1, 2, 3), expected two: (chosen, rejected)",
+        "one": "format their_rows:one gives scores of 5, expected two: (chosen, rejected)",
+        "huge": "field scores is 1000",
     }.items():
         with pytest.raises(RowError, match=re.escape(message)):
             read(name)

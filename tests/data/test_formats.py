@@ -347,6 +347,34 @@ def test_common_prefix_length(sequences: list[list[int]]) -> None:
     assert len(set(longer)) > 1 or min(map(len, sequences)) == length
 
 
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+def test_numbers_and_json_of_any_size_are_faults_of_a_row_or_left_alone() -> None:
+    read, row = row_reader(None, None), {"prompt": [user("q")], "chosen": "a", "rejected": "b"}
+    (pair,) = read(row | {"score_chosen": 10**400, "score_rejected": 1})
+    assert pair.scores is None, "as with other scores that are no number"
+    with pytest.raises(RowError, match="field tools is text, but no JSON"):
+        read(row | {"tools": DEEP})
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": DEEP}}]}
+    (pair,) = read(row | {"chosen": [call]})
+    assert pair.chosen == [call], "text that is no JSON stays text"
+
+
+def test_bad_scores_do_not_stop_a_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 10**400, "score_rejected": 1}]
+    assert len(_texts(_write(tmp_path / "data.jsonl", rows), tokenizer)) == 1
+
+
+def test_why_a_labelled_row_gives_no_pair(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": "q", "completion": f"a{label}", "label": label} for label in (True, False)]
+    path = _write(tmp_path / "data.jsonl", rows)
+    pairs = load_pairs(parse_mixture([str(path), "1.0"], ["train"]), tokenizer, Truncation(10_000, None))
+    assert [(reason, found.count) for reason, found in pairs.left_out.items()] == [
+        ("label is false: no good answer, and gives no pair", 1)
+    ]
+
+
 # ---------------------------------------------------------------------------------------------------------- from files
 
 

@@ -136,6 +136,35 @@ def test_a_file_that_changes_while_it_is_read_stops_the_reading(tmp_path: Path) 
         list(reading)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_what_is_made_of_a_file_that_changes_meanwhile_is_not_kept(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It changes once it is hashed; when the old content is back, that is what is read."""
+    path = tmp_path / f"x.{kind}"
+
+    def write(text: str) -> None:
+        if kind == "parquet":
+            parquet.write_table(pa.table({"a": [text] * len(text)}), path)
+        else:
+            row = json.dumps({"a": text})
+            path.write_text({"json": f"[{row}]", "jsonl": f"{row}\n" * len(text), "csv": f"a\n{text}\n"}[kind])
+
+    def hashed_then_changed(path: Path) -> str:
+        digest = content.file_digest(path)
+        write("another")
+        return digest
+
+    write("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(row_files, "file_digest", hashed_then_changed)
+        with pytest.raises(UserError, match="has changed while it was read"):
+            open_file(path)
+    assert not [each for each in (content.cache_folder() / "read").iterdir() if each.is_file()]
+    write("old")
+    assert {row["a"] for row in read(open_file(path))} == {"old"}
+
+
 def test_a_damaged_index_is_made_again(tmp_path: Path) -> None:
     path = tiny.write_jsonl(tmp_path / "x.jsonl", [{"a": 1}, {"a": 2}])
     rows = open_file(path)

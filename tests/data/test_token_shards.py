@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -182,6 +183,56 @@ def test_what_is_damaged_is_made_again(
     for _ in range(2):
         assert content(load(num_workers=1)) == first
         assert len(seen) == 2 * ROWS
+
+
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize("how", ["cut", "zeros", "empty", "written over"])
+def test_a_damaged_shard_is_made_again(
+    number: int, how: str, load: Callable[..., PairDataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of shards that a start before has left, without the files that they become."""
+    seen: list[Any] = []
+    monkeypatch.setattr(token_shards, "tokenise", lambda pair, *how: seen.append(pair) or tokenise(pair, *how))
+    monkeypatch.setattr(token_shards, "_SHARD_ROWS", 50)
+
+    def killed(work: token_shards.Tokenisation) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_shards, "_merge", killed)
+        with pytest.raises(KeyboardInterrupt):
+            load(num_workers=1)
+    assert len(seen) == ROWS
+    path = next(cache_folder().rglob(f"{number:04d}.arrow"))
+    whole = path.read_bytes()
+    inner = len(whole) - 8 - 10 - int.from_bytes(whole[-10:-6], "little")  # bytes of batches, before the footer
+    damaged = {
+        "cut": whole[:-100],
+        "zeros": bytes(len(whole)),
+        "empty": b"",
+        "written over": whole[:8] + b"\xff" * inner + whole[8 + inner :],
+    }
+    path.write_bytes(damaged[how])
+    again = content(load(num_workers=1))
+    assert len(seen) == ROWS + 50, "the others stay"
+    assert again == expected(load, tmp_path)
+
+
+def test_a_full_disk_does_not_cost_the_shards(
+    load: Callable[..., PairDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_shards, "_SHARD_ROWS", 50)
+
+    def full(batch: Any, writer: Any, tables: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_shards, "_part", full)
+        with pytest.raises(OSError, match="No space left"):
+            load(num_workers=1)
+    assert len(list(cache_folder().rglob("000?.arrow"))) == 4
+    monkeypatch.setattr(token_shards, "tokenise", lambda *how: pytest.fail("tokenised again"))
+    assert len(load(num_workers=1)) > 0
 
 
 def test_a_format_of_ones_own_is_known_by_its_code(

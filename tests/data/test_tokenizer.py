@@ -14,7 +14,7 @@ from open_po.config import ModelConfig
 from open_po.data.chat_templates import CHAT_TEMPLATES
 from open_po.data.formats import MessagePair, TextPair
 from open_po.data.tokenization import Truncation, tokenise, tokenizer_digest
-from open_po.data.tokenizer import load_tokenizer, no_slow_tokenizer
+from open_po.data.tokenizer import dated_template, load_tokenizer, no_slow_tokenizer
 from open_po.errors import UserError
 from tests import cli, tiny
 from tests.masked import assistant, user
@@ -269,3 +269,17 @@ def test_which_revision_is_asked_for(folder: Path, monkeypatch: pytest.MonkeyPat
         load_tokenizer(ModelConfig(model_name_or_path="some/model", **fields))
     names = ["some/model"] * 3 + ["some/other"] * 2
     assert asked == list(zip(names, [None, "m", "t", None, "t"], strict=True))
+
+
+def test_a_template_that_writes_the_day_is_told(tmp_path: Path) -> None:
+    tokenizer = tiny.make_tokenizer(tmp_path / "tokenizer")
+    for template, is_dated in (
+        (None, False),
+        ("{{ messages }}", False),
+        ("{{ strftime_now('%d %b %Y') }}", True),
+        ({"default": "{{ messages }}", "tool_use": "{{ strftime_now('%Y') }}"}, True),
+    ):
+        tokenizer.chat_template = template
+        line = dated_template(tokenizer)
+        assert (line is not None) == is_dated
+        assert line is None or line.startswith("the chat template writes the day into prompts")

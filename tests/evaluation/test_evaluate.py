@@ -227,6 +227,21 @@ def test_a_prompt_is_answered_once_for_all_its_rows(good: Path, tmp_path: Path, 
     assert found["models"]["good"]["metrics"]["exact_match"]["value"] == 80.0
 
 
+def test_answers_to_other_data_stay(good: Path, data: Path, tmp_path: Path, asked: list[int]) -> None:
+    """The file has those of the latest evaluation alone; none is generated again."""
+    other = tiny.write_jsonl(tmp_path / "other.jsonl", rows()[:3])
+    path = tmp_path / "out" / "answers" / "good.jsonl"
+    run(tmp_path, [good], data, "--max_new_tokens", "4")
+    first = lines(path)
+    run(tmp_path, [good], other, "--max_new_tokens", "5")
+    assert (sum(asked), len(lines(path)), len(first)) == (8 + 3, 3, 8)
+    assert lines(path.parent / "earlier" / path.name) == first
+    for each, count in ((data, "4"), (other, "5"), (data, "4")):
+        run(tmp_path, [good], each, "--max_new_tokens", count)
+    assert sum(asked) == 8 + 3
+    assert lines(path) == first
+
+
 def test_memory_that_runs_out_halves_a_batch(
     good: Path, data: Path, tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,11 +8,13 @@ from collections import defaultdict, deque
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from open_po.data import PairDataset
 from open_po.packing import Layout, PackingStats, Planner, Response, ResponsePlanner, Sampler, pack_all
+from open_po.reference.fill import PackPlanner, Responses
 from tests.packs import datasets, layouts, sized
 
 
@@ -31,6 +33,19 @@ def test_arrays_make_the_packs_that_objects_make(
     for pack in got:
         assert pack.numbers.tolist() == [int(dataset.response_numbers[response]) for response in pack.items]
         assert [response for items in pack.by_prompt for response in items] == pack.items
+
+
+@pytest.mark.parametrize("layout", ["shared", "rows"])
+def test_what_an_answer_alone_lacks_is_in_no_pack(layout: Layout) -> None:
+    dataset = sized([(5, [(3, 4), (6, 0)]), (2, [(7, 0)])])
+    packs = pack_all(dataset, layout, 20, 20)
+    found = sorted(tuple(response) for pack in packs for response in pack.items)
+    assert found == [(0, 0), (0, 1), (1, 0), (2, 0)]
+    planner = PackPlanner(responses=Responses(dataset), layout=layout, budget=20, pad=0)
+    batches = [planner.batch(pack) for pack in planner.plan(1)]
+    assert sorted(tokens for batch in batches for tokens in batch.response_tokens.tolist()) == [3, 4, 6, 7]
+    absent = {int(dataset.response_numbers[pair, 1]) for pair in (1, 2)}
+    assert set(np.flatnonzero(planner.responses.absent).tolist()) == absent
 
 
 def test_a_pack_is_small_on_its_way_to_other_ranks() -> None:

@@ -134,6 +134,7 @@ _FORMATS = (
         columns="`prompt`, `completion`, `label`: with a label of true the completion is the only "
         "answer, with false the row gives none",
         data_sets="trl-lib/kto-mix-14k",
+        nothing="label is false: no good answer, and gives no pair",
         found_by=(("prompt", "completion", "label"),),
     ),
     Format(

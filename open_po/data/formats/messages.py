@@ -159,7 +159,7 @@ def _calls(calls: Any, name: str) -> list[dict[str, Any]]:
     for call in read:
         function = call.get("function", call)
         if isinstance(function.get("arguments"), str):  # OpenAI's way; templates write a mapping as JSON themselves
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):  # then it stays text
                 arguments = json.loads(function["arguments"])
                 function["arguments"] = arguments if isinstance(arguments, dict) else function["arguments"]
     return read
@@ -178,7 +178,7 @@ def _tools(row: Row) -> list[dict[str, Any]] | None:
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError(f"field tools is text, but no JSON ({error})") from None
     if not tools or (isinstance(tools, str) and not tools.strip()):
         return None

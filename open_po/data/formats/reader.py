@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from open_po.data.formats.catalogue import FORMATS, recognised
-from open_po.data.formats.fields import as_text, number_of
+from open_po.data.formats.fields import as_text, number_of, shown
 from open_po.data.formats.messages import read_messages, refuse_other_role
 from open_po.data.formats.pairs import Message, MessagePair, Pair, Row, RowError, TextPair
 from open_po.data.formats.spec import Format
@@ -36,6 +36,10 @@ class RowReader:
             return pairs
         prompt, answer = template.fill(form.values(row)), form.answer if self.template is None else str
         return [_with_prompt(pair, prompt, answer) for pair in pairs]
+
+    def why_none(self, row: Row) -> str:
+        """Why there is no pair in a row that holds none. Raises RowError."""
+        return self._format_of(row).nothing
 
     def _format_of(self, row: Row) -> Format:
         return recognised(row) if self.format is None else self.format
@@ -97,8 +101,11 @@ class _Custom:
             raise RowError(
                 f"format {self.name} returned {type(pair).__name__}, expected TextPair, MessagePair or a list of them"
             )
-        for score in pair.scores or ():
-            number_of(score, "scores")
+        if (scores := cast(Any, pair.scores)) is not None:
+            if not isinstance(scores, tuple | list) or len(scores) != 2:
+                raise RowError(f"format {self.name} gives scores of {shown(scores)}, expected two: (chosen, rejected)")
+            for score in scores:
+                number_of(score, "scores")
         if isinstance(pair, TextPair):
             for name in ("prompt", "chosen", *(["rejected"] if pair.rejected is not None else [])):
                 as_text(getattr(pair, name), name)

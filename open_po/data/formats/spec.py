@@ -27,6 +27,7 @@ class Format:
     # For people, in Markdown: the columns, and data sets that are laid out so.
     columns: str = ""
     data_sets: str = ""
+    nothing: str = "gives no pair"  # what is said of a row of which `read` makes none
     # A row that lacks `chosen` or `rejected` is read so if it has all the columns of one of these.
     found_by: tuple[tuple[str, ...], ...] = ()
     # Where rows have no prompt of their own: `read` leaves it empty, and a response behind it is `answer(response)`.
