@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from open_po.data.dataset import PairDataset
-from open_po.data.keys import key_numbers, may_be_among
+from open_po.data.keys import key_numbers, may_be_shared
 from open_po.data.token_rows import IdColumn
 
 # How a response ends: with one EOS, with several, with one and other tokens behind it; or without because it was
@@ -130,16 +130,16 @@ def shared(dataset: PairDataset) -> Shared:
 
 def known_prompts(dataset: PairDataset, others: PairDataset) -> int:
     """How many distinct prompts of `dataset` are prompts of `others` too."""
-    mine = dataset.prompt_keys[may_be_among(dataset.prompt_keys, others.prompt_keys)]
-    theirs = others.prompt_keys[may_be_among(others.prompt_keys, dataset.prompt_keys)]
+    hits, their_hits = may_be_shared(dataset.prompt_keys, others.prompt_keys)
+    mine, theirs = dataset.prompt_keys[hits], others.prompt_keys[their_hits]
     numbers = key_numbers(np.concatenate([mine, theirs]))
     return len(np.intersect1d(numbers[: len(mine)], numbers[len(mine) :]))
 
 
 def known_pairs(dataset: PairDataset, others: PairDataset) -> int:
     """How many pairs of `dataset` are in `others` too: the same prompt and responses, whichever is preferred."""
-    mine = dataset.response_keys[may_be_among(dataset.response_keys, others.response_keys).all(1)]
-    theirs = others.response_keys[may_be_among(others.response_keys, dataset.response_keys).all(1)]
+    hits, their_hits = may_be_shared(dataset.response_keys, others.response_keys)
+    mine, theirs = dataset.response_keys[hits.all(1)], others.response_keys[their_hits.all(1)]
     numbers = np.sort(key_numbers(np.concatenate([mine, theirs]).ravel()).reshape(-1, 2), 1)
     pairs = numbers @ np.array([int(numbers.max(initial=0)) + 1, 1])
     return int(np.isin(pairs[: len(mine)], pairs[len(mine) :]).sum())

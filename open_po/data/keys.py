@@ -9,8 +9,11 @@ from numpy.typing import NDArray
 def key_numbers(keys: NDArray[np.void]) -> NDArray[np.int64]:
     """Small numbers, equal where `keys` [N] are, in the order in which they appear."""
     halves = _halves(keys)
-    order = np.lexsort((halves[:, 1], halves[:, 0]))
+    order = np.argsort(halves[:, 0], kind="stable")
     ordered = halves[order]
+    if _have_twins(ordered):  # once in a very long time, if keys are hashes
+        order = np.lexsort((halves[:, 1], halves[:, 0]))
+        ordered = halves[order]
     begins = np.ones(len(keys), dtype=bool)
     begins[1:] = (ordered[1:] != ordered[:-1]).any(1)
     firsts = order[begins]  # the sort is stable
@@ -21,10 +24,33 @@ def key_numbers(keys: NDArray[np.void]) -> NDArray[np.int64]:
     return numbers
 
 
-def may_be_among(keys: NDArray[np.void], others: NDArray[np.void]) -> NDArray[np.bool_]:
-    """Which of `keys` may be among `others`, by the first half of each: those that are not surely are not."""
-    found: NDArray[np.bool_] = np.isin(_halves(keys)[:, 0], _halves(others)[:, 0])
-    return found.reshape(keys.shape)
+def may_be_shared(keys: NDArray[np.void], others: NDArray[np.void]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which of `keys` may be among `others`, and the other way round; the rest surely is not.
+
+    The first half of each is compared, and the larger array is searched first: of a million few are then left.
+    """
+    mine, theirs = _halves(keys)[:, 0], _halves(others)[:, 0]
+    if len(mine) < len(theirs):
+        theirs_shared = _are_among(theirs, mine)
+        mine_shared = _are_among(mine, theirs[theirs_shared])
+    else:
+        mine_shared = _are_among(mine, theirs)
+        theirs_shared = _are_among(theirs, mine[mine_shared])
+    return mine_shared.reshape(keys.shape), theirs_shared.reshape(others.shape)
+
+
+def _have_twins(ordered: NDArray[np.uint64]) -> bool:
+    """Whether keys with equal first halves differ in the second."""
+    return bool(((ordered[1:, 0] == ordered[:-1, 0]) & (ordered[1:, 1] != ordered[:-1, 1])).any())
+
+
+def _are_among(values: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    if not len(others):
+        return np.zeros(len(values), dtype=bool)
+    ordered = np.sort(others)
+    places = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
+    found: NDArray[np.bool_] = ordered[places] == values
+    return found
 
 
 def _halves(keys: NDArray[np.void]) -> NDArray[np.uint64]:
