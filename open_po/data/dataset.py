@@ -227,7 +227,7 @@ def _work(
         raise UserError(f"{part.dataset}: {error}") from error
     return Tokenisation(
         rows=source.rows,
-        numbers=np.unique(source.taken),
+        numbers=source.times[0],
         part=part,
         tokenizer=tokenizer,
         tokenizer_digest=digest,
@@ -301,7 +301,7 @@ def _response_keys(part: PartRows) -> NDArray[np.void]:
 
 def _repeated(part: PartRows) -> NDArray[np.int64]:
     """Places of the rows that train: all in order, then those that are taken twice, and so on."""
-    taken, times = np.unique(part.source.taken, return_counts=True)
+    taken, times = part.source.times
     places = np.flatnonzero(part.keeps)
     wanted = times[np.searchsorted(taken, part.known.numbers("row")[places])]
     return np.concatenate([places[wanted > turn] for turn in range(int(times.max()))])

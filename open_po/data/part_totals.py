@@ -41,7 +41,7 @@ def part_totals(
     found = {id(part.source): (part, len(places)) for part, places in zip(parts, kept, strict=True)}
     for source in sources:
         part, pairs = found.get(id(source), (None, 0))
-        rows = len(np.unique(source.taken))
+        rows = len(source.times[0])
         yield PartTotals(
             dataset=source.part.dataset,
             name=source.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -32,6 +33,15 @@ class SourceRows:
     rows: Rows
     taken: NDArray[np.int64]  # numbers of rows, from 0; one that stands here again is trained on again
     available: int  # rows that there were to take from
+
+    @cached_property
+    def times(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The rows that are taken, each once and ascending, and how often each is."""
+        if (self.taken[1:] > self.taken[:-1]).all():
+            return self.taken, np.ones_like(self.taken)
+        counts = np.bincount(self.taken)
+        numbers = np.flatnonzero(counts)
+        return numbers, counts[numbers]
 
     def draw(self, count: int) -> SourceRows:
         """`count` of the rows, in their old order."""
