@@ -77,17 +77,23 @@ def make_tokenizer(folder: Path, data: Path) -> None:
 
 
 class Clock:
-    """Seconds by phase."""
+    """Seconds by phase, of the wall and of the processor, whose time a busy machine disturbs less."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.processor: dict[str, float] = {}  # of this process and those of its children that have ended
 
     def __call__(self, phase: str, do: Callable[[], Any]) -> Any:
         """What `do` returns, its time counted for `phase`."""
-        start = time.monotonic()
+        start, used = time.monotonic(), _processor()
         result = do()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
+        self.seconds[phase], self.processor[phase] = time.monotonic() - start, _processor() - used
         return result
+
+
+def _processor() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 class Memory:
@@ -148,6 +154,7 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
         "pairs": len(pairs),
         "tokens": int((pairs.prompt_lengths + pairs.chosen_lengths + pairs.rejected_lengths).sum()),
         "seconds": clock.seconds,
+        "processor": clock.processor,
         "before": before,
         "peak": _status("VmHWM"),
         "own": memory.own,
@@ -158,7 +165,8 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def _run(folder: Path, cache: str, **options: Any) -> dict[str, Any]:
+def run(folder: Path, cache: str, **options: Any) -> dict[str, Any]:
+    """What a process of its own measures."""
     words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items() if value]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / cache), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, "--folder", str(folder), *words]
@@ -175,21 +183,21 @@ def _report(options: argparse.Namespace, folder: Path) -> str:
     write_rows(data, options.rows, options.words)
     make_tokenizer(folder / "tokenizer", data)
     lines = {
-        "first, 1 process": _run(folder, "one", processes=1),
-        "first, 2 processes": _run(folder, "two", processes=2),
-        "again": _run(folder, "two", processes=2),
-        "mixture, first": _run(folder, "two", processes=2, mixed=True),
-        "mixture, again, and plans": _run(folder, "two", processes=2, mixed=True, plan=True),
-        "the same, repeated pairs left out": _run(folder, "two", processes=2, mixed=True, plan=True, deduplicate=True),
+        "first, 1 process": run(folder, "one", processes=1),
+        "first, 2 processes": run(folder, "two", processes=2),
+        "again": run(folder, "two", processes=2),
+        "mixture, first": run(folder, "two", processes=2, mixed=True),
+        "mixture, again, and plans": run(folder, "two", processes=2, mixed=True, plan=True),
+        "the same, repeated pairs left out": run(folder, "two", processes=2, mixed=True, plan=True, deduplicate=True),
     }
     rows = []
     for name, found in lines.items():
-        seconds = found["seconds"]
+        seconds, processor = found["seconds"], found["processor"]
         rate = f"{options.rows / seconds['rows']:,.0f}" if name.startswith("first") else ""
-        plans = " | ".join(f"{seconds[plan]:.1f}" if plan in seconds else "" for plan in PLANS)
-        start = sum(seconds[phase] for phase in ("tokenizer", "rows", "held-out rows", "known pairs"))
+        plans = " | ".join(f"{seconds[plan]:.1f} ({processor[plan]:.1f})" if plan in seconds else "" for plan in PLANS)
+        start, used = (sum(times[phase] for phase in PHASES) for times in (seconds, processor))
         rows.append(
-            f"| {name} | {found['pairs']:,} | {start:.1f} | {rate} | {plans} | {found['peak']:.2f} "
+            f"| {name} | {found['pairs']:,} | {start:.1f} ({used:.1f}) | {rate} | {plans} | {found['peak']:.2f} "
             f"({found['own']:.2f}) | {found['workers']:.2f} |"
         )
     tokens = lines["again"]["tokens"]
@@ -214,7 +222,8 @@ def _report(options: argparse.Namespace, folder: Path) -> str:
             *rows,
             "",
             f"Before the data, imports alone: {lines['again']['before']:.2f} GB. `data, s` is the tokenizer, the "
-            "mixture, 500 held-out pairs, and which of those are trained on; plans are in seconds.",
+            "mixture, 500 held-out pairs, and which of those are trained on; plans are in seconds. In brackets the "
+            "processor's time.",
             "",
             *verdict,
             "",
@@ -222,6 +231,7 @@ def _report(options: argparse.Namespace, folder: Path) -> str:
     )
 
 
+PHASES = ("tokenizer", "rows", "held-out rows", "known pairs")
 PLANS = ("first step", "reference pass", "an epoch")
 
 
