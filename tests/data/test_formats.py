@@ -358,7 +358,7 @@ def test_numbers_and_json_of_any_size_are_faults_of_a_row_or_left_alone() -> Non
         read(row | {"tools": DEEP})
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": DEEP}}]}
     (pair,) = read(row | {"chosen": [call]})
-    assert pair.chosen == [call], "text that is no JSON stays text"
+    assert pair.chosen == [call | {"content": ""}], "text that is no JSON stays text"
 
 
 def test_bad_scores_do_not_stop_a_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
