@@ -79,15 +79,3 @@ class MaskedPlain(Plain):
         (chosen, squares, count), (rejected, squares_, count_) = found
         none = torch.zeros(len(chosen))
         return Scores(chosen, rejected, count, count_, squares, squares_, none, none)
-
-
-def user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
-
-
-def system(content: str) -> dict[str, str]:
-    return {"role": "system", "content": content}

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from open_po.config import FIELDS, RunConfig, load_config
+from open_po.config import FIELDS, HELD_OUT_FIELDS, RunConfig, load_config
 from open_po.errors import ConfigError, Preempted, UserError, user_line
 
 if TYPE_CHECKING:
@@ -62,13 +62,7 @@ def _uncollected() -> Iterator[None]:
 
 
 # The fields that `--data` gives, in whichever form.
-DATA_INSTEAD = dict.fromkeys(
-    (
-        *("mixer_list", "dataset_mixer", "mixture"),
-        *(name for name in FIELDS if name.startswith(("eval_mixer_list", "eval_mixture"))),
-    ),
-    "--data",
-)
+DATA_INSTEAD = dict.fromkeys(("mixer_list", "dataset_mixer", "mixture", *HELD_OUT_FIELDS), "--data")
 
 
 def load_fields(

@@ -20,7 +20,7 @@ from open_po.data.tokenization import tokenizer_digest
 from open_po.distributed.runtime import Runtime
 from open_po.errors import UserError
 from open_po.evaluation.answers import AnswerFile
-from open_po.evaluation.bootstrap import Statistics, difference
+from open_po.evaluation.bootstrap import Statistics, difference, estimates
 from open_po.evaluation.engines import AnswerEngine, TransformersEngine, VllmEngine, choose_engine
 from open_po.evaluation.generation import Greedy
 from open_po.evaluation.metrics import METRICS, TASKS, Answered, MetricSpec, Tools
@@ -249,7 +249,7 @@ def _model_scores(said: _Answers, texts: Texts, scores: _Scores) -> ModelScores:
         model=str(subject.checkpoint or subject.model.model_name_or_path),
         run=None if subject.run is None else str(subject.run),
         step=subject.step,
-        metrics={name: statistics.estimate() for name, statistics in scores.items()},
+        metrics=estimates(scores),
         lengths={side: said.questions.mean_tokens(each) for side, each in written.items()},
         characters={side: float(np.mean([len(text) for text in each])) for side, each in written.items()},
     )

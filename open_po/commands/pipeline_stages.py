@@ -13,7 +13,7 @@ from pathlib import Path
 from open_po.commands.grid import flags
 from open_po.commands.pipeline_evaluation import Flags, evaluation_flags
 from open_po.commands.pipeline_overlays import Overlays
-from open_po.config import RunConfig, load_config
+from open_po.config import HELD_OUT_FIELDS, RunConfig, load_config
 from open_po.errors import ConfigError
 from open_po.output.run_folder import RunFolder, changed_fields
 
@@ -24,7 +24,6 @@ _OF_TOKENIZERS = (
     *("tokenizer*", "*.model", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
     *("chat_template*", "additional_chat_templates/*"),
 )
-_HELD_OUT = ("eval_mixer_list", "eval_mixer_list_splits", "eval_mixer_list_configs", "eval_mixture")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +94,7 @@ class Training:
     def changed(self) -> str:
         """The settings that differ from those of the run that is there, with both values; empty if none do."""
         theirs = self.folder.earlier_config()
-        return "" if theirs is None else changed_fields(theirs, self.config, more=_HELD_OUT)
+        return "" if theirs is None else changed_fields(theirs, self.config, more=HELD_OUT_FIELDS)
 
     def inputs(self) -> dict[str, str]:
         """A hash of every local file or model that it is made from, by name. Raises UserError, OSError."""

@@ -31,7 +31,7 @@ from rich.table import Table
 from open_po.commands.command_line import CommandParser, refused
 from open_po.commands.grid import FIGURES, NOT_STARTED, Run, flags, read_grid, setting_name
 from open_po.commands.processes import Slots, last_line
-from open_po.config import FIELDS, RunConfig, load_config
+from open_po.config import FIELDS, HELD_OUT_FIELDS, RunConfig, load_config
 from open_po.errors import ConfigError, UserError, user_line
 from open_po.optimizers import OPTIMIZERS
 from open_po.output.console import make_console
@@ -167,8 +167,9 @@ class Sweep:
                 free = set() if path in mine else {*run.setting, *re.findall(r"(?:^|,)(\w+)=", path.name)}
                 if "loss_type" in free:  # it sets others
                     free |= {name for name, field in FIELDS.items() if field.section == "loss"}
-                held_out = [name for name in FIELDS if name.startswith("eval_mix")]
-                changed = isinstance(theirs, dict) and changed_fields(theirs, run.config, free=free, more=held_out)
+                changed = isinstance(theirs, dict) and changed_fields(
+                    theirs, run.config, free=free, more=HELD_OUT_FIELDS
+                )
                 if changed:
                     raise UserError(
                         f"output_dir {self.folder}: holds a sweep of another configuration ({changed}); choose another "

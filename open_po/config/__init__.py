@@ -9,12 +9,13 @@ from open_po.config.model import FOUR_BIT, ModelConfig, Sharing
 from open_po.config.output import OutputConfig
 from open_po.config.reading import help_text, load_config
 from open_po.config.reference import ReferenceConfig
-from open_po.config.run_config import FIELDS, RunConfig
+from open_po.config.run_config import FIELDS, HELD_OUT_FIELDS, RunConfig
 from open_po.config.train import TrainConfig
 
 __all__ = [
     "FIELDS",
     "FOUR_BIT",
+    "HELD_OUT_FIELDS",
     "DataConfig",
     "DistributedConfig",
     "LossConfig",

@@ -61,8 +61,9 @@ def typed_mixture(entries: Sequence[Mapping[str, str]], field: str = "mixture") 
             problems.append(f"{field}: entry {number} has no dataset, a file or a Hub name")
         else:
             try:
-                amount = _amount(entry["dataset"], entry.get("amount", "1.0"), field)
-                parts.append(MixturePart(**{**entry, "amount": amount}))  # type: ignore[arg-type]
+                words = dict(entry)
+                amount = _amount(entry["dataset"], words.pop("amount", "1.0"), field)
+                parts.append(MixturePart(amount=amount, **words))
             except ValueError as error:
                 problems.append(str(error))
     if problems:

@@ -31,6 +31,8 @@ SECTIONS: dict[str, type] = {
 }
 FIELDS: dict[str, Field] = {field.name: field for name, cls in SECTIONS.items() for field in fields_of(name, cls)}
 
+HELD_OUT_FIELDS = tuple(name for name in FIELDS if name.startswith("eval_mix"))  # held-out data, in whichever form
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:

@@ -6,7 +6,7 @@ models are paired, and a figure that is computed twice is the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,14 +60,28 @@ class Statistics:
         """The score of each example [N]."""
         return self.score(self.rows) if self.examples is None else self.examples
 
+    def drawn(self) -> Array:
+        """The sums [G, K] over what is drawn together: the rows themselves, or those of each group."""
+        return self.rows if self.groups is None else _by_group(self.rows, self.groups)
+
     def resampled(self) -> Array:
         """Scores of as many resamples as `RESAMPLES`."""
-        return self.score(_resampled_sums(self.rows if self.groups is None else _by_group(self.rows, self.groups)))
+        return self.score(_resampled_sums(self.drawn()))
 
-    def estimate(self) -> Estimate:
-        """The score with its interval."""
-        low, high = _interval(self.resampled())
-        return Estimate(value=self.value(), low=low, high=high)
+
+def estimates(figures: Mapping[str, Statistics]) -> dict[str, Estimate]:
+    """Several scores of the same examples, in the same groups, with their intervals: they are drawn once for all."""
+    drawn = {name: figure.drawn() for name, figure in figures.items()}
+    if not drawn:
+        return {}
+    sums = _resampled_sums(np.concatenate(list(drawn.values()), axis=1))
+    found, start = {}, 0
+    for name, figure in figures.items():
+        end = start + drawn[name].shape[1]
+        low, high = _interval(figure.score(sums[:, start:end]))
+        found[name] = Estimate(value=figure.value(), low=low, high=high)
+        start = end
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from open_po.data import PairDataset
-from open_po.evaluation.bootstrap import Array, Statistics
+from open_po.evaluation.bootstrap import Array, Statistics, estimates
 from open_po.evaluation.meter import wins
 from open_po.losses import MixedLosses
 from open_po.losses.types import Divisor
@@ -62,8 +62,8 @@ def break_down(statistics: Mapping[str, Statistics], dataset: PairDataset) -> Gr
     drawn = {name: figure.grouped(dataset.prompt_numbers) for name, figure in statistics.items()}
 
     def group(members: NDArray[np.bool_]) -> Group:
-        figures = {name: figure.select(members).estimate() for name, figure in drawn.items()}
-        return Group(pairs=int(members.sum()), figures=figures)
+        figures = {name: figure.select(members) for name, figure in drawn.items()}
+        return Group(pairs=int(members.sum()), figures=estimates(figures))
 
     def groups(labels: Mapping[str, NDArray[np.bool_]]) -> dict[str, Group]:
         return {label: group(members) for label, members in labels.items() if members.any()}

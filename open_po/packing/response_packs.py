@@ -172,20 +172,5 @@ def _packs(units: _Units, ends: _Numbers, dataset: PairDataset, layout: Layout, 
             responses=units.responses[start:stop],
             numbers=numbers[start:stop],
             ends=units.starts[begin + 1 : end + 1] - start,
-            stats=_stats(dict(zip(columns, figures, strict=True)), layout, budget),
+            stats=PackingStats.of_pack(layout, budget, **dict(zip(columns, figures, strict=True))),
         )
-
-
-def _stats(pack: dict[str, int], layout: Layout, budget: int) -> PackingStats:
-    padding = pack["width"] * pack["rows"] - pack["unshared"]
-    computed = pack["width"] * pack["rows"] if layout == "rows" else pack["packed"]
-    return PackingStats(
-        packs=1,
-        over_budget=int(computed > budget),
-        budget=max(budget, computed),
-        computed=computed,
-        padding=padding if layout == "rows" else 0,
-        prompts_repeated=pack["prompts_repeated"],
-        prompts_computed=pack["prompts_computed"],
-        padding_otherwise=padding,
-    )

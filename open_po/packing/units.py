@@ -44,6 +44,32 @@ class PackingStats:
     prompts_computed: int = 0
     padding_otherwise: int = 0  # padding, were these packs batches of rows of one width
 
+    @staticmethod
+    def of_pack(
+        layout: Layout,
+        budget: int,
+        *,
+        rows: int,
+        width: int,
+        packed: int,
+        unshared: int,
+        prompts_repeated: int,
+        prompts_computed: int,
+    ) -> PackingStats:
+        """Of one pack: its responses, the tokens of its longest row, those that its layout has, and without sharing."""
+        padding = width * rows - unshared
+        computed = width * rows if layout == "rows" else packed
+        return PackingStats(
+            packs=1,
+            over_budget=int(computed > budget),
+            budget=max(budget, computed),
+            computed=computed,
+            padding=padding if layout == "rows" else 0,
+            prompts_repeated=prompts_repeated,
+            prompts_computed=prompts_computed,
+            padding_otherwise=padding,
+        )
+
     def __add__(self, other: PackingStats) -> PackingStats:
         return PackingStats(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(PackingStats)))
 
@@ -97,19 +123,15 @@ def _size(units: Sequence[PromptUnit[Item]], layout: Layout) -> int:
 
 def figures(units: Sequence[PromptUnit[Item]], layout: Layout, max_tokens: int, prompts_repeated: int) -> PackingStats:
     """What a pack computes; `prompts_repeated` as in `PackingStats`."""
-    rows = sum(len(unit.responses) for unit in units)
-    unshared = sum(unit.tokens("unshared") for unit in units)
-    padding = max(unit.row for unit in units) * rows - unshared
-    computed = _size(units, layout)
-    return PackingStats(
-        packs=1,
-        over_budget=int(computed > max_tokens),
-        budget=max(max_tokens, computed),
-        computed=computed,
-        padding=padding if layout == "rows" else 0,
+    return PackingStats.of_pack(
+        layout,
+        max_tokens,
+        rows=sum(len(unit.responses) for unit in units),
+        width=max(unit.row for unit in units),
+        packed=sum(unit.tokens(layout) for unit in units),
+        unshared=sum(unit.tokens("unshared") for unit in units),
         prompts_repeated=prompts_repeated,
         prompts_computed=sum(unit.tokens(layout) - unit.answers for unit in units),
-        padding_otherwise=padding,
     )
 
 

@@ -126,8 +126,3 @@ def make_rows(seed: int) -> dict[str, list[Row]]:
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """One JSON object per line."""
     path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
-
-
-def read_rows(path: Path) -> list[Row]:
-    """What `write_rows` wrote."""
-    return [Row(**json.loads(line)) for line in path.read_text().splitlines()]

@@ -177,9 +177,9 @@ def test_counts_are_those_of_the_files(
     }
     out = shown(capsys, [*cli.arguments(tokenizer, first, tmp_path / "run", **fields), "--rows", "0"])
     assert "Row 1" not in out
-    assert cells(out, "training", str(first))[:3] == ["30 of 30", "25", "5"]
-    assert cells(out, "training", str(second))[:3] == ["8 of 20", "8", "0"]
-    assert cells(out, "held-out", str(held_out))[:3] == ["5 of 5", "5", "0"]
+    assert cells(out, "training", str(first))[:5] == ["text", "30 of 30", "0", "5", "25"]
+    assert cells(out, "training", str(second))[:5] == ["text", "8 of 20", "0", "0", "8"]
+    assert cells(out, "held-out", str(held_out))[:5] == ["text", "5 of 5", "0", "0", "5"]
     assert cells(out, "training", "identical responses") == ["1", f"{first} row 4"]
     some = "; ".join(f"{first} row {number}" for number in (6, 7, 12))
     assert cells(out, "training", "empty response") == ["4", f"{some}; and 1 more"]
@@ -201,7 +201,7 @@ def test_counts_are_those_of_the_files(
         + 1
         for row in kept
     )
-    assert cells(out, "training", str(first))[3] == f"{total / len(kept):,.0f}"
+    assert cells(out, "training", str(first))[5] == f"{total / len(kept):,.0f}"
 
 
 @pytest.mark.parametrize(("loss", "sides"), [("dpo", ["chosen", "rejected"]), ("sft", ["chosen"])])
@@ -265,7 +265,7 @@ def test_no_model_is_needed_and_a_configuration_file_is_read(
     capsys.readouterr()
     assert program.main(["inspect", str(config), "--rows", "1", "--max_seq_length", "64"]) == 0
     out = capsys.readouterr().out
-    assert cells(out, "training", str(pairs_file))[:2] == ["6 of 24", "6"]
+    assert cells(out, "training", str(pairs_file))[:5] == ["text", "6 of 24", "0", "0", "6"]
     assert cells(out, "from") == [str(tokenizer)]
     assert "\x1b" not in out
 

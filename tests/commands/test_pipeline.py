@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -331,8 +332,10 @@ def test_a_stage_that_fails_is_named_with_its_log(overlays: Path, capsys: Captur
 
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_stage_and_says_that_it_goes_on(
-    how: signal.Signals, code: int, overlays: Path, capsys: Capture
+    how: signal.Signals, code: int, overlays: Path, capsys: Capture, request: pytest.FixtureRequest
 ) -> None:
+    # A training run in this process, of an earlier test, has left a thread that ends it at a second signal.
+    request.addfinalizer(partial(signal.set_wakeup_fd, signal.set_wakeup_fd(-1)))
     script = "trap 'echo saved >>prepared; exit 75' TERM\necho started >>prepared\nwhile :; do sleep 0.05; done\n"
     (overlays / "configs/tasks/words/prepare.sh").write_text(script)
 

@@ -21,18 +21,7 @@ from open_po.data.chat_templates import chat_template
 from open_po.data.formats import MessagePair, RowError, TextPair, common_prefix_length, row_reader
 from open_po.data.tokenization import Truncation
 from tests import tiny
-
-
-def user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
-
-
-def system(content: str) -> dict[str, str]:
-    return {"role": "system", "content": content}
+from tests.messages import assistant, system, user
 
 
 def human(content: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from open_po.data.formats import MessagePair, RowError, TextPair
 from open_po.data.tokenization import LeftOut, PreferencePair, Truncation, response_key, tokenise, tokenizer_digest
 from open_po.errors import UserError
 from tests import tiny
+from tests.messages import assistant, user
 
 FREE = Truncation(10_000, None)
 
@@ -150,14 +151,6 @@ def messages(
     tokenizer.chat_template = template
     tokens, _ = tokenise(pair, tokenizer, truncation)
     return tokens
-
-
-def user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
 
 
 PAIR = MessagePair([user("x")], [assistant("ab")], [assistant("y")])

@@ -17,7 +17,7 @@ from open_po.data.tokenization import Truncation, tokenise, tokenizer_digest
 from open_po.data.tokenizer import dated_template, load_tokenizer, no_slow_tokenizer
 from open_po.errors import UserError
 from tests import cli, tiny
-from tests.masked import assistant, user
+from tests.messages import assistant, user
 
 FREE = Truncation(10_000, None)
 LETTERS = "▁abcdwxyz<>|\n:"

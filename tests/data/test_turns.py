@@ -15,7 +15,8 @@ from open_po.data.formats import MessagePair, RowError, TextPair
 from open_po.data.tokenization import LeftOut, PreferencePair, Truncation, response_key, tokenise
 from open_po.data.turns import Turns, within
 from tests import tiny
-from tests.masked import IGNORED, assistant, labels_of, masked, system, user
+from tests.masked import IGNORED, labels_of, masked
+from tests.messages import assistant, system, user
 
 FREE = Truncation(10_000, None)
 

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from open_po.evaluation import bootstrap
-from open_po.evaluation.bootstrap import Array, Statistics, difference
+from open_po.evaluation.bootstrap import Array, Statistics, difference, estimates
+from open_po.output.estimate import Estimate
+
+
+def estimate(figure: Statistics) -> Estimate:
+    return estimates({"it": figure})["it"]
 
 
 def naive_interval(count: int, score: Callable[[Sequence[int]], float], seed: int = 1) -> tuple[float, float]:
@@ -22,7 +27,7 @@ def naive_interval(count: int, score: Callable[[Sequence[int]], float], seed: in
 def test_the_interval_of_a_mean_is_the_one_that_a_loop_finds() -> None:
     rng = np.random.default_rng(3)
     values = rng.exponential(size=60)
-    found = Statistics.mean(values).estimate()
+    found = estimate(Statistics.mean(values))
     low, high = naive_interval(60, lambda drawn: float(np.mean([values[index] for index in drawn])))
     assert found.value == pytest.approx(values.mean(), rel=1e-14)
     width = high - low
@@ -35,7 +40,7 @@ def test_a_ratio_of_sums_is_resampled_as_one() -> None:
     rng = np.random.default_rng(4)
     below = rng.integers(1, 40, 50).astype(float)
     above = below * rng.random(50)
-    found = Statistics.ratio(above, below).estimate()
+    found = estimate(Statistics.ratio(above, below))
     low, high = naive_interval(50, lambda drawn: above[drawn].sum() / below[drawn].sum())
     assert found.value == pytest.approx(above.sum() / below.sum())
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.12 * (high - low))
@@ -45,10 +50,10 @@ def test_examples_of_one_group_are_drawn_together() -> None:
     """Ten prompts with five like answers each are ten examples, not fifty."""
     values = np.repeat(np.random.default_rng(5).normal(size=10), 5)
     groups = np.repeat(np.arange(10) * 7, 5)
-    together = Statistics.mean(values).grouped(groups).estimate()
-    once = Statistics.mean(values[::5]).estimate()
+    together = estimate(Statistics.mean(values).grouped(groups))
+    once = estimate(Statistics.mean(values[::5]))
     assert (together.value, together.low, together.high) == pytest.approx((once.value, once.low, once.high))
-    alone = Statistics.mean(values).estimate()
+    alone = estimate(Statistics.mean(values))
     assert together.high - together.low > 1.7 * (alone.high - alone.low)
 
 
@@ -57,7 +62,7 @@ def test_the_interval_holds_the_true_mean_as_often_as_it_says() -> None:
     rng = np.random.default_rng(6)
     held = 0
     for _ in range(400):
-        found = Statistics.mean(rng.exponential(size=80)).estimate()
+        found = estimate(Statistics.mean(rng.exponential(size=80)))
         held += found.low <= 1.0 <= found.high
     assert 0.91 <= held / 400 <= 0.97
 
@@ -103,11 +108,24 @@ def test_p_is_the_share_of_resamples_as_far_from_their_mean() -> None:
 
 def test_what_is_drawn_in_blocks_is_drawn_often_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(11).random(40)
-    whole = Statistics.mean(values).estimate()
+    whole = estimate(Statistics.mean(values))
     monkeypatch.setattr(bootstrap, "_BLOCK", 100)  # two resamples at a time
     blocks = Statistics.mean(values)
     assert len(blocks.resampled()) == 1000
-    assert blocks.estimate().low == pytest.approx(whole.low, abs=0.01)
+    assert estimate(blocks).low == pytest.approx(whole.low, abs=0.01)
+
+
+def test_several_scores_of_the_same_examples_are_what_each_is_by_itself() -> None:
+    rng = np.random.default_rng(8)
+    groups = rng.integers(0, 9, 40)
+    figures = {
+        "mean": Statistics.mean(rng.normal(size=40)).grouped(groups),
+        "ratio": Statistics.ratio(rng.random(40), 1 + rng.random(40)).grouped(groups),
+    }
+    for name, found in estimates(figures).items():
+        alone = estimate(figures[name])
+        assert (found.value, found.low, found.high) == pytest.approx((alone.value, alone.low, alone.high), rel=1e-12)
+    assert estimates({}) == {}
 
 
 def test_some_of_the_examples() -> None:

@@ -102,7 +102,7 @@ def test_ranks_find_one_budget(llama: Path, pairs_file: Path, tmp_path: Path) ->
 def test_pairs_that_memory_is_not_planned_for_are_told_on_a_gpu() -> None:
     lines: list[str] = []
     planner: Any = SimpleNamespace(
-        pair_tokens=lambda: np.array([50, 300, 120]), dataset=SimpleNamespace(origins=["a", "b", "c"])
+        pair_tokens=lambda: np.array([50, 300, 120]), dataset=SimpleNamespace(origin=["a", "b", "c"].__getitem__)
     )
 
     def settle(device: str, tokens: int) -> int:

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 from open_po.data.chat_templates import chat_template
 from open_po.packing import Sampler
 from tests import cli, tiny
-from tests.masked import MaskedPlain, assistant, masked, user
+from tests.masked import MaskedPlain, masked
+from tests.messages import assistant, user
 from tests.plain import REJECTED, Recipe, assert_metrics
 from tests.recipes import LEARNING_RATE
 from tests.runs.test_end_to_end import dpo, likelihood
