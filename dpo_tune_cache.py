@@ -11,9 +11,10 @@ import sys
 def start() -> int:
     """Run the command line; importing takes seconds, in which Ctrl-C must be as quiet as later."""
     try:
+        from open_po.commands.command_line import end
         from open_po.commands.train import main
 
-        return main(sys.argv[1:])
+        end(main(sys.argv[1:]))
     except KeyboardInterrupt:
         print("error: interrupted; nothing had begun", file=sys.stderr)
         return 130

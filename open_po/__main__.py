@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from open_po.commands.command_line import show
+from open_po.commands.command_line import end, show
 
 # A module in `open_po/commands/` each, with a `main` that takes the words behind the command.
 COMMANDS = {
@@ -52,4 +52,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end(main(sys.argv[1:]))

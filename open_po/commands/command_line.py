@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,22 @@ def _uncollected() -> Iterator[None]:
             gc.freeze()
             atexit.register(gc.unfreeze)  # or libraries complain of leaks
         gc.enable()
+
+
+def end(code: int) -> NoReturn:
+    """End this process, as multiprocessing ends its own: exit functions run, and what is printed gets out.
+
+    The interpreter would also take its million objects apart one by one, which takes seconds after a run.
+    """
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        code = code or 120  # as the interpreter does
+    finally:  # of an interruption too
+        os._exit(code)
 
 
 # The fields that `--data` gives, in whichever form.

@@ -21,14 +21,13 @@ from rich.live import Live
 from rich.text import Text
 
 from open_po.commands.pipeline_stages import EVALUATION, SFT, Pipeline, Training
-from open_po.commands.pipeline_table import tell_results
+from open_po.commands.pipeline_table import Accuracy, tell_results
 from open_po.commands.place import Place
 from open_po.commands.processes import Slots, last_line
 from open_po.errors import Preempted, UserError
 from open_po.output.bars import Bar
 from open_po.output.console import make_console
 from open_po.output.files import is_locked, lock_folder, write_atomically
-from open_po.output.metrics import REWARD_ACCURACY
 from open_po.output.phase import PhaseState, duration
 from open_po.watch.run_state import RunReader
 
@@ -315,9 +314,5 @@ def _totals(stage: Training) -> str:
 
 def _figures(stage: Training) -> str:
     """What a preference stage has come to on held-out pairs."""
-    summary = stage.folder.read_summary()
-    result = None if summary is None else summary.result
-    if stage.name == SFT or result is None or not result.eval or not result.eval_before:
-        return ""
-    before, after = result.eval_before[REWARD_ACCURACY], result.eval[REWARD_ACCURACY]
-    return f", held-out reward accuracy {before:.1%} -> {after:.1%}"
+    accuracy = None if stage.name == SFT else Accuracy.of(stage.folder)
+    return "" if accuracy is None else f", held-out reward accuracy {accuracy.text()}"

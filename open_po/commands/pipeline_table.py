@@ -15,12 +15,44 @@ from rich.table import Table
 from open_po.commands.pipeline_stages import Pipeline
 from open_po.errors import UserError
 from open_po.output import markdown
+from open_po.output.estimate import Estimate
 from open_po.output.files import write_atomically
 from open_po.output.metrics import REWARD_ACCURACY
 from open_po.output.run_folder import CURVES, RunFolder
 
 _TITLES = {"exact_match": "exact match %", "chrf": "chrF", "chrf++": "chrF++", "bleu": "BLEU"}
 _BOUNDS = ("value", "low", "high")
+_ACCURACY = ("reward_accuracy_before", "reward_accuracy", "reward_accuracy_low", "reward_accuracy_high")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """The held-out reward accuracy of a preference stage."""
+
+    before: float  # the first step
+    after: float  # the last
+    interval: Estimate | None  # of the latter; None in runs of versions that told none
+
+    @staticmethod
+    def of(folder: RunFolder) -> Accuracy | None:
+        """What a run has come to; None if it looked at no held-out pairs."""
+        summary = folder.read_summary()
+        result = None if summary is None else summary.result
+        if result is None or not result.eval or not result.eval_before:
+            return None
+        before, after = result.eval_before[REWARD_ACCURACY], result.eval[REWARD_ACCURACY]
+        interval = None if result.held_out is None else result.held_out.all.figures.get(REWARD_ACCURACY)
+        return Accuracy(before=before, after=after, interval=interval)
+
+    def text(self) -> str:
+        """`50.0% -> 98.6% (97.4% to 99.6%)`."""
+        interval = "" if self.interval is None else f" ({self.interval.interval('.1%')})"
+        return f"{self.before:.1%} -> {self.after:.1%}{interval}"
+
+    def content(self) -> dict[str, float | None]:
+        """Its columns of pipeline.csv."""
+        low, high = (None, None) if self.interval is None else (self.interval.low, self.interval.high)
+        return dict(zip(_ACCURACY, (self.before, self.after, low, high), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +63,7 @@ class Row:
     folder: str
     metrics: dict[str, tuple[float, float, float]]  # value and the ends of its interval, by metric
     lengths: dict[str, float]  # mean tokens of chosen, rejected and generated answers
-    accuracy: tuple[float, float] | None  # held-out reward accuracy before and after training on preferences
+    accuracy: Accuracy | None
 
     def content(self, metrics: Sequence[str]) -> dict[str, Any]:
         """The row of pipeline.csv."""
@@ -39,14 +71,13 @@ class Row:
         for name in metrics:
             for bound, value in zip(_BOUNDS, self.metrics.get(name, (None,) * 3), strict=True):
                 found[name if bound == "value" else f"{name}_{bound}"] = value
-        before, after = self.accuracy or (None, None)
-        length = self.lengths.get("generated")
-        return found | {"reward_accuracy_before": before, "reward_accuracy": after, "mean_answer_tokens": length}
+        accuracy = dict.fromkeys(_ACCURACY) if self.accuracy is None else self.accuracy.content()
+        return {**found, **accuracy, "mean_answer_tokens": self.lengths.get("generated")}
 
     def cells(self, metrics: Sequence[str]) -> list[str]:
         """The row as a person reads it, under `heads`."""
         shown = [_interval(*self.metrics[name]) if name in self.metrics else "" for name in metrics]
-        accuracy = "" if self.accuracy is None else f"{self.accuracy[0]:.1%} -> {self.accuracy[1]:.1%}"
+        accuracy = "" if self.accuracy is None else self.accuracy.text()
         length = f"{self.lengths['generated']:.1f}" if "generated" in self.lengths else ""
         return [self.name, *shown, accuracy, length]
 
@@ -84,7 +115,7 @@ def read_rows(pipeline: Pipeline, evaluation: Path) -> list[Row]:
         if len(models) != 1 + len(trained):
             raise UserError(f"{evaluation}: has {len(models)} models of {1 + len(trained)}; remove it to evaluate anew")
     names = ["SFT" if pipeline.sft is not None else Path(start).name, *(stage.name for stage in pipeline.losses)]
-    accuracies = [None, *(_accuracy(stage.folder) for stage in pipeline.losses)]
+    accuracies = [None, *(Accuracy.of(stage.folder) for stage in pipeline.losses)]
     return [
         Row(
             name=name,
@@ -108,14 +139,6 @@ def _read(path: Path) -> dict[str, Any]:
 def _bounds(figures: Mapping[str, float]) -> tuple[float, float, float]:
     value, low, high = (float(figures[bound]) for bound in _BOUNDS)
     return value, low, high
-
-
-def _accuracy(folder: RunFolder) -> tuple[float, float] | None:
-    summary = folder.read_summary()
-    result = None if summary is None else summary.result
-    if result is None or not result.eval or not result.eval_before:
-        return None
-    return result.eval_before[REWARD_ACCURACY], result.eval[REWARD_ACCURACY]
 
 
 def _interval(value: float, low: float, high: float) -> str:

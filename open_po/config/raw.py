@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,13 @@ def read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
         found = f"is it {inside} that you mean?" if inside.is_file() else "name a YAML file"
         problems.append(f"{path}: is a folder; {found}")
         return {}
+    except FileNotFoundError as error:
+        close = get_close_matches(path.name, [other.name for other in path.parent.glob("*.y*ml")], n=1)
+        advice = f"did you mean {path.parent / close[0]}?" if close else "configuration files come before the --flags"
+        problems.append(f"{path}: cannot be read ({error.strerror}); {advice}")
+        return {}
     except OSError as error:
-        problems.append(f"{path}: cannot be read ({error.strerror}); configuration files come before the --flags")
+        problems.append(f"{path}: cannot be read ({error.strerror})")
         return {}
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""

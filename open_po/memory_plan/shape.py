@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -65,9 +66,14 @@ class TrainingShape:
         return self.engine in ("fsdp", "zero3")
 
     @property
+    def packs(self) -> int:
+        """Packs of a rank's step, if all pairs are typical ones."""
+        return math.ceil(self.pairs_of_rank / max(1, self.max_tokens // self.pair_tokens))
+
+    @property
     def several_packs(self) -> bool:
         """Whether gradients of one pack are there while another is computed."""
-        return self.pairs_of_rank * self.pair_tokens > self.max_tokens
+        return self.packs > 1
 
     @property
     def has_buckets(self) -> bool:

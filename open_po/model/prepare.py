@@ -137,7 +137,9 @@ def refuse_what_cannot_train(config: RunConfig, numerics: Numerics, runtime: Run
     divides_layers = runtime.parallelism.kind == "tp"
     if divides_layers and adapter_base(source.folder(), source.trust_remote_code) is not None:
         raise UserError(f"{source.name}: is a folder of adapters, which parallel tp cannot merge; use fsdp")
-    if not divides_layers and model.mlp_tile_tokens is None and model.gradient_checkpointing_every == 1:
+    names_targets = model.use_lora and model.lora_start == "new" and model.lora_target_modules != ["all-linear"]
+    every_layer = model.mlp_tile_tokens is None and model.gradient_checkpointing_every == 1
+    if every_layer and not divides_layers and not names_targets:
         return
     scorer = HollowModel(source, numerics, runtime).scorer  # which nobody keeps
     if divides_layers and any(name.endswith("lm_head") for name in scorer.base.tp_plan or ()):
@@ -146,6 +148,8 @@ def refuse_what_cannot_train(config: RunConfig, numerics: Numerics, runtime: Run
         checkpoint_gradients(scorer, model.gradient_checkpointing_every)
     if model.mlp_tile_tokens is not None:
         tile_mlps(scorer, model.mlp_tile_tokens)
+    if names_targets:
+        attach_lora(scorer, model)
 
 
 def load_policy(

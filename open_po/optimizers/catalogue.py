@@ -67,6 +67,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
             name="adafactor",
             summary="Adafactor (arXiv 1804.04235); learning_rate is relative to a weight's size (RMS of its tensor)",
             maker=f"{_PLAIN}:adafactor",
+            relative=True,
             state_bytes=lambda weight: 0.01,  # a row and a column of a matrix; vectors have as many as weights
             decays=True,
             parallel=WHOLE,  # PyTorch's takes no distributed tensors

@@ -44,6 +44,7 @@ class OptimizerSpec:
     matrix_bytes: Callable[[int], float] | None = None  # the same for the matrices of layers, where it differs
     decays: bool = False  # whether it applies weight_decay
     on_host: bool = False  # whether it can update float32 weights in the host's memory: offload_optimizer
+    relative: bool = False  # whether learning_rate is a share of a weight's size
     keeps_small_updates: bool = False  # of bfloat16 weights, which a plain optimizer rounds away
     parallel: tuple[str, ...] = EVERYWHERE  # the engines that it goes with
     needs_cuda: bool = False

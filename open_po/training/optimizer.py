@@ -15,8 +15,9 @@ from open_po.config import TrainConfig
 from open_po.model.numerics import Numerics
 from open_po.optimizers import OPTIMIZERS, Settings
 
-# AdamW moves a weight by about the learning rate. A step of less than half the distance to the next bfloat16 number
-# is rounded to none: that is 2^-14 (6.1e-5) at weights of 0.016 to 0.031, as most of a language model are.
+# AdamW moves a weight by about the learning rate, Adafactor by that share of a weight's size. A step of less than half
+# the distance to the next bfloat16 number is rounded to none: that is 2^-14 (6.1e-5) at weights of 0.016 to 0.031, as
+# most of a language model are.
 _TYPICAL_WEIGHT, _SMALLEST_STEP = 0.02, 2.0**-14
 
 
@@ -38,15 +39,17 @@ def make_optimizer(
 
 def lost_updates(config: TrainConfig, numerics: Numerics) -> str | None:
     """A line about updates that the weights are too coarse for, if the configuration has them lost."""
-    if numerics.weights_dtype != torch.bfloat16 or OPTIMIZERS[config.optimizer].keeps_small_updates:
+    spec = OPTIMIZERS[config.optimizer]
+    if numerics.weights_dtype != torch.bfloat16 or spec.keeps_small_updates:
         return None
-    if config.learning_rate >= _SMALLEST_STEP:
+    if config.learning_rate * (_TYPICAL_WEIGHT if spec.relative else 1.0) >= _SMALLEST_STEP:
         return None
-    keeping = " or ".join(name for name, spec in OPTIMIZERS.items() if spec.keeps_small_updates)
+    keeping = " or ".join(name for name, other in OPTIMIZERS.items() if other.keeps_small_updates)
+    relative = " of their size" if spec.relative else ""
     return (
         f"Warning: weights in bfloat16 lose most updates of {config.optimizer} at a learning rate of "
-        f"{config.learning_rate:g}, since numbers near {_TYPICAL_WEIGHT:g} are {2 * _SMALLEST_STEP:.1g} apart there; "
-        f"use optimizer {keeping}, or weights_dtype float32"
+        f"{config.learning_rate:g}{relative}, since numbers near {_TYPICAL_WEIGHT:g} are {2 * _SMALLEST_STEP:.1g} "
+        f"apart there; use optimizer {keeping}, or weights_dtype float32"
     )
 
 

@@ -46,16 +46,21 @@ def settle_budget(
     A run that goes on keeps what its checkpoint had come to, unless another number is asked for than at its beginning.
     """
     tokens = _settled(config, runtime, scorer, planner, loss, start, data)
-    if runtime.device.type == "cuda" and (line := oversized(planner, tokens)):  # memory is planned for
+    if line := oversized(planner, tokens, planned=runtime.device.type == "cuda"):
         runtime.say(line)
     return tokens
 
 
-def oversized(planner: Planner, tokens: int) -> str | None:
-    """A line about pairs that need more than a pack has, if there are any."""
+def oversized(planner: Planner, tokens: int, *, planned: bool) -> str | None:
+    """A line about pairs that need more than a pack has: if memory is `planned` for any, or if most do."""
     lengths = planner.pair_tokens()
     over, longest = int((lengths > tokens).sum()), int(lengths.argmax())
-    if not over:
+    if 2 * over > len(lengths):
+        return (
+            f"max_tokens_per_batch: {tokens:,} tokens are fewer than {over:,} of {len(lengths):,} pairs have, each "
+            f"alone in a pack; {int(np.median(lengths)):,} or more are faster, or auto"
+        )
+    if not over or not planned:
         return None
     return (
         f"max_tokens_per_batch: {over:,} {'pair needs' if over == 1 else 'pairs need'} more than {tokens:,} tokens, "

@@ -234,6 +234,10 @@ def finish(found: Pipeline, accuracy: float = 0.75) -> None:
         content: dict[str, Any] = {"status": "completed", "train": {}, "data": {}, "run": {}}
         if stage.name != "sft":
             content |= {"eval_before": {"rewards/accuracy": 0.5}, "eval": {"rewards/accuracy": accuracy}}
+            estimate = {"value": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.05}
+            of_all = {"pairs": 6, "figures": {"rewards/accuracy": estimate}}
+            parts: dict[str, Any] = {"by_source": {}, "by_length": {}, "by_longer": {}}
+            content |= {"held_out": {"all": of_all, **parts}} if stage.name != "simpo" else {}  # an earlier version's
         stage.folder.summary.write_text(json.dumps(content))
 
 
@@ -242,7 +246,7 @@ def test_what_is_complete_stays_and_what_has_changed_is_told(overlays: Path, cap
     assert pipeline.main(["tiny", "words", "dpo"]) == 0
     shown = capsys.readouterr().out
     assert "[1/2] sft: complete already\n" in shown
-    assert "[2/2] dpo: complete already, held-out reward accuracy 50.0% -> 75.0%\n" in shown
+    assert "[2/2] dpo: complete already, held-out reward accuracy 50.0% -> 75.0% (65.0% to 80.0%)\n" in shown
     assert not list((overlays / "output/tiny_words/logs").iterdir()), "no process was started"
     line = "; --restart runs it and what follows from it anew, --output_dir keeps it"
     run = "output/tiny_words/dpo holds a run of another configuration"
@@ -403,14 +407,18 @@ def test_the_table_says_what_evaluation_found(overlays: Path, capsys: Capture, m
         for name, figures in model["metrics"].items():
             assert [float(row[name + end]) for end in ("", "_low", "_high")] == list(figures.values())
         assert float(row["mean_answer_tokens"]) == model["lengths"]["generated"]
-    assert [(row["reward_accuracy_before"], row["reward_accuracy"]) for row in rows] == [
-        ("", ""),
-        *[("0.5", "0.75")] * 2,
+    columns = [f"reward_accuracy{end}" for end in ("_before", "", "_low", "_high")]
+    assert [[row[name] for name in columns] for row in rows] == [
+        [""] * 4,
+        ["0.5", "0.75", "0.65", "0.8"],
+        ["0.5", "0.75", "", ""],
     ]
     assert "| simpo | 87.8 (85.2 to 89.0) | 43.9 (0.0 to 99.0) | 50.0% -\\> 75.0% | 8.8 |" in (
         (folder / "pipeline.md").read_text().replace("->", "-\\>")
     )
-    assert re.search(r"dpo +│ +61.5 \(59.0 to 62.8\) │ +30.8 \(0.0 to 99.0\) │ +50.0% -> 75.0% │ +6.2", shown)
+    assert re.search(
+        r"dpo +│ +61.5 \(59.0 to 62.8\) │ +30.8 \(0.0 to 99.0\) │ +50.0% -> 75.0% \(65.0% to 80.0%\) │ +6.2", shown
+    )
     (folder / "dpo/model.safetensors").write_text("trained anew")
     assert pipeline.main(["tiny", "words", "dpo", "simpo"]) == 0
     assert noted.read_text() == "once\nonce\n", "other weights are evaluated"

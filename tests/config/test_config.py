@@ -226,6 +226,10 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     advice = "configuration files come before the --flags"
     missing = f"{tmp_path}/no.yaml"
     assert problems(missing, *REQUIRED) == [f"{missing}: cannot be read (No such file or directory); {advice}"]
+    (tmp_path / "nos.yaml").touch()
+    assert problems(missing, *REQUIRED) == [
+        f"{missing}: cannot be read (No such file or directory); did you mean {tmp_path}/nos.yaml?"
+    ]
     assert problems(str(tmp_path), *REQUIRED) == [f"{tmp_path}: is a folder; name a YAML file"]
     (tmp_path / "config.yaml").touch()
     assert problems(str(tmp_path), *REQUIRED) == [

@@ -152,12 +152,12 @@ def test_targets_that_cannot_be_are_refused_in_one_line(
     modules: list[str],
     model_settings: dict[str, Any],
     said: str,
-    pairs_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = tiny.make_model_folder(tmp_path / "model", **model_settings)
-    words = cli.arguments(model, pairs_file, tmp_path / "run", use_lora=True, lora_target_modules=modules)
+    none = tmp_path / "none.jsonl"  # which is not read before
+    words = cli.arguments(model, none, tmp_path / "run", use_lora=True, lora_target_modules=modules)
     line = cli.failure(capsys, words)
     assert "lora_target_modules" in line
     assert said in line

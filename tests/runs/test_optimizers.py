@@ -198,6 +198,10 @@ def test_a_plain_optimizer_of_bfloat16_weights_is_warned_of(
         return lost_updates(TrainConfig(learning_rate=rate, optimizer=optimizer), numerics)
 
     assert told(torch.bfloat16, 5e-7) == line
+    assert "most updates of adafactor at a learning rate of 0.001 of their size, since" in (
+        told(torch.bfloat16, 1e-3, "adafactor") or ""
+    )
+    assert told(torch.bfloat16, 1e-2, "adafactor") is None
     assert told(torch.float32, 5e-7) is told(torch.bfloat16, 1e-4) is told(torch.bfloat16, 5e-7, "adamw_sr") is None
 
 

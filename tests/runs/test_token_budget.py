@@ -102,7 +102,8 @@ def test_ranks_find_one_budget(llama: Path, pairs_file: Path, tmp_path: Path) ->
 def test_pairs_that_memory_is_not_planned_for_are_told_on_a_gpu() -> None:
     lines: list[str] = []
     planner: Any = SimpleNamespace(
-        pair_tokens=lambda: np.array([50, 300, 120]), dataset=SimpleNamespace(origin=["a", "b", "c"].__getitem__)
+        pair_tokens=lambda: np.array([50, 300, 120, 90]),
+        dataset=SimpleNamespace(origin=["a", "b", "c", "d"].__getitem__),
     )
 
     def settle(device: str, tokens: int) -> int:
@@ -119,6 +120,12 @@ def test_pairs_that_memory_is_not_planned_for_are_told_on_a_gpu() -> None:
     assert lines == [
         "max_tokens_per_batch: 2 pairs need more than 100 tokens, alone in packs that are larger than planned: the "
         "longest has 300 (b); max_seq_length shortens it"
+    ]
+    lines.clear()
+    assert settle("cpu", 60) == settle("cuda", 60) == 60
+    assert lines == 2 * [
+        "max_tokens_per_batch: 60 tokens are fewer than 3 of 4 pairs have, each alone in a pack; 105 or more are "
+        "faster, or auto"
     ]
 
 
