@@ -161,9 +161,12 @@ def slurm(tmp_path: Path) -> Path:
     folder.mkdir()
     srun = f"""#!{sys.executable}
 import signal, subprocess, sys, time
-child = subprocess.Popen([word for word in sys.argv[1:] if not word.startswith("--")])
+child, early = None, []
 for number in (signal.SIGUSR1, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: child.send_signal(number))
+    signal.signal(number, lambda number, frame: child.send_signal(number) if child else early.append(number))
+child = subprocess.Popen([word for word in sys.argv[1:] if not word.startswith("--")])
+for number in early:
+    child.send_signal(number)
 sys.exit(child.wait())
 """
     scontrol = f'#!/bin/sh\necho "$@" >>{tmp_path}/scontrol\n'
