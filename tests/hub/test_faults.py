@@ -55,7 +55,9 @@ def upload(output: Path, *more: str) -> int:
     return main(["upload", str(output), "--hf_repo_id", "a-model", "--hf_repo_revision", "a-run", *more])
 
 
-@pytest.mark.parametrize("fault", PASSING, ids=str)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(each, marks=pytest.mark.slow) if each in (503, LOST) else each for each in PASSING], ids=str
+)
 def test_an_upload_gets_through_and_sends_nothing_twice(
     fault: Fault, hub: Hub, output: Path, waits: list[float], impatient: None, capsys: Capture
 ) -> None:

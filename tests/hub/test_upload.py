@@ -79,7 +79,9 @@ def test_every_checkpoint_and_the_model_are_published(
     assert not any(TOKEN.encode() in content for content in [*on_disk, *chain(*branches), shown.out.encode()])
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
+@pytest.mark.parametrize(
+    "merged", [pytest.param(False, id="adapter"), pytest.param(True, id="merged", marks=pytest.mark.slow)]
+)
 def test_of_a_lora_run_the_adapter_is_published_or_the_merged_model(
     merged: bool, hub: Hub, llama: Path, pairs_file: Path, tmp_path: Path
 ) -> None:

@@ -236,6 +236,7 @@ def test_the_triton_head_on_a_whole_model_through_the_interpreter(llama: Path) -
     assert done.stdout == "equal\n", done.stderr
 
 
+@pytest.mark.slow
 def test_liger_replaces_norms_and_mlps_of_models_it_knows(llama: Path) -> None:
     """Only that they are put in; importing them changes transformers for the whole process, hence a process."""
     script = (

@@ -35,7 +35,7 @@ def many(tmp_path: Path) -> Path:
     ("fields", "separate"),
     [
         pytest.param({"parallel": "fsdp"}, False, id="policy_fsdp"),
-        pytest.param({}, True, id="separate_ddp"),
+        pytest.param({}, True, id="separate_ddp", marks=pytest.mark.slow),
         pytest.param({"parallel": "zero3"}, False, id="policy_zero3", marks=pytest.mark.slow),
         pytest.param({"parallel": "fsdp"}, True, id="separate_fsdp", marks=pytest.mark.slow),
         pytest.param({"parallel": "zero3"}, True, id="separate_zero3", marks=pytest.mark.slow),

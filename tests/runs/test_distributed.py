@@ -52,7 +52,7 @@ def assert_same_run(two: Path, one: Path, start: Path) -> None:
     "fields",
     [
         {"loss_type": "dpo", "max_tokens_per_batch": 1, "eval_steps": 2, "logging_steps": 2},
-        {"loss_type": "dpo_norm", "gradient_checkpointing": True},
+        pytest.param({"loss_type": "dpo_norm", "gradient_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param({"loss_type": "sft", "optimizer": "rmsprop"}, marks=pytest.mark.slow),
         {"use_lora": True, "lora_rank": 4, "learning_rate": 1e-2, "max_grad_norm": 0.1},
     ],
@@ -78,7 +78,7 @@ def test_two_ranks_leave_a_reference_that_one_process_finds_whole(
     assert cli.summary(one)["reference"]["pairs_computed"] == 0
 
 
-@pytest.mark.parametrize("slow", ["__init__", "refresh"])
+@pytest.mark.parametrize("slow", [pytest.param("__init__", marks=pytest.mark.slow), "refresh"])
 def test_a_rank_that_reads_the_store_late_shares_the_same_work(
     slow: str, llama: Path, nine_pairs: Path, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from open_po.losses import MixedLosses
 from tests import cli, tiny
 
 Prepare = Callable[[int], object] | None
-QUICK, SLOWLY = ("ddp", "zero3", "fsdp"), pytest.mark.slow
+QUICK, SLOWLY = ("zero3", "fsdp"), pytest.mark.slow  # ddp is in test_distributed.py
 ENGINES = ["ddp", "zero1", "zero2", "zero3", "fsdp"]
 # 9 pairs in steps of 4, 4 and 1: an odd number, and a step with fewer pairs than ranks. Packs hold one or two pairs.
 STEPS = {"num_epochs": 2, "max_train_steps": 5, "max_tokens_per_batch": 60, "weight_decay": 0.1}

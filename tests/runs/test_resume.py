@@ -83,7 +83,9 @@ def whole(llama: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 # --------------------------------------------------------------------------------------------------------------- killed
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", ["adamw", "lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rmsprop", "sft"))]
+)
 def test_killed_three_times_and_resumed(name: str, whole: Any, tmp_path: Path) -> None:
     """At file operations that the variant's name draws, of about sixty: between steps, in a checkpoint, at the end."""
     expected, draw = whole(name), random.Random(name)
