@@ -46,8 +46,9 @@ class Preempted(KeyboardInterrupt):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says first, or its kind if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What another library's error says first, or its kind if it says nothing; what a line announces is told too."""
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {next(filter(None, map(str.strip, others)), '')}".strip() if first.endswith(":") else first
 
 
 def user_line(error: BaseException) -> str | None:
