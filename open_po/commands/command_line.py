@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -67,15 +67,19 @@ def end(code: int) -> NoReturn:
 
     The interpreter would also take its million objects apart one by one, which takes seconds after a run.
     """
-    try:
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:
-        code = code or 120  # as the interpreter does
-    finally:  # of an interruption too
-        os._exit(code)
+    with suppress(SystemExit):
+        sys.exit(code)  # wandb has put itself there, to learn the code
+    threads: Callable[[], None] = threading._shutdown  # type: ignore[attr-defined]
+    for step in (threads, atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush):
+        try:
+            step()
+        except KeyboardInterrupt:
+            code = code or 130
+        except OSError as error:  # of output: nobody reads it, or the disk is full
+            code = code or 120  # as the interpreter does
+            if not isinstance(error, BrokenPipeError):
+                print(f"error: what was printed is lost ({error.strerror})", file=sys.stderr)
+    os._exit(code)
 
 
 # The fields that `--data` gives, in whichever form.

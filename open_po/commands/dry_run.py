@@ -22,7 +22,7 @@ def resolved(config: RunConfig) -> str:
     What is to be told of it stands above, as comments.
     """
     train = config.train
-    pairs = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    pairs = train.pairs_of_rank
     lines = [
         "Dry run: what the run would be configured as. Nothing is started.",
         f"Global batch: {pairs} pairs on one process, {4 * pairs} on 4, {8 * pairs} on 8",
@@ -62,7 +62,7 @@ def dry_run(config: RunConfig, words: Sequence[str], place: Place, pairs: int | 
 
 def _global_batch(config: RunConfig, place: Place) -> int:
     train = config.train
-    return train.per_device_train_batch_size * train.gradient_accumulation_steps * place.ranks
+    return train.pairs_of_rank * place.ranks
 
 
 def _batch(config: RunConfig, place: Place) -> str:

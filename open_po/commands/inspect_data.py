@@ -118,7 +118,7 @@ def _steps(config: RunConfig, pairs: PairDataset, ranks: int) -> RenderableType:
     )
     sampler = Sampler(
         num_pairs=len(pairs),
-        global_batch=train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks,
+        global_batch=train.pairs_of_rank * ranks,
         seed=train.seed,
         prompt_numbers=pairs.prompt_numbers if train.group_pairs_by_prompt else None,
     )

@@ -86,7 +86,7 @@ class NodeRun:
         self._meeting.meet(Status().to_json(), _say)
         self._watch = NodeWatch(self._meeting)
         train = self.config.train
-        per_rank = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        per_rank = train.pairs_of_rank
         if place.node == 0:
             _say(
                 f"{place} ({', '.join(self._meeting.hosts)}); global batch "

@@ -97,6 +97,11 @@ class TrainConfig:
         return math.ceil(self.warmup_ratio * steps) if self.warmup_steps is None else self.warmup_steps
 
     @property
+    def pairs_of_rank(self) -> int:
+        """Of a step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
     def token_budget(self) -> int:
         """`max_tokens_per_batch` once it is a number, as in a run that has begun to train."""
         assert self.max_tokens_per_batch != "auto", "max_tokens_per_batch is not settled yet"

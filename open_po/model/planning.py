@@ -54,7 +54,7 @@ def training_shape(config: RunConfig, device: DeviceType, parallelism: Paralleli
         prompt_tokens=prompt,
         response_tokens=config.data.max_seq_length - prompt,
         scored_prompt=0.5 if config.data.scored_turns == "all" else 0.0,
-        pairs_of_rank=train.per_device_train_batch_size * train.gradient_accumulation_steps,
+        pairs_of_rank=train.pairs_of_rank,
         separate_reference=reference_source(config) is not None,
         no_reference=not config.loss.mix().needs_reference,
         reference_weight=reference_numerics(without, torch.device(device), spread).weights_dtype.itemsize,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, get_args
@@ -149,7 +150,8 @@ def refuse_what_cannot_train(config: RunConfig, numerics: Numerics, runtime: Run
     if model.mlp_tile_tokens is not None:
         tile_mlps(scorer, model.mlp_tile_tokens)
     if names_targets:
-        attach_lora(scorer, model)
+        with torch.random.fork_rng(devices=[]):  # nothing is drawn that a run draws
+            attach_lora(scorer, dataclasses.replace(model, use_dora=False))  # whose norms take long, and for nothing
 
 
 def load_policy(

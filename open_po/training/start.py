@@ -43,7 +43,7 @@ def start_or_resume(
     """
     train = config.train
     saved = _saved_state(config, runtime, identity, folder)
-    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * runtime.replicas
+    batch = train.pairs_of_rank * runtime.replicas
     sampler = Sampler(
         num_pairs=len(dataset),
         global_batch=batch if saved is None else saved.global_batch,

@@ -32,6 +32,7 @@ from open_po.model.token_budget import (
     filling_budget,
     measured_budget,
     roughly_filling,
+    usual,
 )
 from open_po.packing import Planner
 from open_po.training.checkpoint import RandomState
@@ -46,26 +47,39 @@ def settle_budget(
     A run that goes on keeps what its checkpoint had come to, unless another number is asked for than at its beginning.
     """
     tokens = _settled(config, runtime, scorer, planner, loss, start, data)
-    if line := oversized(planner, tokens, planned=runtime.device.type == "cuda"):
+    if runtime.device.type == "cuda":  # memory is planned for
+        line = oversized(planner, tokens)
+    elif tokens == config.train.max_tokens_per_batch and config.train.pairs_of_rank > 1:
+        line = too_small(planner, tokens)
+    else:
+        line = None
+    if line is not None:
         runtime.say(line)
     return tokens
 
 
-def oversized(planner: Planner, tokens: int, *, planned: bool) -> str | None:
-    """A line about pairs that need more than a pack has: if memory is `planned` for any, or if most do."""
+def oversized(planner: Planner, tokens: int) -> str | None:
+    """A line about pairs that need more than a pack has, if there are any."""
     lengths = planner.pair_tokens()
     over, longest = int((lengths > tokens).sum()), int(lengths.argmax())
-    if 2 * over > len(lengths):
-        return (
-            f"max_tokens_per_batch: {tokens:,} tokens are fewer than {over:,} of {len(lengths):,} pairs have, each "
-            f"alone in a pack; {int(np.median(lengths)):,} or more are faster, or auto"
-        )
-    if not over or not planned:
+    if not over:
         return None
     return (
         f"max_tokens_per_batch: {over:,} {'pair needs' if over == 1 else 'pairs need'} more than {tokens:,} tokens, "
         f"alone in packs that are larger than planned: the longest has {lengths[longest]:,} "
         f"({planner.dataset.origin(longest)}); max_seq_length shortens it"
+    )
+
+
+def too_small(planner: Planner, tokens: int) -> str | None:
+    """A line about a budget that most pairs are larger than."""
+    lengths = planner.pair_tokens()
+    over = int((lengths > tokens).sum())
+    if 2 * over <= len(lengths):
+        return None
+    return (
+        f"max_tokens_per_batch: {over:,} of {len(lengths):,} pairs need more than {tokens:,} tokens, each alone in a "
+        f"pack; {usual(math.ceil(lengths.mean())):,} would hold a few, auto finds what is fastest"
     )
 
 

@@ -345,3 +345,37 @@ def test_it_starts_as_a_module(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{tmp_path}: holds no reference log-probs\n"
+
+
+# -------------------------------------------------------------------------------------------------- how a process ends
+
+LEAVING = (
+    "import atexit, sys, threading, time; from open_po.commands.command_line import end\n"
+    "atexit.register(print, 'exit function')\n"
+    "threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()\n"
+    "sys.stdout.write('unflushed, ')\n"
+    "end(int(sys.argv[1]))\n"
+)
+
+
+def leave(code: int, stdout: Any) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", LEAVING, str(code)]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
+
+
+def test_a_process_ends_when_all_is_done_and_told() -> None:
+    done = leave(3, subprocess.PIPE)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "unflushed, thread\nexit function\n", "")
+
+
+@pytest.mark.parametrize(("code", "ends_with"), [(0, 120), (3, 3)])
+def test_a_process_whose_output_is_lost_ends_as_pythons_do(code: int, ends_with: int) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as unread, open("/dev/full", "w") as full:
+        done = leave(code, unread)
+        assert (done.returncode, done.stderr) == (ends_with, "")
+        done = leave(code, full)
+        line = "error: what was printed is lost (No space left on device)\n"
+        assert (done.returncode, done.stderr) == (ends_with, line)
