@@ -241,6 +241,7 @@ def _fork(words: Sequence[str], prepare: Callable[[], object]) -> int:
     if child:
         return child
     code = 99
+    torch.set_num_threads(1)  # before other threads, which would race to replace the pool that a fork breaks
     try:
         prepare()
         code = main(words)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from open_po.commands.command_line import DATA_INSTEAD, CommandParser, Job, load_fields, run_command
+from open_po.commands.command_line import DATA_INSTEAD, CommandParser, Job, load_fields, refused, run_command
 from open_po.config import FIELDS, RunConfig
 from open_po.errors import ConfigError
 from open_po.evaluation.metrics import METRICS, TASKS, MetricSpec, Task, Tools, metric
@@ -27,6 +27,21 @@ _TOKENS = 256
 
 def main(words: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
+    try:
+        config, arguments = read_words(words)
+    except ConfigError as error:
+        return refused(error)
+
+    def job() -> Job:
+        from open_po.commands.evaluate_models import evaluate
+
+        return partial(evaluate, arguments=arguments)
+
+    return run_command(lambda: config, job)
+
+
+def read_words(words: Sequence[str]) -> tuple[RunConfig, argparse.Namespace]:
+    """What a command line says: the fields, and its own flags. Raises ConfigError, or ends as CommandParser does."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(words)
     if rest and not rest[0].startswith("--"):
@@ -34,19 +49,10 @@ def main(words: Sequence[str]) -> int:
     data = arguments.data if len(arguments.data) > 1 else [*arguments.data, "1.0"]
     # Its loss reads chosen responses alone, so rows without a rejected one are read too.
     flags = ["--model_name_or_path", arguments.model[0], "--mixer_list", *data, "--loss_type", "sft"]
-
-    def read() -> RunConfig:
-        config = load_fields(flags, rest, command="evaluate", instead=_INSTEAD, problem=_problem)
-        arguments.tools = Tools(**{name: getattr(arguments, name) for name in _TOOLS})
-        arguments.specs = _metrics(arguments)
-        return config
-
-    def job() -> Job:
-        from open_po.commands.evaluate_models import evaluate
-
-        return partial(evaluate, arguments=arguments)
-
-    return run_command(read, job)
+    config = load_fields(flags, rest, command="evaluate", instead=_INSTEAD, problem=_problem)
+    arguments.tools = Tools(**{name: getattr(arguments, name) for name in _TOOLS})
+    arguments.specs = _metrics(arguments)
+    return config, arguments
 
 
 def _parser() -> CommandParser:

@@ -27,6 +27,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from open_po.commands import evaluate
 from open_po.commands.command_line import CommandParser, refused, show
 from open_po.commands.pipeline_overlays import Overlays
 from open_po.commands.pipeline_stages import Pipeline, read_pipeline
@@ -45,6 +46,8 @@ def main(words: Sequence[str]) -> int:
         if rest and not rest[0].startswith("--"):
             raise ConfigError([f"{rest[0]}: MODEL TASK LOSS come first, then flags"])
         pipeline = read_pipeline(Overlays.find(names), rest, skip_sft=options.skip_sft)
+        if pipeline.evaluate is not None:
+            evaluate.read_words(pipeline.evaluation_words())  # whose mistakes would be told after hours of training
         return _go(pipeline, dry=options.dry_run, restart=options.restart)
     except ConfigError as error:
         return refused(error)

@@ -221,6 +221,21 @@ def test_evaluation_reads_held_out_data_as_the_preference_stage_does(overlays: P
     ]
 
 
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        (["--evaluate.xyz", "chrf"], "xyz: unknown field; --help lists all fields"),
+        (["--evaluate.metrics", "crhf"], "metrics: there is no crhf; did you mean chrf?"),
+        (["--evaluate.learning_rate", "1e-6"], "learning_rate: evaluate does not train; leave it out"),
+    ],
+)
+def test_mistakes_of_evaluation_are_told_before_training(
+    flag: list[str], said: str, overlays: Path, capsys: Capture
+) -> None:
+    (overlays / "configs/tasks/words/evaluate.yaml").write_text("task: exact\ndata: held_out.jsonl\n")
+    assert refused(capsys, "tiny", "words", "dpo", *flag) == [f"config error: {said}"]
+
+
 # ------------------------------------------------------------------------------------------------ done, changed, failed
 
 
