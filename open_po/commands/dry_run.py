@@ -61,8 +61,7 @@ def dry_run(config: RunConfig, words: Sequence[str], place: Place, pairs: int | 
 
 
 def _global_batch(config: RunConfig, place: Place) -> int:
-    train = config.train
-    return train.pairs_of_rank * place.ranks
+    return config.train.pairs_of_rank * place.ranks
 
 
 def _batch(config: RunConfig, place: Place) -> str:

@@ -29,8 +29,8 @@ _ACCURACY = ("reward_accuracy_before", "reward_accuracy", "reward_accuracy_low",
 class Accuracy:
     """The held-out reward accuracy of a preference stage."""
 
-    before: float  # the first step
-    after: float  # the last
+    before: float  # before the first step
+    after: float  # after the last
     interval: Estimate | None  # of the latter; None in runs of versions that told none
 
     @staticmethod

@@ -98,7 +98,7 @@ class TrainConfig:
 
     @property
     def pairs_of_rank(self) -> int:
-        """Of a step."""
+        """That a rank takes in a step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property

@@ -51,9 +51,9 @@ def engines_table(plans: dict[str, MemoryPlan], card: float, room: float) -> Tab
     fit = ["[green]yes[/]" if plan.fits(room) else "[red]no[/]" for plan in plans.values()]
     table.add_row(f"fits {card / 1e9:,.0f} GB", *fit)
     table.add_row("tokens of a pack", *(f"{plan.shape.max_tokens:,}" for plan in plans.values()))
-    table.add_row("packs of a step", *(f"{plan.shape.packs:,}" for plan in plans.values()))
     budgets = [plan.tokens_that_fill(room) for plan in plans.values()]
     table.add_row("as many would fill it", *(f"{tokens:,}" if tokens else "-" for tokens in budgets))
+    table.add_row("packs of a step", *(f"{plan.shape.packs:,}" for plan in plans.values()))
     return table
 
 

@@ -139,8 +139,8 @@ def refuse_what_cannot_train(config: RunConfig, numerics: Numerics, runtime: Run
     if divides_layers and adapter_base(source.folder(), source.trust_remote_code) is not None:
         raise UserError(f"{source.name}: is a folder of adapters, which parallel tp cannot merge; use fsdp")
     names_targets = model.use_lora and model.lora_start == "new" and model.lora_target_modules != ["all-linear"]
-    every_layer = model.mlp_tile_tokens is None and model.gradient_checkpointing_every == 1
-    if every_layer and not divides_layers and not names_targets:
+    changes_layers = model.mlp_tile_tokens is not None or model.gradient_checkpointing_every != 1
+    if not (divides_layers or changes_layers or names_targets):
         return
     scorer = HollowModel(source, numerics, runtime).scorer  # which nobody keeps
     if divides_layers and any(name.endswith("lm_head") for name in scorer.base.tp_plan or ()):
